@@ -1,0 +1,40 @@
+"""What every test shares: a seed, a bounded thread count, a clean compiler, and honest GPU skips."""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+# Derandomised: the same commit gives the same verdict. No deadline: a first call may compile.
+hypothesis.settings.register_profile(
+    "moonfx",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("moonfx")
+
+# More threads than cores only add noise, and the rounding of a sum must not depend on the machine.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a gpu test, with the reason, where there is no CUDA device."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device: torch.cuda.is_available() is False")
+
+
+@pytest.fixture(autouse=True)
+def clean_slate() -> Iterator[None]:
+    """Seeds torch before each test and forgets what it compiled after it."""
+    torch.manual_seed(0)
+    yield
+    # A test that never compiled has not imported Dynamo, and need not pay for it.
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
