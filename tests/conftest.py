@@ -1,4 +1,4 @@
-"""What every test shares: a seed, a bounded thread count, a clean compiler, and honest GPU skips."""
+"""What every test shares: a seed, few threads, a clean compiler, honest GPU skips."""
 
 import os
 import sys

@@ -1,0 +1,8 @@
+"""`python -m moonfx` is the `moonfx` command."""
+
+import sys
+
+from moonfx.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

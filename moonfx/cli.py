@@ -1,0 +1,248 @@
+"""The `moonfx` command: explain a model, benchmark, look at this machine."""
+
+import argparse
+import difflib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+import moonfx
+from moonfx import doctor
+from moonfx.policy import check_block_topk_sinks
+
+# Sizes that make any model small and leave its attention's structure as it is.
+TINY = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
+
+Call = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message is one line that says what can."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the words after `moonfx`; None reads them from the process.
+
+    Returns:
+        The exit status: 0 done, 1 `doctor` found the core broken, 2 a wrong argument.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:2] == ["bench", "attention"]:  # the benchmark has a parser, and a --help, of its own
+        return int(importlib.import_module("moonfx.bench.attention").main(words[2:]) or 0)
+    try:
+        options = parser().parse_args(words)
+    except SystemExit as leave:  # argparse has printed the help or the error
+        return int(leave.code or 0)
+    try:
+        return int(options.run(options))
+    except UsageError as error:
+        print(f"moonfx {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="moonfx", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    explain = commands.add_parser(
+        "explain",
+        help="what sparsify would do to a model, layer by layer; nothing is changed",
+    )
+    explain.set_defaults(run=run_explain)
+    explain.add_argument(
+        "target",
+        metavar="TARGET",
+        help="a Hugging Face model type (llama, qwen3, gpt2, ...), a folder with a config.json, or "
+        "module:factory, where factory() returns a model, (model, args) or (model, args, kwargs)",
+    )
+    model = explain.add_argument_group("Hugging Face models")
+    for group, name, default, help_text in (
+        (explain, "--block", 4096, "tokens per block"),
+        (explain, "--topk", 12, "blocks that a query attends"),
+        (explain, "--sinks", 1, "first blocks that are always attended"),
+        (model, "--length", 256, "tokens of the traced input"),
+        (model, "--batch", 1, "rows of the traced input"),
+        (model, "--layers", 2, "layers to build"),
+    ):
+        group.add_argument(name, type=int, default=default, help=f"{help_text} (%(default)s)")
+    model.add_argument(
+        "--attention", choices=["eager", "sdpa"], help="code path (the model's own choice)"
+    )
+    model.add_argument(
+        "--full",
+        action="store_true",
+        help="keep the configuration's own widths (without data) instead of narrow ones",
+    )
+    explain.add_argument("--json", action="store_true", help="print JSON")
+
+    look = commands.add_parser("doctor", help="what each feature needs, and whether it is here")
+    look.set_defaults(run=run_doctor)
+    look.add_argument("--json", action="store_true", help="print JSON")
+
+    bench = commands.add_parser("bench", help="the benchmarks; `moonfx bench attention --help`")
+    bench.add_argument("what", choices=["attention"], help="sparse attention against dense")
+    return top
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    checks = doctor.diagnose()
+    works = doctor.core_works(checks)
+    if options.json:
+        print(json.dumps({"ok": works, "checks": [check.to_dict() for check in checks]}, indent=2))
+    else:
+        rows = [(c.component, c.found, c.needed_by, c.status, c.fix or "-") for c in checks]
+        print(tabulate(rows, ["component", "found", "needed by", "status", "fix"]))
+        print(f"\nmoonfx {'works' if works else 'does not work'} on this machine.")
+    return 0 if works else 1
+
+
+def run_explain(options: argparse.Namespace) -> int:
+    for name in ("length", "batch", "layers"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    settings = {"block": options.block, "topk": options.topk, "sinks": options.sinks}
+    try:
+        check_block_topk_sinks(**settings)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    model, args, kwargs = load(options)
+    report = moonfx.explain(model, *args, **settings, **kwargs)
+    print(report.to_json() if options.json else report)
+    return 0
+
+
+def load(options: argparse.Namespace) -> Call:
+    """Builds what TARGET names."""
+    target: str = options.target
+    if ":" in target:
+        return from_factory(target, options)
+    config = hugging_face_config(target, options.layers, tiny=not options.full)
+    return hugging_face_call(config, options)
+
+
+def from_factory(target: str, options: argparse.Namespace) -> Call:
+    """Calls `module:factory`; the module may lie in the current folder."""
+    module_name, _, name = target.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # An import that fails inside the user's module is the user's to see whole.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise UsageError(f"there is no module {error.name!r} here or installed") from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        known = sorted(k for k, v in vars(module).items() if callable(v) and not k.startswith("_"))
+        raise UsageError(f"{module_name} has no function {name!r}{nearest(name, known)}")
+    made = factory()
+    model, args, kwargs = (*made, (), {})[:3] if isinstance(made, tuple) else (made, (), {})
+    if not isinstance(model, torch.nn.Module) or not isinstance(kwargs, Mapping):
+        raise UsageError(
+            f"{target}() must return a torch.nn.Module, (model, args) or (model, args, kwargs), "
+            f"got {type(made).__name__}"
+        )
+    if not args and not kwargs and hasattr(model, "main_input_name"):
+        return model, (), hugging_face_inputs(model, options, torch.device("cpu"))
+    return model, tuple(args), dict(kwargs)
+
+
+def hugging_face_config(target: str, layers: int, *, tiny: bool) -> Any:
+    """The library's own configuration of a model type, or that of a folder, with few layers."""
+    try:
+        transformers = importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "a model type needs Hugging Face transformers: pip install transformers"
+        ) from error
+    transformers.logging.set_verbosity_error()
+    known = list(transformers.CONFIG_MAPPING.keys())
+    if os.path.isfile(os.path.join(target, "config.json")):
+        default = transformers.AutoConfig.from_pretrained(target, local_files_only=True)
+    elif target in known:
+        default = transformers.CONFIG_MAPPING[target]()
+    else:
+        raise UsageError(
+            f"unknown model type {target!r}{nearest(target, known)}; "
+            "a model of your own is named module:factory"
+        )
+    try:
+        return shrink(default, layers, tiny=tiny)
+    except (TypeError, ValueError) as error:
+        raise cannot_build(target, error) from error
+
+
+def shrink(default: Any, layers: int, *, tiny: bool) -> Any:
+    """Makes the configuration anew with few layers and, if tiny, narrow ones.
+
+    The ratio of query heads to key heads stays: it decides which grouped-query form is traced.
+    """
+    # A nested configuration (vision and text, say) holds its sizes where these names do not reach.
+    changed: dict[str, Any] = {"num_hidden_layers": layers}
+    if tiny:
+        changed |= TINY
+        heads, kv_heads = (
+            getattr(default, name, None) for name in ("num_attention_heads", "num_key_value_heads")
+        )
+        if heads and kv_heads:
+            changed["num_key_value_heads"] = max(1, TINY["num_attention_heads"] * kv_heads // heads)
+    own = default.to_diff_dict()
+    own = {name: value for name, value in own.items() if name not in ("layer_types", "model_type")}
+    return type(default)(**own | {k: v for k, v in changed.items() if hasattr(default, k)})
+
+
+def hugging_face_call(config: Any, options: argparse.Namespace) -> Call:
+    transformers = importlib.import_module("transformers")
+    if getattr(config, "use_cache", False):
+        config.use_cache = False
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    # Full widths would take minutes and many gigabytes to fill with numbers that nobody reads.
+    device = torch.device("meta" if options.full else "cpu")
+    try:
+        with device:
+            model = auto.from_config(config, attn_implementation=options.attention).eval()
+    except (TypeError, ValueError) as error:
+        raise cannot_build(options.target, error) from error
+    return model, (), hugging_face_inputs(model, options, device)
+
+
+def hugging_face_inputs(
+    model: torch.nn.Module, options: argparse.Namespace, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Random tokens [batch, length], int64."""
+    config: Any = model.config
+    if model.main_input_name != "input_ids":
+        raise UsageError(
+            f"{type(model).__name__} reads {model.main_input_name}, not tokens: "
+            "name a module:factory that returns (model, args)"
+        )
+    vocabulary = int(config.get_text_config().vocab_size)
+    tokens = torch.randint(vocabulary, (options.batch, options.length), device=device)
+    names = ["input_ids", *(["decoder_input_ids"] if config.is_encoder_decoder else [])]
+    return dict.fromkeys(names, tokens)
+
+
+def cannot_build(target: str, error: Exception) -> UsageError:
+    """The library's reason, such as an attention form that the model does not have."""
+    reason = str(error).strip().partition("\n")[0]
+    return UsageError(f"transformers cannot build {target!r} so: {reason}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    return f"; the nearest are {', '.join(close)}" if close else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

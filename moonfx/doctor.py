@@ -1,0 +1,215 @@
+"""Looks at this machine: what each feature needs, whether it is there, and what brings it."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+PYTHON_FROM = (3, 11)
+TORCH_FROM, TORCH_BELOW = (2, 11), (2, 16)
+
+OK = "ok"
+MISSING = "missing"  # can be installed: `fix` says how
+UNSUPPORTED = "unsupported"  # there, in a version that is not supported
+BROKEN = "broken"  # there, and does not work
+ABSENT = "absent"  # hardware: nothing to install
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked for.
+
+    Args:
+        component: what was looked for.
+        found: version or name; "-" if nothing was found, else the reason why it does not work.
+        needed_by: the features that need it.
+        status: "ok", "missing", "unsupported", "broken" or "absent" (hardware).
+        fix: the command that mends it, "" where nothing is to be mended.
+        core: True if nothing works without it.
+    """
+
+    component: str
+    found: str
+    needed_by: str
+    status: str
+    fix: str = ""
+    core: bool = False
+
+    def to_dict(self) -> dict[str, str | bool]:
+        return asdict(self)
+
+
+def diagnose() -> list[Check]:
+    """Looks for everything that a feature needs, in a few seconds, and changes nothing."""
+    return [
+        check_python(),
+        check_torch(torch.__version__),
+        check_operator(),
+        check_backend_name(),
+        *check_compiler(),
+        *check_vector_units(cpu_flags()),
+        check_gpu(),
+        check_package("triton", "torch.compile on a GPU"),
+        check_package("transformers", "Hugging Face models, `moonfx explain <model type>`"),
+        check_package("gguf", "reading the demo's weights"),
+        check_package("onnx", "ONNX models (planned)"),
+        check_package("onnxscript", "ONNX models (planned)"),
+        check_package("onnxruntime", "ONNX models (planned)"),
+        check_package("torchao", "quantised models (planned)"),
+        check_package("matplotlib", "plots (planned)"),
+    ]
+
+
+def core_works(checks: list[Check]) -> bool:
+    """True if every core component is ok."""
+    return all(check.status == OK for check in checks if check.core)
+
+
+def check_python() -> Check:
+    status = OK if sys.version_info >= PYTHON_FROM else UNSUPPORTED
+    fix = "" if status == OK else "make PYTHON=python3.11 setup"
+    return Check("Python", platform.python_version(), "everything", status, fix, core=True)
+
+
+def check_torch(version: str) -> Check:
+    release = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    status = OK if TORCH_FROM <= release < TORCH_BELOW else UNSUPPORTED
+    wanted = f"torch>={dotted(TORCH_FROM)},<{dotted(TORCH_BELOW)}"
+    fix = "" if status == OK else f"pip install '{wanted}'"
+    return Check("torch", version, "everything", status, fix, core=True)
+
+
+def check_operator() -> Check:
+    """Runs the operator once, sparse, against the reference."""
+    component, needed_by = "moonfx::moba_attention", "everything"
+    show = "python -c 'import moonfx; moonfx.moba_attention'"
+    try:
+        moonfx = importlib.import_module("moonfx")
+        reference = importlib.import_module("moonfx.kernels.reference")
+        query, key, value = torch.randn(
+            3, 1, 2, 24, 16, generator=torch.Generator().manual_seed(0)
+        ).unbind()
+        out = moonfx.moba_attention(query, key, value, 4, 3, sinks=1)
+        expected, _ = reference.moba_attention(query, key, value, 4, 3, sinks=1)
+        error = float((out - expected).abs().max())
+    except Exception as failure:  # noqa: BLE001 - whatever is wrong is the finding
+        return Check(component, one_line(failure), needed_by, BROKEN, show, core=True)
+    status = OK if error < 1e-4 else BROKEN
+    found = f"differs from the reference by {error:.0e}"
+    return Check(component, found, needed_by, status, "" if status == OK else show, core=True)
+
+
+def check_backend_name() -> Check:
+    component, needed_by = 'backend "moonfx"', 'torch.compile(model, backend="moonfx")'
+    entries = importlib.metadata.entry_points(group="torch_dynamo_backends", name="moonfx")
+    if entries:
+        return Check(component, next(iter(entries)).value, needed_by, OK)
+    # Names come from installed metadata, which a bare checkout does not have.
+    root = Path(__file__).resolve().parents[1]
+    return Check(component, "-", needed_by, MISSING, f"pip install -e {root}")
+
+
+def check_compiler() -> list[Check]:
+    component, needed_by = "C++ compiler", "CPU kernel at full speed, Inductor on the CPU"
+    try:
+        reason = importlib.import_module("moonfx.kernels.cpu").available()
+    except Exception as failure:  # noqa: BLE001 - whatever is wrong is the finding
+        reason = one_line(failure)
+    compiler = find_compiler()
+    if compiler is None:
+        row = Check(component, "-", needed_by, MISSING, "apt-get install -y g++")
+    elif reason is None:
+        row = Check(component, first_line([compiler, "--version"]), needed_by, OK)
+    else:
+        show = "python -c 'from moonfx.kernels import cpu; print(cpu.available())'"
+        row = Check(component, reason, needed_by, BROKEN, show)
+    return [row, check_openmp(compiler)]
+
+
+def check_openmp(compiler: str | None) -> Check:
+    component, needed_by = "OpenMP", "CPU kernel on more than one core"
+    source = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
+    if compiler is not None:
+        command = [compiler, "-fopenmp", "-x", "c++", "-", "-o", "/dev/null"]
+        run = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+        if run.returncode == 0:
+            found = f"links; torch uses {torch.get_num_threads()} threads"
+            return Check(component, found, needed_by, OK)
+    # g++ brings its own; clang++ needs the package.
+    fix = "apt-get install -y g++" if compiler is None else "apt-get install -y libomp-dev"
+    return Check(component, "-", needed_by, MISSING, fix)
+
+
+def check_vector_units(flags: set[str]) -> list[Check]:
+    units = [("AVX-512", "avx512f", "float32"), ("AVX512-BF16", "avx512_bf16", "bfloat16")]
+    return [
+        Check(
+            component,
+            flag if flag in flags else "-",
+            f"fastest {dtype} CPU kernel",
+            OK if flag in flags else ABSENT,
+        )
+        for component, flag, dtype in units
+    ]
+
+
+def check_gpu() -> Check:
+    component, needed_by = "GPU", "running on a GPU"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        found = f"{torch.cuda.get_device_name()}, capability {major}.{minor}"
+        return Check(component, found, needed_by, OK)
+    if shutil.which("nvidia-smi"):
+        found = f"a driver, but torch {torch.__version__} cannot use it"
+        return Check(component, found, needed_by, BROKEN, "pip install --force-reinstall torch")
+    return Check(component, "-", needed_by, ABSENT)
+
+
+def check_package(name: str, needed_by: str) -> Check:
+    """Finds an installed package by its metadata: importing them all would take many seconds."""
+    if importlib.util.find_spec(name) is None:
+        return Check(name, "-", needed_by, MISSING, f"pip install {name}")
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        # Some builds of torch bring a package under another distribution's name.
+        version = str(getattr(importlib.import_module(name), "__version__", "version unknown"))
+    return Check(name, version, needed_by, OK)
+
+
+def find_compiler() -> str | None:
+    """The compiler that torch would use: $CXX, else the first known name on the path."""
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def cpu_flags() -> set[str]:
+    """The processor's feature flags as Linux lists them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {
+        flag for line in lines if line.startswith("flags") for flag in line.split(":")[1].split()
+    }
+
+
+def first_line(command: list[str]) -> str:
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (run.stdout or run.stderr).strip().partition("\n")[0]
+
+
+def one_line(failure: BaseException) -> str:
+    return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
