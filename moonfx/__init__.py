@@ -1,0 +1,26 @@
+"""moonfx changes how a model and an optimizer that someone else wrote run, without an edit to their code."""
+
+from pathlib import Path
+
+# In a bare checkout the passes and kernels lie beside this package; installed, they lie inside it.
+_root = Path(__file__).resolve().parents[1]
+if (_root / "passes" / "sparsify_attention.py").is_file():
+    __path__.append(str(_root))
+
+from moonfx.ops.moba import moba_attention  # noqa: E402
+from moonfx.policy import LayerPolicy  # noqa: E402
+from moonfx.report import Report  # noqa: E402
+from moonfx.sparsify import explain, full_attention, report, restore, sparsify  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LayerPolicy",
+    "Report",
+    "explain",
+    "full_attention",
+    "moba_attention",
+    "report",
+    "restore",
+    "sparsify",
+]

@@ -1,0 +1,263 @@
+"""The Dynamo backend "moonfx": capture, passes, and on to an inner compiler.
+
+    torch.compile(model, backend="moonfx", options={"block": 4096, "topk": 12})
+"""
+
+import difflib
+import logging
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+import moonfx.ops  # noqa: F401  (registers the operators that the passes emit)
+from moonfx.capture import COMPILERS, CaptureError, buffer_value, capture, compile_graph
+from moonfx.passes.context import Context
+from moonfx.passes.index_algebra import summary
+from moonfx.passes.order import run_passes
+from moonfx.policy import LayerPolicy, Policies
+from moonfx.report import Report
+from moonfx.site import AttentionSite
+
+log = logging.getLogger("moonfx.backend")
+
+ON_MISS = ("warn", "raise", "ignore")
+
+
+class NothingRewritten(RuntimeError):
+    """No attention became sparse although on_miss="raise"."""
+
+
+class DenseLastUnknown(ValueError):
+    """dense_last with a model that is compiled in pieces."""
+
+
+class Backend:
+    """Compiles the graphs of one model under one set of policies.
+
+    Args:
+        policies: what each layer becomes; None leaves every graph as it is.
+        compiler: one of COMPILERS.
+        names: id of each module of the model -> its qualified name, where the model is known.
+        config: Inductor options to pass on.
+    """
+
+    def __init__(
+        self,
+        policies: Policies | None,
+        compiler: str = "inductor",
+        names: dict[int, str] | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self.policies, self.compiler = policies, compiler
+        self.names, self.config = names or {}, config or {}
+        self.report = Report()
+        self.layers: list[tuple[str, int]] = []
+        self.parameters: list[weakref.ref[torch.Tensor]] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compiles one graph; called by Dynamo."""
+        graph, guards = self.rewrite(gm, example_inputs)
+        stamp = f"{self.policies}"
+        compiled = compile_graph(graph, example_inputs, self.compiler, stamp, self.config)
+        return checked(compiled, guards) if guards else compiled
+
+    def rewrite(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any]
+    ) -> tuple[fx.GraphModule, dict[int, tuple[float, float]]]:
+        """Captures and rewrites one graph and records what happened.
+
+        Returns:
+            The graph to compile, the given one if nothing in it became sparse; and, for the inputs
+            that are buffers whose values a proof rests on, what they were: position -> values.
+        """
+        self.parameters += [
+            weakref.ref(x) for x in example_inputs if isinstance(x, torch.nn.Parameter)
+        ]
+        if self.policies is None:
+            return gm, {}
+        try:
+            captured = capture(gm, example_inputs)
+        except CaptureError as error:
+            self.report.graphs += 1
+            self.report.failures.append(str(error))
+            log.warning("a graph could not be captured and runs as it was: %s", error)
+            return gm, {}
+        context = Context(captured, self.policy_of, self.names)
+        before = _code(captured)
+        try:
+            rewritten = run_passes(context)
+        except DenseLastUnknown:
+            raise
+        except Exception as error:
+            if os.environ.get("MOONFX_VERIFY"):
+                raise
+            self.report.graphs += 1
+            self.report.failures.append(f"{type(error).__name__}: {error}")
+            log.exception("a pass failed, and the graph runs as it was; please report this")
+            return gm, {}
+        self.report.add(context.sites)
+        log.debug("before:\n%s\nafter:\n%s", before, _code(captured))
+        if not rewritten:
+            return gm, {}
+        placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
+        guards = {
+            placeholders.index(node): values
+            for node, values in context.reader.constants.items()
+            if node in placeholders and buffer_value(node) is not None
+        }
+        return captured, guards
+
+    def policy_of(self, site: AttentionSite, sites: list[AttentionSite]) -> LayerPolicy | str:
+        """A site's policy, or why it stays dense. `sites`: all attentions of its graph, in order."""
+        assert self.policies is not None
+        known = len(self.layers)
+        self.layers += [k for k in map(_key, sites) if k not in self.layers]
+        if self.policies.dense_last and 0 < known < len(self.layers):
+            raise DenseLastUnknown(
+                f"dense_last={self.policies.dense_last} needs the whole model in one graph, and "
+                "torch.compile broke it in several; name the dense layers in layers={...: None}"
+            )
+        index = self.layers.index(_key(site))
+        if index >= len(self.layers) - self.policies.dense_last:
+            return f"one of the last {self.policies.dense_last} (dense_last)"
+        found = self.policies.find(site.layer, index)
+        return "kept dense by the policy" if found is None else found
+
+    def unused(self) -> list[str]:
+        """Keys of `layers` that fit no attention seen so far."""
+        return [] if self.policies is None else self.policies.unused([n for n, _ in self.layers])
+
+
+def _key(site: AttentionSite) -> tuple[str, int]:
+    return site.layer, site.ordinal
+
+
+def _code(gm: fx.GraphModule) -> str:
+    return gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else ""
+
+
+def checked(
+    compiled: Callable[..., Any], guards: dict[int, tuple[float, float]]
+) -> Callable[..., Any]:
+    """Runs `compiled`, first checking that the buffers behind a proof still hold what they held.
+
+    Dynamo guards a buffer's shape, not its values; a version counter makes the check free.
+    """
+    versions: dict[int, tuple[int, int]] = {}
+
+    def run(*args: Any) -> Any:
+        for position, values in guards.items():
+            buffer = args[position]
+            version = (buffer.data_ptr(), -1 if buffer.is_inference() else buffer._version)
+            if versions.get(position) == version and version[1] >= 0:
+                continue
+            if summary(buffer) != values:
+                raise RuntimeError(
+                    "a buffer that was proved to hold a causal mask has changed since the model "
+                    f"was compiled (graph input {position}); call moonfx.sparsify again"
+                )
+            versions[position] = version
+        return compiled(*args)
+
+    return run
+
+
+# --- the backend found by name --------------------------------------------------------------------
+
+DEFAULTS: dict[str, Any] = {
+    "block": 4096,
+    "topk": 12,
+    "sinks": 1,
+    "layers": None,
+    "dense_last": 0,
+    "on_miss": "warn",
+    "compiler": "inductor",
+    "inductor": None,
+}
+
+_backends: list[Backend] = []
+
+
+def check_options(options: dict[str, Any] | None) -> dict[str, Any]:
+    """DEFAULTS updated by the user's options.
+
+    Raises:
+        ValueError: for an unknown option (listing the known ones) or a bad value.
+        TypeError: for a value of the wrong type.
+    """
+    for name in options or {}:
+        if name not in DEFAULTS:
+            near = difflib.get_close_matches(name, DEFAULTS, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(
+                f"unknown option {name!r} of backend 'moonfx'{hint}; known: {', '.join(DEFAULTS)}"
+            )
+    known = {**DEFAULTS, **(options or {})}
+    check_choice("on_miss", known["on_miss"], ON_MISS)
+    check_choice("compiler", known["compiler"], COMPILERS)
+    if known["inductor"] is not None and not isinstance(known["inductor"], dict):
+        raise TypeError(f"inductor must be a dict of Inductor options, got {known['inductor']!r}")
+    return known
+
+
+def check_choice(name: str, given: object, choices: Sequence[str]) -> None:
+    if given not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {given!r}")
+
+
+def policies_of(known: dict[str, Any]) -> Policies:
+    default = LayerPolicy(known["block"], known["topk"], known["sinks"])
+    return Policies(default, known["layers"], known["dense_last"])
+
+
+def compile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Entry point of torch.compile(backend="moonfx").
+
+    Args:
+        mode: a mode of Inductor, as torch.compile takes it.
+        options: block, topk, sinks, layers, dense_last, on_miss and compiler as for
+            moonfx.sparsify; "inductor": a dict of Inductor options.
+    """
+    known = check_options(options)
+    config = dict(known["inductor"] or {})
+    if mode is not None and mode != "default":
+        config.update(torch._inductor.list_mode_options(mode))
+    backend = Backend(policies_of(known), known["compiler"], config=config)
+    compiled = backend(gm, example_inputs)
+    _backends.append(backend)
+    if not backend.report.rewritten:
+        miss(known["on_miss"], backend.report, "a graph compiled by backend 'moonfx'")
+    return compiled
+
+
+def report_of(parameters: Sequence[torch.Tensor]) -> Report | None:
+    """What backend "moonfx" did to the graphs that used any of these parameters."""
+    ids = {id(p) for p in parameters}
+    found = [b for b in _backends if any(id(p()) in ids for p in b.parameters)]
+    if not found:
+        return None
+    total = Report()
+    for backend in found:
+        total.merge(backend.report)
+    return total
+
+
+def miss(on_miss: str, report: Report, what: str, problem: str | None = None) -> None:
+    """Says that nothing became sparse, or what else missed its aim, as `on_miss` asks."""
+    if on_miss == "ignore":
+        return
+    message = f"moonfx: {problem or f'no attention of {what} became sparse'}\n{report}"
+    if on_miss == "raise":
+        raise NothingRewritten(message)
+    warnings.warn(message, stacklevel=3)

@@ -1,0 +1,393 @@
+"""Everything moonfx needs from torch's private side: capture, symbolic sizes, sources, inner compilers.
+
+A new torch release is this one file's work. `capture` brings a Dynamo graph to the one form that
+every pass is written against, pre-dispatch ATen: autograd intact, SDPA, softmax and dropout single
+nodes, symbolic shapes, and on each node the module and the source line that it came from.
+"""
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import shutil
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+import torch._dynamo
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch._aot_autograd.frontend_utils import construct_fake_mode, process_inputs
+from torch._guards import detect_fake_mode
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._ops import HigherOrderOperator
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+    track_tensor_tree,
+)
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _pytree as pytree
+
+Size = int | torch.SymInt
+
+# Higher-order operators whose first argument is a body called with the other arguments: the passes
+# look into these bodies. Every other one stays exactly as Dynamo wrote it.
+BODY_OPERATORS = frozenset({"tag_activation_checkpoint", "wrap"})
+
+_CAPTURED = "moonfx_captured"
+_BUFFER = "moonfx_buffer"
+
+
+class CaptureError(Exception):
+    """A graph could not be brought to pre-dispatch ATen.
+
+    Its own type because Dynamo turns exceptions of the types it knows into silent graph breaks.
+    """
+
+
+def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """Retraces a Dynamo graph to pre-dispatch ATen.
+
+    Args:
+        gm: the graph that Dynamo hands to a backend.
+        example_inputs: its inputs as Dynamo gives them: tensors, parameters, SymInts.
+    Returns:
+        A GraphModule of the same signature; nodes carry "val", "stack_trace", "nn_module_stack".
+    Raises:
+        CaptureError: if the retrace fails, whatever the cause.
+    """
+    try:
+        aot = types.SimpleNamespace(
+            dynamic_shapes=True, static_input_indices=[], num_params_buffers=0
+        )
+        fake_mode, shape_env = construct_fake_mode(list(example_inputs), aot)  # type: ignore[arg-type]
+        fakes = process_inputs(list(example_inputs), aot, fake_mode, shape_env)[0]  # type: ignore[arg-type]
+        with fx.traceback.preserve_node_meta(), fake_mode, enable_python_dispatcher():
+            captured = _retrace(gm, fakes)
+    except Exception as error:
+        raise CaptureError(f"{type(error).__name__}: {error}") from error
+    _keep_placeholders(gm, captured, example_inputs)
+    return captured
+
+
+def _retrace(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+    trace = make_fx(
+        _Retrace(gm).run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
+    )
+    captured = trace(*fakes)
+    captured.meta.update(gm.meta)
+    captured.meta[_CAPTURED] = True
+    return captured
+
+
+class _Retrace(fx.Interpreter):
+    """Runs a graph under make_fx, keeping higher-order operators as single nodes."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not isinstance(target, HigherOrderOperator):
+            return super().call_function(target, args, kwargs)
+        proxy_mode = get_proxy_mode()
+        assert proxy_mode is not None
+        tracer: Any = proxy_mode.tracer
+        proxies = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
+        with disable_proxy_modes_tracing():
+            if target.name() in BODY_OPERATORS:
+                operands = [a for a in args[1:]]
+                body = _retrace(args[0], operands)
+                out = fx.Interpreter(args[0]).run(*operands)
+                modules = {id(args[0]): body}
+            else:
+                out = target(*args, **kwargs)
+                modules = {}
+
+        def as_argument(value: Any, proxy: Any) -> Any:
+            if not isinstance(value, torch.nn.Module):
+                return proxy
+            name = tracer.get_fresh_qualname("body")
+            tracer.root.register_module(name, modules.get(id(value), value))
+            return tracer.create_proxy("get_attr", name, (), {})
+
+        def is_leaf(x: Any) -> bool:
+            return isinstance(x, torch.nn.Module)
+
+        flat, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_leaf)
+        flat_proxies = pytree.tree_flatten(proxies, is_leaf=is_leaf)[0]
+        args, kwargs = pytree.tree_unflatten(
+            [as_argument(v, p) for v, p in zip(flat, flat_proxies, strict=True)], spec
+        )
+        proxy = tracer.create_proxy("call_function", target, args, kwargs)
+        return track_tensor_tree(out, proxy, constant=None, tracer=tracer)
+
+
+def _keep_placeholders(
+    gm: fx.GraphModule, captured: fx.GraphModule, example_inputs: Sequence[Any]
+) -> None:
+    """Gives placeholders their first names, and module buffers their values.
+
+    A mask kept in a buffer can be proved from its value; `Runner` checks that it never changes.
+    """
+    before = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    after = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    for old, new, value in zip(before, after, example_inputs, strict=True):
+        new.name = new.target = old.name
+        new.meta.update({k: v for k, v in old.meta.items() if k in ("grapharg", "tensor_dict")})
+        source = repr(getattr(old, "_dynamo_source", ""))
+        if "_buffers" in source and isinstance(value, torch.Tensor):
+            new.meta[_BUFFER] = value
+    captured.recompile()
+
+
+def is_captured(gm: torch.nn.Module) -> bool:
+    """Whether the graph is in pre-dispatch ATen, so that passes may look at it."""
+    return bool(getattr(gm, "meta", {}).get(_CAPTURED))
+
+
+def buffer_value(node: fx.Node) -> torch.Tensor | None:
+    """The value of a placeholder that is a module's buffer, of a constant tensor, else None."""
+    if node.op == "get_attr":
+        value = getattr(node.graph.owning_module, str(node.target), None)
+    else:
+        value = node.meta.get(_BUFFER)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def nested_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The graph itself, then each captured body inside it, depth first."""
+    yield gm
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            child = getattr(gm, str(node.target), None)
+            if isinstance(child, fx.GraphModule) and is_captured(child):
+                yield from nested_graphs(child)
+
+
+def is_higher_order(node: fx.Node) -> bool:
+    return isinstance(node.target, HigherOrderOperator)
+
+
+def module_path(node: fx.Node, names: dict[int, str]) -> str:
+    """The name of the innermost module that the node came from, "" for the root.
+
+    Args:
+        names: id of each module of the user's model -> its qualified name. A graph that starts
+            below the model's root (after a graph break) is named from the root all the same.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    key, (path, _) = list(stack.items())[-1]
+    ident = str(key).split("@")[0]
+    if ident.isdigit() and int(ident) in names:
+        return names[int(ident)]
+    path = str(path)
+    for prefix in ("L['self'].", "L['model'].", "L['fn']."):
+        path = path.removeprefix(prefix)
+    return "" if path.startswith("L[") and "." not in path else path.replace("slf.", "")
+
+
+def source_line(node: fx.Node) -> str:
+    """file.py:line in the user's code, innermost frame; "unknown" if the trace has none."""
+    frames = [s.strip() for s in (node.stack_trace or "").splitlines() if ' line ' in s]
+    if not frames:
+        return "unknown"
+    where = frames[-1].split('"')
+    name, number = where[1], where[2].split("line ")[1].split(",")[0]
+    return f"{Path(name).name}:{number}"
+
+
+def expression(size: Size | float) -> sympy.Expr:
+    """A size as a sympy expression over the graph's symbols."""
+    if isinstance(size, torch.SymInt | torch.SymFloat):
+        return size.node.expr
+    return sympy.sympify(size)
+
+
+def proved(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds for every shape the graph will run with. Adds no guard."""
+    return statically_known_true(condition)
+
+
+def same_size(a: Size, b: Size) -> bool:
+    return proved(a == b)
+
+
+def hint(size: Size) -> int:
+    """A size at the traced shape, for reports. Adds no guard."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def fake_mode_of(gm: fx.GraphModule) -> Any:
+    """The fake mode that the graph's values live in, or None if it has no tensor."""
+    values = [n.meta.get("val") for n in gm.graph.nodes]
+    return detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+
+
+# --- sources and cache stamps ---------------------------------------------------------------------
+
+
+@functools.cache
+def source_hash() -> str:
+    """Hash of every source of moonfx, its passes and its kernels."""
+    package = Path(__file__).resolve().parent
+    roots = {package, *(Path(p) / s for p in _package_path() for s in ("passes", "kernels"))}
+    digest = hashlib.sha256()
+    for root in sorted(roots):
+        for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu")):
+            digest.update(str(path.relative_to(root.parent)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _package_path() -> list[str]:
+    import moonfx
+
+    return list(moonfx.__path__)
+
+
+class Stamp(CustomGraphPass):
+    """A pass that does nothing and puts moonfx's sources and policy into Inductor's cache keys.
+
+    Inductor and AOTAutograd hash the graph, not the formula behind a custom operator, so without
+    it an edited gradient would be answered by the old artifact (pytorch#144344).
+    """
+
+    def __init__(self, policy: str) -> None:
+        self.key = f"moonfx-{source_hash()}-{policy}"
+
+    def __call__(self, graph: fx.Graph) -> None:
+        return None
+
+    def uuid(self) -> str:
+        return self.key
+
+
+# --- inner compilers ------------------------------------------------------------------------------
+
+COMPILERS = ("inductor", "aot_eager", "eager")
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compiler: str,
+    stamp: str,
+    config: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Hands a graph on to one of COMPILERS.
+
+    Args:
+        stamp: what the artifact depends on beside the graph and moonfx's sources.
+        config: Inductor options of the user, as torch.compile(options=...) takes them.
+    """
+    if compiler == "inductor" and _inductor_lacks_compiler(example_inputs):
+        compiler = "eager"
+    if compiler == "eager":
+        return gm.forward
+    if compiler == "aot_eager":
+        return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
+    from torch._inductor import config as inductor_config
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(config or {})
+    hook = "post_grad_custom_post_pass"
+    theirs = patches.get(hook, getattr(inductor_config, hook))
+    if theirs is None:
+        patches[hook] = Stamp(stamp)
+    else:
+        hooks = list(theirs) if isinstance(theirs, list | tuple) else [theirs]
+        patches[hook] = [*hooks, Stamp(stamp)]
+    return compile_fx(gm, list(example_inputs), config_patches=patches)
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor will use, or None if there is none."""
+    from torch._inductor import config as inductor_config
+
+    named = inductor_config.cpp.cxx
+    candidates = named if isinstance(named, list | tuple) else [named]
+    for candidate in (*candidates, "g++", "clang++"):
+        if candidate and shutil.which(candidate):
+            return str(candidate)
+    return None
+
+
+def _inductor_lacks_compiler(example_inputs: Sequence[Any]) -> bool:
+    tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
+    on_cpu = any(t.device.type == "cpu" for t in tensors)
+    if not on_cpu or cpp_compiler() is not None:
+        return False
+    _warn_no_compiler()
+    return True
+
+
+@functools.cache
+def _warn_no_compiler() -> None:
+    warnings.warn(
+        "moonfx: no C++ compiler found, so the rewritten graph runs in eager mode, right but "
+        "slower; install one (apt-get install g++) or name it in CXX to get Inductor's speed",
+        stacklevel=2,
+    )
+
+
+def _compile_options(backend: Callable[..., Any]) -> dict[str, Any]:
+    """torch.compile arguments; cache entries of its own, so that policies never evict each other."""
+    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    return {"backend": backend, **({"isolate_recompiles": True} if isolated else {})}
+
+
+def _constant_floats(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps Python floats (softmax scale, norm eps) constants of the graph under dynamic shapes."""
+
+    @functools.wraps(compiled)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(specialize_float=True):
+            return compiled(*args, **kwargs)
+
+    return run
+
+
+def compile_call(call: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of a call, by a backend."""
+    return _constant_floats(torch.compile(call, **_compile_options(backend)))
+
+
+def compile_in_place(model: torch.nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """nn.Module.compile; returns the compiled call that it put on the model."""
+    model.compile(**_compile_options(backend))
+    return _constant_floats(model._compiled_call_impl)
+
+
+def empty_results(gm: fx.GraphModule) -> Callable[..., Any] | None:
+    """A function that returns zeros of the shapes that a Dynamo graph returns, without running it.
+
+    None if a shape depends on an input, or a result is not a tensor.
+    """
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    values = [getattr(n, "meta", {}).get("example_value") for n in output.args[0]]
+    if not all(isinstance(v, torch.Tensor) and type(v.numel()) is int for v in values):
+        return None
+
+    def run(*args: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(
+            torch.zeros((), dtype=v.dtype, device=v.device).expand(v.shape) for v in values
+        )
+
+    return run
+
+
+def is_compiled_module(model: object) -> bool:
+    return isinstance(model, torch._dynamo.OptimizedModule)
+
+
+@contextlib.contextmanager
+def fake_values(gm: fx.GraphModule) -> Iterator[None]:
+    """Runs operators on the graph's fake values."""
+    mode = fake_mode_of(gm)
+    with mode if mode is not None else contextlib.nullcontext():
+        yield

@@ -1,0 +1,75 @@
+"""What a pass found in a graph, or why it declined."""
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from moonfx.policy import LayerPolicy
+
+
+@dataclass
+class Reject:
+    """A reason for leaving attention as it is, and the node that stands in the way."""
+
+    reason: str
+    node: fx.Node
+
+    def __str__(self) -> str:
+        return f"{self.reason} (node {self.node.name})"
+
+
+@dataclass
+class Mask:
+    """What a mask was proved to be, for every shape.
+
+    Args:
+        kind: "causal", or "causal & padding".
+        padding: the proved predicate over (row, key) that says which keys are real, or None.
+    """
+
+    kind: str
+    padding: object | None = None
+
+
+@dataclass
+class AttentionSite:
+    """One dense attention in a graph.
+
+    Shapes: query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv], output
+    [B, Hq, Nq, Dv]. With `folded` the heads lie in the batch and every tensor lacks the head axis.
+
+    Args:
+        output: the node that the rewrite replaces.
+        query, key, value: before any repeat_kv.
+        key_transposed: the key node is [B, Hkv, D, Nk].
+        scale: softmax scale; None is head_dim ** -0.5.
+        masks: nodes of the masks, as (node, how) with how one of "additive", "keep", "drop".
+        causal: the operator itself was told to be causal (is_causal=True, top-left aligned).
+        dtype: output dtype.
+        form: which surface form was found, for the report.
+        layer, line: module name and source line.
+        ordinal: which attention of its layer this is, from 0.
+    """
+
+    output: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    form: str
+    layer: str
+    line: str
+    scale: float | None = None
+    masks: list[tuple[fx.Node, str]] = field(default_factory=list)
+    causal: bool = False
+    key_transposed: bool = False
+    folded: bool = False
+    ordinal: int = 0
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    query_length: int | None = None
+    key_length: int | None = None
+    mask: Mask | None = None
+    reject: Reject | None = None
+    action: str = "declined"
+    policy: LayerPolicy | None = None

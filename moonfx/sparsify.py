@@ -1,0 +1,239 @@
+"""The user's verbs: sparsify, report, explain, full_attention, restore."""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import fx
+
+from moonfx.backend import ON_MISS, Backend, NothingRewritten, check_choice, miss, report_of
+from moonfx.capture import (
+    COMPILERS,
+    compile_call,
+    compile_in_place,
+    empty_results,
+    is_compiled_module,
+)
+from moonfx.policy import LayerPolicy, Layers, Policies
+from moonfx.report import Report
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+_STATE = "_moonfx"
+
+
+class _State:
+    """What moonfx keeps on a model; copies and pickles of the model do not take it along."""
+
+    def __init__(self, before: Callable[..., Any] | None, backend: Backend, on_miss: str) -> None:
+        self.before, self.backend, self.on_miss = before, backend, on_miss
+        self.sparse: Callable[..., Any] | None = None
+        self.dense: Callable[..., Any] | None = None
+        self.judged = on_miss == "ignore"
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return (type(None), ())
+
+
+def sparsify(
+    model: Model,
+    block: int = 4096,
+    topk: int = 12,
+    *,
+    sinks: int = 1,
+    layers: Layers | None = None,
+    dense_last: int = 0,
+    on_miss: str = "warn",
+    compiler: str = "inductor",
+) -> Model:
+    """Makes a model run its dense causal attention as MoBA block-sparse attention.
+
+    In place, through `nn.Module.compile`: class, parameters, `state_dict` keys, `generate` and
+    `save_pretrained` stay. Compilation happens at the first call; `report` then says what became
+    of each attention. Calling it again replaces the policy, `restore` undoes it.
+
+    Args:
+        model: any nn.Module that torch.compile takes.
+        block: tokens per block.
+        topk: blocks that each query attends, its own and the sinks counted.
+        sinks: first blocks that are always attended. A model trained with dense attention parks
+            attention on its first tokens; 0 is the paper's rule, for models trained with MoBA.
+        layers: {module name | "re:<regex>" | attention index: LayerPolicy | None}; None keeps a
+            layer dense. The first that fits wins: name, regex, index, then block/topk/sinks.
+        dense_last: how many attentions at the end of the model stay dense.
+        on_miss: "warn", "raise" or "ignore" when the first call finds nothing to rewrite.
+        compiler: "inductor", "aot_eager" or "eager": what runs the rewritten graph.
+    Returns:
+        The same object.
+    Raises:
+        TypeError, ValueError: for a bad argument, before anything is changed.
+        NothingRewritten: from the first call, with on_miss="raise"; the model is then as before.
+    """
+    _check_model(model)
+    policies = Policies(LayerPolicy(block, topk, sinks), layers, dense_last)
+    policies.check_names([name for name, _ in model.named_modules()])
+    check_choice("on_miss", on_miss, ON_MISS)
+    check_choice("compiler", compiler, COMPILERS)
+    old = _state(model)
+    before = old.before if old is not None else model._compiled_call_impl
+    names = {id(module): name for name, module in model.named_modules()}
+    state = _State(before, Backend(policies, compiler, names), on_miss)
+    state.sparse = _judged(model, compile_in_place(model, state.backend), state)
+    model._compiled_call_impl = state.sparse
+    model.__dict__[_STATE] = state
+    return model
+
+
+def _judged(
+    model: torch.nn.Module, compiled: Callable[..., Any], state: _State
+) -> Callable[..., Any]:
+    """Runs the compiled call; after the first, says what `on_miss` wants said."""
+
+    @functools.wraps(compiled)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = compiled(*args, **kwargs)
+        if not state.judged:
+            state.judged = True
+            _judge(model, state)
+        return result
+
+    return run
+
+
+def _judge(model: torch.nn.Module, state: _State) -> None:
+    backend, what = state.backend, type(model).__name__
+    try:
+        if not backend.report.rewritten:
+            miss(state.on_miss, backend.report, what)
+        elif unused := backend.unused():
+            problem = f"no attention of {what} fits layers[{', '.join(unused)}]"
+            miss(state.on_miss, backend.report, what, problem)
+    except NothingRewritten:
+        restore(model)
+        raise
+
+
+def restore(model: Model) -> Model:
+    """Undoes `sparsify`: the model runs as it did before, bit for bit.
+
+    Raises:
+        ValueError: if the model is not sparsified.
+    """
+    state = _require(model, "restore")
+    model._compiled_call_impl = state.before
+    del model.__dict__[_STATE]
+    return model
+
+
+class full_attention:
+    """Dense attention now, sparse again after: a context manager, and a switch.
+
+        with moonfx.full_attention(model): ...       # dense inside
+        switch = moonfx.full_attention(model)        # dense from here
+        switch.off()                                 # sparse again; nothing is compiled anew
+
+    Dense attention runs through the same compiler. No state of the model or optimizer is lost.
+
+    Raises:
+        ValueError: if the model is not sparsified.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.state = model, _require(model, "full_attention")
+        self.was = model._compiled_call_impl
+        state = self.state
+        if state.dense is None:
+            dense = Backend(None, state.backend.compiler, state.backend.names)
+            state.dense = compile_call(model._call_impl, dense)
+        model._compiled_call_impl = state.dense
+
+    def off(self) -> None:
+        """Back to what ran before the switch."""
+        if _state(self.model) is self.state:
+            self.model._compiled_call_impl = self.was
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        self.off()
+
+
+def report(model: torch.nn.Module) -> Report:
+    """What was compiled so far for a model under `sparsify` or torch.compile(backend="moonfx").
+
+    Raises:
+        ValueError: if moonfx knows nothing of the model.
+    """
+    state = _state(model)
+    if state is not None:
+        return state.backend.report
+    found = report_of(list(model.parameters())) if isinstance(model, torch.nn.Module) else None
+    if found is None:
+        raise ValueError(
+            "model must be under moonfx.sparsify, or compiled with backend='moonfx' and called "
+            f"once; this {type(model).__name__} is neither"
+        )
+    return found
+
+
+def explain(
+    model: torch.nn.Module,
+    *args: Any,
+    block: int = 4096,
+    topk: int = 12,
+    sinks: int = 1,
+    layers: Layers | None = None,
+    dense_last: int = 0,
+    **kwargs: Any,
+) -> Report:
+    """Says what `sparsify` would do for one call, and changes nothing.
+
+    The model is traced, not run: no attention is computed, parameters, buffers and the random
+    state stay, and mutable arguments (a KV cache) are copied first.
+
+    Args:
+        model: as for `sparsify`.
+        *args, **kwargs: what the model is called with.
+        block, topk, sinks, layers, dense_last: the policy, as for `sparsify`.
+    Raises:
+        TypeError, ValueError: for a bad argument.
+    """
+    _check_model(model)
+    policies = Policies(LayerPolicy(block, topk, sinks), layers, dense_last)
+    policies.check_names([name for name, _ in model.named_modules()])
+    backend = Backend(policies, "eager", {id(m): name for name, m in model.named_modules()})
+
+    def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        backend.rewrite(gm, example_inputs)
+        return empty_results(gm) or gm.forward
+
+    args, kwargs = copy.deepcopy((args, kwargs))
+    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices=devices):
+        compile_call(model._call_impl, trace)(*args, **kwargs)
+    return backend.report
+
+
+def _check_model(model: object) -> None:
+    if is_compiled_module(model):
+        raise TypeError(
+            "model is already compiled: give moonfx.sparsify the model itself, or use "
+            "torch.compile(model, backend='moonfx')"
+        )
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _state(model: object) -> _State | None:
+    found = getattr(model, "__dict__", {}).get(_STATE)
+    return found if isinstance(found, _State) else None
+
+
+def _require(model: torch.nn.Module, verb: str) -> _State:
+    state = _state(model)
+    if state is None:
+        raise ValueError(f"{verb}: this {type(model).__name__} is not under moonfx.sparsify")
+    return state

@@ -1,0 +1,258 @@
+"""Proves what a mask is, for every shape.
+
+    before  mask [B, 1, Nq, Nk] from 20 to 35 nodes of arange, le, index, expand, where, ...
+    after   site.mask = "causal" or "causal & padding", or site.reject with the part in the way
+
+The mask is read at symbolic indices (batch b, head h, query i, key j) and brought to a conjunction
+of conditions. Each condition must be one that the rewrite supports: causal with the offset
+Nk - Nq (the last query sees the last key), key padding, or true for every index.
+"""
+
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from moonfx.capture import expression, same_size
+from moonfx.passes.context import Context
+from moonfx.passes.index_algebra import MASKED_BELOW, Expr, is_load, to_bool, to_number
+from moonfx.site import AttentionSite, Mask, Reject
+
+aten = torch.ops.aten
+_LOOK_THROUGH = {
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.to.dtype,
+    aten.alias.default,
+}
+
+BATCH, HEAD, QUERY, KEY = (
+    sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "i", "j")
+)
+
+
+class NotAMask(Exception):
+    """A value that is neither kept (0) nor masked (hugely negative)."""
+
+
+def run(graph: fx.Graph, context: Context) -> int:
+    """Classifies the mask of each site found in the graph; returns how many are supported."""
+    supported = 0
+    for site in context.sites:
+        if site.output.graph is not graph or site.reject is not None:
+            continue
+        result = classify(site, context)
+        if isinstance(result, Reject):
+            context.decline(site, result)
+        else:
+            site.mask, supported = result, supported + 1
+    return supported
+
+
+def classify(site: AttentionSite, context: Context) -> Mask | Reject:
+    query_length = site.query.meta["val"].shape[-2]
+    key_length = site.key.meta["val"].shape[-1 if site.key_transposed else -2]
+    if site.causal and not same_size(query_length, key_length):
+        return Reject(
+            "is_causal aligns the first query with the first key, and the key length "
+            f"({key_length}) is not proved equal to the query length ({query_length})",
+            site.output,
+        )
+    if not site.masks and not site.causal:
+        return _without_mask(site, query_length, context)
+
+    offset = sympy.Integer(0)
+    conditions: list[Expr] = [sympy.Le(KEY, QUERY)] if site.causal else []
+    index = (BATCH, QUERY, KEY) if site.folded else (BATCH, HEAD, QUERY, KEY)
+    for node, how in site.masks:
+        if len(node.meta["val"].shape) > len(index):
+            return Reject(f"the mask has {len(node.meta['val'].shape)} dimensions", node)
+        value = context.reader.broadcast(node, index)
+        try:
+            keep = kept(value) if how == "additive" else to_bool(value)
+        except NotAMask as found:
+            return Reject(f"additive bias that is not a mask: {found}", node)
+        conditions.append(sympy.Not(keep) if how == "drop" else keep)
+    offset = expression(key_length) - expression(query_length)
+    atoms = sympy.And.make_args(sympy.to_nnf(sympy.And(*conditions), simplify=False))
+    return _support(atoms, site, offset, context)
+
+
+def kept(value: Expr) -> Expr:
+    """The condition under which an additive mask value is 0.
+
+    Raises:
+        NotAMask: if a value can be neither 0 nor at most MASKED_BELOW.
+    """
+    value = to_number(value)
+    if value.is_number:
+        if value == 0:
+            return sympy.true
+        if value == -sympy.oo or value <= MASKED_BELOW:
+            return sympy.false
+        raise NotAMask(f"the constant {value}")
+    if isinstance(value, sympy.Piecewise):
+        result, before = sympy.false, sympy.true
+        for branch, condition in value.args:
+            result = sympy.Or(result, sympy.And(before, condition, kept(branch)))
+            before = sympy.And(before, sympy.Not(condition))
+        return result
+    if isinstance(value, sympy.Add):
+        folded = sympy.piecewise_fold(value)
+        if isinstance(folded, sympy.Piecewise):
+            return kept(folded)
+        return sympy.And(*(kept(term) for term in value.args))
+    if isinstance(value, sympy.Mul):
+        folded = sympy.piecewise_fold(value)
+        if isinstance(folded, sympy.Piecewise):
+            return kept(folded)
+    raise NotAMask(f"its values {describe(value)} are not known to be 0 or below {MASKED_BELOW:g}")
+
+
+def _without_mask(site: AttentionSite, query_length: Any, context: Context) -> Mask | Reject:
+    """One decode step needs no mask: the last token sees every key."""
+    if not same_size(query_length, 1):
+        return Reject("bidirectional: no mask and not causal", site.output)
+    if not _appended(site.key, -1 if site.key_transposed else -2):
+        return Reject(
+            "one query without a mask whose keys are not a cache that it was appended to: "
+            "cross-attention or pooling, for all that can be proved",
+            site.output,
+        )
+    return Mask("causal")
+
+
+def _appended(key: fx.Node, dim: int) -> bool:
+    """Whether the key is torch.cat([past, new], token dim) with one new token."""
+    while key.target in _LOOK_THROUGH:
+        source = key.args[0]
+        assert isinstance(source, fx.Node)
+        key = source
+    if getattr(key.target, "__name__", "") != "cat.default":
+        return False
+    parts = key.args[0]
+    at = key.args[1] if len(key.args) > 1 else key.kwargs.get("dim", 0)
+    rank = len(key.meta["val"].shape)
+    if not (isinstance(parts, list | tuple) and isinstance(at, int) and at % rank == dim % rank):
+        return False
+    last = parts[-1]
+    return isinstance(last, fx.Node) and same_size(last.meta["val"].shape[dim], 1)
+
+
+def _support(
+    atoms: tuple[Expr, ...], site: AttentionSite, offset: Expr, context: Context
+) -> Mask | Reject:
+    causal, padding = False, []
+    for atom in atoms:
+        kind = classify_atom(atom, site, offset)
+        if kind == "causal":
+            causal = True
+        elif kind == "padding":
+            padding.append(atom)
+        elif kind != "always":
+            return Reject(kind, site.masks[0][0] if site.masks else site.output)
+    if not causal:
+        query_length = site.query.meta["val"].shape[-2]
+        if not same_size(query_length, 1) or not _appended(
+            site.key, -1 if site.key_transposed else -2
+        ):
+            return Reject("the mask is not causal", site.masks[0][0])
+    if not padding:
+        return Mask("causal")
+    return Mask("causal & padding", sympy.And(*padding))
+
+
+def classify_atom(atom: Expr, site: AttentionSite, offset: Expr) -> str:
+    """ "causal", "padding", "always", or else the reason for declining."""
+    if atom == True:  # noqa: E712
+        return "always"
+    if atom == False:  # noqa: E712
+        return "the mask hides every key"
+    loads = [x for x in atom.atoms(sympy.Function) if is_load(x)]
+    names = ", ".join(sorted({x.func.__name__.removeprefix("load_") for x in loads}))
+    if loads:
+        by_query = any(x.has(QUERY) for x in loads)
+        by_key = any(x.has(KEY) for x in loads)
+        if any(x.has(HEAD) for x in loads):
+            return f"the mask '{names}' differs by head"
+        if any(x.has(QUERY) and x.has(KEY) for x in loads):
+            return f"the mask '{names}' is an input whose values are not known"
+        if by_query and by_key:
+            return f"packed sequences: queries and keys are compared by '{names}'"
+        if by_query:
+            return f"whole queries are masked by '{names}'"
+        if not by_key:
+            return f"the mask compares positions with values read from '{names}' (a static cache?)"
+        if atom.has(QUERY):
+            return f"the mask mixes query positions with '{names}'"
+        if not all(_is_row_and_key(x) for x in loads):
+            return f"the padding mask '{names}' is not read at (row, key)"
+        if atom.subs({x: sympy.Dummy(integer=True) for x in loads}).has(KEY, BATCH):
+            return f"the padding mask '{names}' also depends on positions: {describe(atom)}"
+        return "padding"
+    if isinstance(atom, sympy.Or):
+        return _always_or(atom, site, offset)
+    bound = _at_most_zero(atom)
+    if bound is None:
+        return f"unsupported mask condition {describe(atom)}"
+    by_key, by_query = bound.coeff(KEY), bound.coeff(QUERY)
+    rest = sympy.expand(bound - by_key * KEY - by_query * QUERY)
+    if rest.has(KEY, QUERY, HEAD, BATCH):
+        return f"unsupported mask condition {describe(atom)}"
+    if _never_positive(bound, site):
+        return "always"
+    if (by_key, by_query) == (1, -1):
+        if sympy.expand(-rest - offset) == 0:
+            return "causal"
+        return f"causal with offset {-rest}, where the last query sees the last key at {offset}"
+    if (by_key, by_query) == (-1, 1):
+        return f"sliding window of {1 - rest} tokens"
+    return f"unsupported mask condition {describe(atom)}"
+
+
+def _always_or(atom: Expr, site: AttentionSite, offset: Expr) -> str:
+    if any(classify_atom(part, site, offset) == "always" for part in atom.args):
+        return "always"
+    return f"a choice between masks: {describe(atom)}"
+
+
+def _is_row_and_key(load: Expr) -> bool:
+    """load(b, j + c), load(0, j + c) or load(j + c)."""
+    *rows, key = load.args
+    shift = sympy.expand(key - KEY)
+    rows_known = all(r == BATCH or r.is_Integer for r in rows) and len(rows) <= 1
+    return rows_known and shift.is_nonnegative is True and not shift.has(BATCH, HEAD, QUERY)
+
+
+def _at_most_zero(atom: Expr) -> Expr | None:
+    """An integer relation as an expression e with e <= 0, or None."""
+    if isinstance(atom, sympy.Le):
+        return sympy.expand(atom.lhs - atom.rhs)
+    if isinstance(atom, sympy.Lt):
+        return sympy.expand(atom.lhs - atom.rhs + 1)
+    if isinstance(atom, sympy.Ge):
+        return sympy.expand(atom.rhs - atom.lhs)
+    if isinstance(atom, sympy.Gt):
+        return sympy.expand(atom.rhs - atom.lhs + 1)
+    return None
+
+
+def _never_positive(bound: Expr, site: AttentionSite) -> bool:
+    """Whether a linear bound is <= 0 at every index of the mask."""
+    ends = {
+        QUERY: expression(site.query.meta["val"].shape[-2]) - 1,
+        KEY: expression(site.key.meta["val"].shape[-1 if site.key_transposed else -2]) - 1,
+    }
+    for symbol, end in ends.items():
+        coefficient = bound.coeff(symbol)
+        if not coefficient.is_number:
+            return False
+        bound = sympy.expand(bound.subs(symbol, end if coefficient > 0 else 0))
+    return bound.is_nonpositive is True
+
+
+def describe(expr: Expr) -> str:
+    """An expression for a reason: short, with loads as reads."""
+    text = str(expr).replace("load_", "")
+    return text if len(text) <= 120 else text[:117] + "..."

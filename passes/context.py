@@ -1,0 +1,79 @@
+"""What the passes share while they work on one captured graph."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from moonfx.capture import is_higher_order, nested_graphs
+from moonfx.passes.index_algebra import Reader
+from moonfx.passes.mutation import last_writes
+from moonfx.policy import LayerPolicy
+from moonfx.site import AttentionSite, Reject
+
+log = logging.getLogger("moonfx.passes")
+
+
+@dataclass
+class Context:
+    """One captured graph, the sites found in it, and the policy for each.
+
+    Args:
+        gm: the captured graph.
+        policy: gives a site (beside all sites) its LayerPolicy, or says why it stays dense.
+        names: id of each module of the user's model -> its qualified name.
+    """
+
+    gm: fx.GraphModule
+    policy: Callable[[AttentionSite, list[AttentionSite]], LayerPolicy | str]
+    names: dict[int, str] = field(default_factory=dict)
+    sites: list[AttentionSite] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._outer: dict[fx.Graph, fx.Node] = {}
+        self._writes: dict[fx.Graph, dict[fx.Node, int]] = {}
+        for gm in nested_graphs(self.gm):
+            for node in gm.graph.nodes:
+                if (body := body_of(gm, node)) is not None:
+                    self._outer[body.graph] = node
+        self.reader = Reader(self.outer, self.mutated)
+
+    def graphs(self) -> Iterator[fx.GraphModule]:
+        yield from nested_graphs(self.gm)
+
+    def outer(self, node: fx.Node) -> fx.Node | None:
+        """The node that a placeholder of a nested body is called with."""
+        call = self._outer.get(node.graph)
+        if call is None or node.op != "placeholder":
+            return None
+        placeholders = [n for n in node.graph.nodes if n.op == "placeholder"]
+        operand = call.args[1 + placeholders.index(node)]
+        return operand if isinstance(operand, fx.Node) else None
+
+    def call_of(self, graph: fx.Graph) -> fx.Node | None:
+        """The node that calls the nested body with this graph, None for the outermost."""
+        return self._outer.get(graph)
+
+    def writes(self, graph: fx.Graph) -> dict[fx.Node, int]:
+        if graph not in self._writes:
+            self._writes[graph] = last_writes(graph)
+        return self._writes[graph]
+
+    def mutated(self, node: fx.Node) -> bool:
+        return node in self.writes(node.graph)
+
+    def decline(self, site: AttentionSite, reject: Reject) -> None:
+        site.reject, site.action = reject, "declined"
+        log.info("%s (%s): declined: %s", site.layer, site.line, reject)
+
+
+def body_of(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    """The captured body that a higher-order node calls with its other arguments, or None."""
+    if not (node.op == "call_function" and is_higher_order(node) and node.args):
+        return None
+    first = node.args[0]
+    if not (isinstance(first, fx.Node) and first.op == "get_attr"):
+        return None
+    body = getattr(gm, str(first.target), None)
+    return body if any(body is g for g in nested_graphs(gm)) else None  # type: ignore[return-value]

@@ -1,0 +1,62 @@
+"""The passes in their order, and the loop that runs them."""
+
+import logging
+import os
+from collections.abc import Callable
+
+from torch import fx
+
+from moonfx.passes import classify_mask, find_attention, remove_dead, sparsify_attention, verify
+from moonfx.passes.context import Context
+
+log = logging.getLogger("moonfx.passes")
+
+Pass = Callable[[fx.Graph, Context], int]
+
+PASSES: tuple[tuple[str, Pass], ...] = (
+    ("find_attention", find_attention.run),
+    ("classify_mask", classify_mask.run),
+    ("sparsify_attention", sparsify_attention.run),
+    ("remove_dead", remove_dead.run),
+)
+
+
+def run_passes(context: Context, *, check: bool | None = None) -> int:
+    """Runs PASSES on the captured graph and the bodies inside it.
+
+    Args:
+        check: run `verify` after each pass; None is "if MOONFX_VERIFY is set".
+    Returns:
+        How many sites became sparse.
+    """
+    check = bool(os.environ.get("MOONFX_VERIFY")) if check is None else check
+    for name, run in PASSES:
+        count = sum(run(gm.graph, context) for gm in list(context.graphs()))
+        log.debug("%s: %d", name, count)
+        if name == "find_attention":
+            _in_order_of_execution(context)
+        if check:
+            for gm in context.graphs():
+                verify.run(gm.graph, context)
+    for gm in reversed(list(context.graphs())):
+        gm.recompile()
+    return sum(site.action == "sparse" for site in context.sites)
+
+
+def _in_order_of_execution(context: Context) -> None:
+    """Sorts the sites as the model runs them and numbers those that share a layer."""
+    position: dict[fx.Node, tuple[int, ...]] = {}
+
+    def place(node: fx.Node) -> tuple[int, ...]:
+        if node not in position:
+            call = context.call_of(node.graph)
+            prefix = place(call) if call is not None else ()
+            for index, each in enumerate(node.graph.nodes):
+                position[each] = (*prefix, index)
+        return position[node]
+
+    context.sites.sort(key=lambda site: place(site.output))
+    seen: dict[str, int] = {}
+    for site in context.sites:
+        site.ordinal = seen.get(site.layer, 0)
+        seen[site.layer] = site.ordinal + 1

@@ -1,0 +1,30 @@
+"""Removes what a rewrite left without users: mask nodes, and operands of nested bodies.
+
+    before  body(x, mask) whose mask placeholder has no users
+    after   body(x), and the nodes that made the mask are gone
+"""
+
+from torch import fx
+
+from moonfx.passes.context import Context, body_of
+
+
+def run(graph: fx.Graph, context: Context) -> int:
+    """Removes dead nodes of the graph and of the bodies it calls; returns how many."""
+    gm = graph.owning_module
+    before = len(graph.nodes)
+    for node in list(graph.nodes):
+        body = body_of(gm, node)
+        if body is None:
+            continue
+        run(body.graph, context)
+        placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+        used = [bool(p.users) for p in placeholders]
+        operands = node.args[1:]
+        node.args = (node.args[0], *(a for a, u in zip(operands, used, strict=True) if u))
+        for placeholder, keep in zip(placeholders, used, strict=True):
+            if not keep:
+                body.graph.erase_node(placeholder)
+        body.recompile()
+    graph.eliminate_dead_code()
+    return before - len(graph.nodes)
