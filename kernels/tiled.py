@@ -1,7 +1,7 @@
 """MoBA in torch operations, for any device: only the selected work, in memory linear in N.
 
     eq. 6   gate    s = q . mean(K block), float32, ties to the lower block
-    eq. 4   routes  one (query row, block) pair per chosen block, sorted by block, cut into row tiles
+    eq. 4   routes  a (query row, block) pair per chosen block, sorted by block, cut into tiles
     eq. 2   tile    P = exp(scale Q K^T - lse),  O = P V        batched products over gathered tiles
             merge   O = sum_j exp(lse_j - lse) O_j              lse = log sum_j exp(lse_j)
             back    dS = P (dO V^T - delta + dlse)              delta = rowsum(dO O)
@@ -41,7 +41,7 @@ class Budget:
 
     @classmethod
     def on(cls, device: torch.device) -> "Budget":
-        return cls(256 << 20, 128 << 20) if device.type == "cuda" else cls(64 << 20, 16 << 20)
+        return cls(256 << 20, 128 << 20) if device.type == "cuda" else cls(64 << 20, 4 << 20)
 
 
 @dataclass(frozen=True)
@@ -175,18 +175,19 @@ class Problem:
         base = torch.arange(batch * kv_heads, device=query.device) * self.blocks
         base = base.view(batch, kv_heads, 1, 1)
         segments = batch * kv_heads * self.blocks
-        limit = group * count  # rows of a segment can be no more
 
         route = torch.where(position >= 0, base + own, segments)
-        tiles = cut(route.reshape(-1, 1), segments, tile_rows(min(limit, group * self.block)))
+        tiles = cut(route.reshape(-1, 1), segments, tile_rows(group * min(count, self.block)))
         offset = (position % self.block).reshape(-1)
         plans = [causal(tiles, F.pad(offset, (0, 1)))]
 
         if self.topk > 1:
             means = self.block_means(keys, batch, kv_heads)
-            chosen = self.choose(query, means, own, (self.offset + queries.stop - 1) // self.block)
+            candidates = (self.offset + queries.stop - 1) // self.block
+            chosen = self.choose(query, means, own, candidates)
             route = torch.where(chosen >= 0, base[..., None] + chosen, segments)
-            size = tile_rows(min(limit, group * self.block * (self.topk - 1)))
+            # No larger than a segment's mean share, or most of a tile would be empty.
+            size = tile_rows(-(-group * count * (self.topk - 1) // max(1, candidates)))
             rows_, segment, place = cut(route.flatten(0, 3), segments, size)
             turn = torch.arange(len(rows_), device=query.device)
             plans.append(Tiles(rows_, segment, turn, [self.block] * len(rows_), place, None))
@@ -425,13 +426,13 @@ def tile_rows(rows: int) -> int:
 
 
 def sortable(score: Tensor) -> Tensor:
-    """float32 -> int64 of the same order, equal scores 2**32 apart from the next: room for a tie."""
+    """float32 -> int64 in the same order, unequal ones 2**32 apart: room to break a tie."""
     bits = (score + 0.0).view(torch.int32)  # -0.0 becomes 0.0, which it equals
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Batched product in float32, from operands in right's dtype where the device has such units."""
+    """Batched product in float32, from operands in right's dtype where the device does that."""
     if right.dtype != torch.float32 and right.is_cuda and torch.version.hip is None:
         return torch.bmm(left.to(right.dtype), right, out_dtype=torch.float32)
     return torch.bmm(left.float(), right.float())
