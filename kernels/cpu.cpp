@@ -1,0 +1,33 @@
+// MoBA attention on the CPU: the C interface of cpu.py. The mathematics and the plan are in cpu_forward.h.
+#include "cpu_backward.h"
+#include "cpu_decode.h"
+
+extern "C" {
+
+// 1 if bfloat16 operands are multiplied as they are; otherwise the caller passes float32.
+int64_t moonfx_bfloat16(void) {
+#ifdef MOONFX_BF16
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// Both return the bytes of scratch that they used, or -1 if it could not be allocated.
+int64_t moonfx_forward(const Arguments* a, int64_t bfloat16) {
+    Plan plan(*a);
+    bool few = a->Nq * plan.G <= FEW;
+#ifdef MOONFX_BF16
+    if (bfloat16) return few ? Decode<bf16>{plan, *a}.run() : Forward<BFloat16>{plan, *a}.run();
+#endif
+    return few ? Decode<float>{plan, *a}.run() : Forward<Float32>{plan, *a}.run();
+}
+
+int64_t moonfx_backward(const Arguments* a, int64_t bfloat16) {
+    Plan plan(*a);
+#ifdef MOONFX_BF16
+    if (bfloat16) return Backward<BFloat16>{plan, *a}.run();
+#endif
+    return Backward<Float32>{plan, *a}.run();
+}
+}

@@ -1,0 +1,204 @@
+"""MoBA attention on the CPU: block-sparse flash attention in C++ (arXiv 2502.13189, eq. 2-6).
+
+    s_j = q . mean(K_j)                     the gate, float32, no gradient (eq. 6)
+    S = scale Q K^T, m = max S, l = sum exp(S - m)    streamed over a query's blocks, ascending
+    O = exp(S - m) V / l, lse = m + log l
+    P = exp(S - lse), dS = P (dO V^T - sum(dO O) + dlse) scale
+    dQ = dS K, dK = dS^T Q, dV = P^T dO
+
+A unit of work is a run of queries of one kv head, with all the query heads that share it. It sorts
+its rows by the block that they selected, so that each block of K and V is read once for all of
+them, six rows at a time, and scores never leave the first-level cache.
+
+float32, and bfloat16 where there is AVX512-BF16, are multiplied as they are; the softmax's weights
+are then rounded to bfloat16, as scaled_dot_product_attention does. float16, and bfloat16 elsewhere,
+are computed in float32. Gate, softmax and sums are float32 always. Routing is the same for one
+query as for many, backward repeats bit for bit, and neither pass depends on the number of threads.
+
+Scratch grows with the sequence, never with its square: packed copies of K and V (2 forward, 3
+backward), the block means, and per thread the accumulators of one unit. Up to 32 rows per kv head
+(decoding) pack nothing.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from moonfx.kernels import cpu_build
+
+STRIDED = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
+POINTERS = (
+    *("query", "key", "value", "out", "lse", "key_mask"),
+    *("grad_out", "grad_lse", "grad_query", "grad_key", "grad_value"),
+)
+SIZES = ("B", "Hq", "Hkv", "Nq", "Nk", "D", "Dv", "block", "topk", "sinks", "threads")
+
+
+class Strides(ctypes.Structure):
+    """Steps between batch entries, heads and tokens, in elements."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "token")]
+
+
+class Arguments(ctypes.Structure):
+    """The mirror of struct Arguments in cpu_plan.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int64) for name in SIZES),
+        ("scale", ctypes.c_double),
+        *((f"{name}_at", Strides) for name in STRIDED),
+    ]
+
+
+def available() -> str | None:
+    """None if the kernel runs here (it is compiled now if need be), else why not and the remedy."""
+    return cpu_build.library()[1]
+
+
+def load() -> ctypes.CDLL:
+    library, reason = cpu_build.library()
+    if library is None:
+        raise RuntimeError(reason)
+    for name in ("moonfx_forward", "moonfx_backward", "moonfx_bfloat16"):
+        getattr(library, name).restype = ctypes.c_int64
+    return library
+
+
+def compute_dtype(library: ctypes.CDLL, dtype: torch.dtype) -> torch.dtype:
+    """What the library multiplies for tensors of `dtype`."""
+    native = dtype == torch.bfloat16 and library.moonfx_bfloat16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def token_major(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    """Zeros [B, H, N, D] over [B, N, H, D] storage: a model's transpose and reshape copy nothing.
+
+    Zeroed memory comes from the system already zero, at no cost that `empty` would save.
+    """
+    B, H, N, D = shape
+    return torch.zeros(B, N, H, D, dtype=dtype).transpose(1, 2)
+
+
+def ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.detach().to(dtype)
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def call(
+    library: ctypes.CDLL,
+    name: str,
+    tensors: dict[str, Tensor | None],
+    numbers: dict[str, int | float],
+) -> int:
+    """Runs one entry point on `ready` tensors; returns the bytes of scratch that it used."""
+    arguments = Arguments(threads=torch.get_num_threads(), **numbers)
+    for field, tensor in tensors.items():
+        if tensor is not None:
+            setattr(arguments, field, tensor.data_ptr())
+            if field in STRIDED:
+                setattr(arguments, f"{field}_at", Strides(*tensor.stride()[:3]))
+    query = tensors["query"]
+    assert query is not None
+    bfloat16 = ctypes.c_int64(query.dtype == torch.bfloat16)
+    used: int = getattr(library, name)(ctypes.byref(arguments), bfloat16)
+    if used < 0:
+        raise MemoryError(f"{name}: no memory for the scratch of a query {tuple(query.shape)}")
+    return used
+
+
+def sizes(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int | float]:
+    B, Hq, Nq, D = query.shape
+    Hkv, Nk, Dv = value.shape[1:]
+    assert Nq <= Nk, (Nq, Nk)
+    assert Hq % Hkv == 0, (Hq, Hkv)
+    return {"B": B, "Hq": Hq, "Hkv": Hkv, "Nq": Nq, "Nk": Nk, "D": D, "Dv": Dv}
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block: int,
+    topk: int,
+    sinks: int,
+    scale: float,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the selected blocks.
+
+    Args:
+        query: [B, Hq, Nq, D] float32, bfloat16 or float16, any strides.
+        key, value: [B, Hkv, Nk, D] and [B, Hkv, Nk, Dv], query's dtype; Hkv divides Hq, Nq <= Nk.
+        key_mask: bool [B, Nk], True for a real token; None when all are.
+    Returns:
+        out [B, Hq, Nq, Dv] in query's dtype over token-major storage, and lse [B, Hq, Nq] float32,
+        the natural logarithm. A query that sees no real key gives 0 and -inf.
+    Raises:
+        RuntimeError: if there is no compiler. MemoryError: if there is no room for the scratch.
+    """
+    library = load()
+    numbers = sizes(query, key, value)
+    dtype = compute_dtype(library, query.dtype)
+    out = token_major((*query.shape[:3], value.shape[3]), dtype)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32)
+    if lse.numel():
+        tensors = {
+            "query": ready(query, dtype),
+            "key": ready(key, dtype),
+            "value": ready(value, dtype),
+            "out": out,
+            "lse": lse,
+            "key_mask": None if key_mask is None else key_mask.contiguous(),
+        }
+        numbers |= {"block": block, "topk": topk, "sinks": sinks, "scale": scale}
+        call(library, "moonfx_forward", tensors, numbers)
+    return out.to(query.dtype), lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block: int,
+    topk: int,
+    sinks: int,
+    scale: float,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `forward`.
+
+    Args:
+        grad_out: like out. grad_lse: like lse, or None. The others as `forward` took and gave them.
+    Returns:
+        The gradients of query, key and value, in their dtype and over token-major storage.
+    Raises:
+        RuntimeError: if there is no compiler. MemoryError: if there is no room for the scratch.
+    """
+    library = load()
+    numbers = sizes(query, key, value)
+    dtype = compute_dtype(library, query.dtype)
+    grad_query = token_major(query.shape, dtype)
+    grad_key, grad_value = (token_major(x.shape, torch.float32) for x in (key, value))
+    if lse.numel():
+        tensors = {
+            "query": ready(query, dtype),
+            "key": ready(key, dtype),
+            "value": ready(value, dtype),
+            "out": ready(out, dtype),
+            "lse": lse.contiguous(),
+            "grad_out": ready(grad_out, dtype),
+            "grad_lse": None if grad_lse is None else grad_lse.float().contiguous(),
+            "key_mask": None if key_mask is None else key_mask.contiguous(),
+            "grad_query": grad_query,
+            "grad_key": grad_key,
+            "grad_value": grad_value,
+        }
+        numbers |= {"block": block, "topk": topk, "sinks": sinks, "scale": scale}
+        call(library, "moonfx_backward", tensors, numbers)
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)

@@ -1,0 +1,132 @@
+// Vector types of the compiler's vector extension, and the few functions that the kernels need on them.
+//
+// VL floats fill one register. A matrix product keeps MR rows of NV registers as accumulators, so
+// 6 x 4 + 4 + 1 of 32 registers (AVX-512, NEON) or 6 x 2 + 2 + 1 of 16 (AVX2, SSE).
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define MOONFX_BF16 1
+#endif
+
+#if defined(__AVX512F__)
+#define VB 64
+#elif defined(__AVX__)
+#define VB 32
+#else
+#define VB 16
+#endif
+
+constexpr int VL = VB / 4;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int NV = 4;
+#else
+constexpr int NV = 2;
+#endif
+constexpr int NR = VL * NV;  // keys (or channels) in one panel
+constexpr int MR = 6;        // rows in one register tile
+
+typedef float vf __attribute__((vector_size(VB)));
+typedef int32_t vi __attribute__((vector_size(VB)));
+typedef float vf_any __attribute__((vector_size(VB), aligned(4), may_alias));
+typedef int32_t vi_any __attribute__((vector_size(VB), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(VB / 2), aligned(2), may_alias));
+typedef uint32_t vu __attribute__((vector_size(VB)));
+
+typedef uint16_t bf16;
+
+static inline vf load(const float* p) { return *(const vf_any*)p; }
+static inline void store(float* p, vf x) { *(vf_any*)p = x; }
+static inline vf splat(float x) {
+    vf r;
+    for (int i = 0; i < VL; ++i) r[i] = x;
+    return r;
+}
+static inline vi splat(int32_t x) {
+    vi r;
+    for (int i = 0; i < VL; ++i) r[i] = x;
+    return r;
+}
+static inline vi iota() {
+    vi r;
+    for (int i = 0; i < VL; ++i) r[i] = i;
+    return r;
+}
+static inline vf larger(vf a, vf b) { return a > b ? a : b; }
+
+// The lanes are combined as a tree, so that the order never depends on the data's length.
+template <class F>
+static inline float reduce(vf x, F f) {
+    float t[VL];
+    std::memcpy(t, &x, sizeof x);
+#if VB == 64
+    typedef float v8 __attribute__((vector_size(32)));
+    typedef float v4 __attribute__((vector_size(16)));
+    v8 a, b;
+    std::memcpy(&a, t, 32);
+    std::memcpy(&b, t + 8, 32);
+    a = f(a, b);
+    v4 c, d;
+    std::memcpy(&c, &a, 16);
+    std::memcpy(&d, (const char*)&a + 16, 16);
+    c = f(c, d);
+    std::memcpy(t, &c, 16);
+#elif VB == 32
+    typedef float v4 __attribute__((vector_size(16)));
+    v4 c, d;
+    std::memcpy(&c, t, 16);
+    std::memcpy(&d, t + 4, 16);
+    c = f(c, d);
+    std::memcpy(t, &c, 16);
+#endif
+    return f(f(t[0], t[2]), f(t[1], t[3]));
+}
+static inline float sum(vf x) {
+    return reduce(x, [](auto a, auto b) { return a + b; });
+}
+static inline float maximum(vf x) {
+    return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// 2^x for x <= 0 (in fact x < 127): rounds to the nearest integer n by adding 1.5 * 2^23, then a degree 5
+// minimax polynomial of 2^(x-n) (relative error 1e-7 before rounding); 0 below -126.5, so exactly 0 for -inf; NaN stays NaN.
+static inline vf exp2_(vf x) {
+    const float magic = 12582912.0f;
+    x = splat(-127.0f) > x ? splat(-127.0f) : x;
+    vf t = x + magic;
+    vf f = x - (t - magic);
+    vf y = f * 1.32647270e-3f + 9.67151276e-3f;
+    y = y * f + 5.55073374e-2f;
+    y = y * f + 2.40222421e-1f;
+    y = y * f + 6.93146978e-1f;
+    y = y * f + 1.0f;
+    return y * (vf)(((vi)t + 127) << 23);
+}
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16 x) {
+    uint32_t u = (uint32_t)x << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+static inline void from_float(float x, float* p) { *p = x; }
+static inline void from_float(float x, bf16* p) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    *p = x != x ? (bf16)((u >> 16) | 64) : (bf16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+static inline vf widen(const float* p) { return load(p); }
+static inline vf widen(const bf16* p) {
+    return (vf)(__builtin_convertvector(*(const vh_any*)p, vu) << 16);
+}
+// d values to float32, zeros up to padded.
+template <class T>
+static inline void widen_row(const T* p, int64_t d, int64_t padded, float* out) {
+    int64_t i = 0;
+    for (; i + VL <= d; i += VL) store(out + i, widen(p + i));
+    for (; i < d; ++i) out[i] = to_float(p[i]);
+    for (; i < padded; ++i) out[i] = 0.0f;
+}
