@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
+from tqdm import tqdm
 
 import moonfx
 from moonfx import doctor
@@ -69,11 +70,13 @@ def parser() -> argparse.ArgumentParser:
         (explain, "--block", 4096, "tokens per block"),
         (explain, "--topk", 12, "blocks that a query attends"),
         (explain, "--sinks", 1, "first blocks that are always attended"),
-        (model, "--length", 256, "tokens of the traced input"),
         (model, "--batch", 1, "rows of the traced input"),
         (model, "--layers", 2, "layers to build"),
     ):
         group.add_argument(name, type=int, default=default, help=f"{help_text} (%(default)s)")
+    model.add_argument(
+        "--length", type=int, help="tokens of the traced input (twice what block * topk covers)"
+    )
     model.add_argument(
         "--attention", choices=["eager", "sdpa"], help="code path (the model's own choice)"
     )
@@ -94,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_doctor(options: argparse.Namespace) -> int:
-    checks = doctor.diagnose()
+    checks = list(tqdm(doctor.diagnose(), unit="check", leave=False, disable=None))
     works = doctor.core_works(checks)
     if options.json:
         print(json.dumps({"ok": works, "checks": [check.to_dict() for check in checks]}, indent=2))
@@ -106,14 +109,16 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 
 def run_explain(options: argparse.Namespace) -> int:
-    for name in ("length", "batch", "layers"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {getattr(options, name)}")
     settings = {"block": options.block, "topk": options.topk, "sinks": options.sinks}
     try:
         check_block_topk_sinks(**settings)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
+    if options.length is None:  # nothing is computed, so a length that shows the savings is free
+        options.length = 2 * options.block * options.topk
+    for name in ("length", "batch", "layers"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(options, name)}")
     model, args, kwargs = load(options)
     report = moonfx.explain(model, *args, **settings, **kwargs)
     print(report.to_json() if options.json else report)
@@ -146,8 +151,18 @@ def from_factory(target: str, options: argparse.Namespace) -> Call:
         known = sorted(k for k, v in vars(module).items() if callable(v) and not k.startswith("_"))
         raise UsageError(f"{module_name} has no function {name!r}{nearest(name, known)}")
     made = factory()
-    model, args, kwargs = (*made, (), {})[:3] if isinstance(made, tuple) else (made, (), {})
-    if not isinstance(model, torch.nn.Module) or not isinstance(kwargs, Mapping):
+    match made:
+        case (model, args, kwargs):
+            pass
+        case (model, args):
+            kwargs = {}
+        case model:
+            args, kwargs = (), {}
+    if not (
+        isinstance(model, torch.nn.Module)
+        and isinstance(args, (tuple, list))
+        and isinstance(kwargs, Mapping)
+    ):
         raise UsageError(
             f"{target}() must return a torch.nn.Module, (model, args) or (model, args, kwargs), "
             f"got {type(made).__name__}"

@@ -3,15 +3,17 @@
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+from moonfx.kernels import cpu, cpu_build
 
 PYTHON_FROM = (3, 11)
 TORCH_FROM, TORCH_BELOW = (2, 11), (2, 16)
@@ -47,28 +49,26 @@ class Check:
         return asdict(self)
 
 
-def diagnose() -> list[Check]:
-    """Looks for everything that a feature needs, in a few seconds, and changes nothing."""
-    return [
-        check_python(),
-        check_torch(torch.__version__),
-        check_operator(),
-        check_backend_name(),
-        *check_compiler(),
-        *check_vector_units(cpu_flags()),
-        check_gpu(),
-        check_package("triton", "torch.compile on a GPU"),
-        check_package("transformers", "Hugging Face models, `moonfx explain <model type>`"),
-        check_package("gguf", "reading the demo's weights"),
-        check_package("onnx", "ONNX models (planned)"),
-        check_package("onnxscript", "ONNX models (planned)"),
-        check_package("onnxruntime", "ONNX models (planned)"),
-        check_package("torchao", "quantised models (planned)"),
-        check_package("matplotlib", "plots (planned)"),
-    ]
+def diagnose() -> Iterator[Check]:
+    """Looks for everything that a feature needs. The first call here compiles the CPU kernel."""
+    yield check_python()
+    yield check_torch(torch.__version__)
+    yield from check_compiler()
+    yield check_operator()
+    yield check_backend_name()
+    yield from check_vector_units(cpu_flags())
+    yield check_gpu()
+    yield check_package("triton", "torch.compile on a GPU")
+    yield check_package("transformers", "Hugging Face models, `moonfx explain <model type>`")
+    yield check_package("gguf", "reading the demo's weights")
+    yield check_package("onnx", "ONNX models (planned)")
+    yield check_package("onnxscript", "ONNX models (planned)")
+    yield check_package("onnxruntime", "ONNX models (planned)")
+    yield check_package("torchao", "quantised models (planned)")
+    yield check_package("matplotlib", "plots (planned)")
 
 
-def core_works(checks: list[Check]) -> bool:
+def core_works(checks: Iterable[Check]) -> bool:
     """True if every core component is ok."""
     return all(check.status == OK for check in checks if check.core)
 
@@ -118,27 +118,25 @@ def check_backend_name() -> Check:
 
 
 def check_compiler() -> list[Check]:
-    component, needed_by = "C++ compiler", "CPU kernel at full speed, Inductor on the CPU"
-    try:
-        reason = importlib.import_module("moonfx.kernels.cpu").available()
-    except Exception as failure:  # noqa: BLE001 - whatever is wrong is the finding
-        reason = one_line(failure)
-    compiler = find_compiler()
+    """The compiler, by compiling and loading the CPU kernel, and its OpenMP."""
+    component, needed_by = "C++ compiler", "CPU kernel (else plain torch), Inductor on the CPU"
+    compiler = cpu_build.find_compiler()
     if compiler is None:
         row = Check(component, "-", needed_by, MISSING, "apt-get install -y g++")
-    elif reason is None:
-        row = Check(component, first_line([compiler, "--version"]), needed_by, OK)
-    else:
+    elif (reason := cpu.available()) is not None:
         show = "python -c 'from moonfx.kernels import cpu; print(cpu.available())'"
-        row = Check(component, reason, needed_by, BROKEN, show)
+        row = Check(component, reason.partition("\n")[0], needed_by, BROKEN, show)
+    else:
+        version = cpu_build.run([*compiler, "--version"]).stdout.partition("\n")[0]
+        row = Check(component, version, needed_by, OK)
     return [row, check_openmp(compiler)]
 
 
-def check_openmp(compiler: str | None) -> Check:
+def check_openmp(compiler: list[str] | None) -> Check:
     component, needed_by = "OpenMP", "CPU kernel on more than one core"
     source = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
     if compiler is not None:
-        command = [compiler, "-fopenmp", "-x", "c++", "-", "-o", "/dev/null"]
+        command = [*compiler, "-fopenmp", "-x", "c++", "-", "-o", "/dev/null"]
         run = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
         if run.returncode == 0:
             found = f"links; torch uses {torch.get_num_threads()} threads"
@@ -185,12 +183,6 @@ def check_package(name: str, needed_by: str) -> Check:
     return Check(name, version, needed_by, OK)
 
 
-def find_compiler() -> str | None:
-    """The compiler that torch would use: $CXX, else the first known name on the path."""
-    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    return next((found for name in names if name and (found := shutil.which(name))), None)
-
-
 def cpu_flags() -> set[str]:
     """The processor's feature flags as Linux lists them; empty elsewhere."""
     try:
@@ -200,11 +192,6 @@ def cpu_flags() -> set[str]:
     return {
         flag for line in lines if line.startswith("flags") for flag in line.split(":")[1].split()
     }
-
-
-def first_line(command: list[str]) -> str:
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    return (run.stdout or run.stderr).strip().partition("\n")[0]
 
 
 def one_line(failure: BaseException) -> str:

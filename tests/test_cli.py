@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moonfx import cli, doctor
+from moonfx.kernels import cpu_build
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +36,7 @@ REFUSED = [
     ("pixels", ["explain", "vit"], "reads pixel_values, not tokens"),
     ("no such module", ["explain", "no_such_module:f"], "there is no module 'no_such_module'"),
     ("no such factory", ["explain", "own_models:mak"], "no function 'mak'; the nearest are make"),
+    ("arguments loose", ["explain", "own_models:loose"], "(model, args) or (model, args, kwargs)"),
     ("not a model", ["explain", "own_models:not_a_model"], "must return a torch.nn.Module"),
 ]
 
@@ -56,6 +58,9 @@ def make():
 def make_with_keywords():
     return Attention(), (torch.randn(1, 64, 32),), {"scale": 0.5}
 
+def loose():
+    return Attention(), torch.randn(1, 64, 32)
+
 def not_a_model():
     return 3
 """
@@ -75,18 +80,19 @@ def own_models(tmp_path, monkeypatch):
     ("words", "sites"), [row[1:] for row in EXPLAINED], ids=[row[0] for row in EXPLAINED]
 )
 def test_explain_finds_every_layer_of_a_hugging_face_model(words, sites, capsys):
-    settings = ["--block", "16", "--topk", "3", "--length", "128"]
-    assert cli.main(["explain", *words, *settings, "--json"]) == 0
+    assert cli.main(["explain", *words, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert len(report["sites"]) == sites
+    assert [site["action"] for site in report["sites"]] == ["sparse"] * sites
+    assert report["savings"]["keys"] == 2 * 4096 * 12
 
 
 def test_explain_prints_the_report_as_text(capsys):
     words = ["explain", "llama", "--block", "16", "--topk", "3", "--length", "128"]
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
-    assert "layers.0" in printed
-    assert "layers.1" in printed
+    assert printed.count("16/3/1") == 2
+    assert "model.layers.0.self_attn" in printed
+    assert "at N = 128" in printed
 
 
 @pytest.mark.parametrize("factory", ["make", "make_with_keywords"])
@@ -172,7 +178,7 @@ def test_the_doctor_exits_with_1_when_the_core_is_broken(monkeypatch, capsys):
 
 
 def test_a_missing_compiler_is_reported_and_leaves_the_core_working(monkeypatch):
-    monkeypatch.setattr(doctor, "find_compiler", lambda: None)
+    monkeypatch.setattr(cpu_build, "find_compiler", lambda: None)
     compiler, openmp = doctor.check_compiler()
     assert (compiler.status, compiler.fix) == (doctor.MISSING, "apt-get install -y g++")
     assert openmp.status == doctor.MISSING

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from moonfx import doctor
+from moonfx.kernels import cpu_build
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = {"moonfx": "moonfx", "passes": "moonfx/passes", "kernels": "moonfx/kernels"}
@@ -198,7 +199,7 @@ def test_the_doctor_finds_the_core_working_from(mode, installations, tmp_path):
     assert said["ok"] is True
     # The C++ sources travel with the package: where there is a compiler, the kernel is usable.
     compiler = next(check for check in said["checks"] if check["component"] == "C++ compiler")
-    assert compiler["status"] == (doctor.OK if doctor.find_compiler() else doctor.MISSING)
+    assert compiler["status"] == (doctor.OK if cpu_build.find_compiler() else doctor.MISSING)
 
 
 def test_the_command_is_installed_with_the_wheel(installations, tmp_path):
