@@ -441,7 +441,8 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """float32 products without TF32 or bfloat16 inside: a rounded gate would flip near-ties."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    backends = torch.backends.cuda.matmul, mkldnn
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
