@@ -108,12 +108,17 @@ def call(
     return used
 
 
-def sizes(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int | float]:
+def settings(
+    query: Tensor, value: Tensor, block: int, topk: int, sinks: int, scale: float | None
+) -> dict[str, int | float]:
+    """The numbers of Arguments by name."""
     B, Hq, Nq, D = query.shape
     Hkv, Nk, Dv = value.shape[1:]
     assert Nq <= Nk, (Nq, Nk)
     assert Hq % Hkv == 0, (Hq, Hkv)
-    return {"B": B, "Hq": Hq, "Hkv": Hkv, "Nq": Nq, "Nk": Nk, "D": D, "Dv": Dv}
+    shape = {"B": B, "Hq": Hq, "Hkv": Hkv, "Nq": Nq, "Nk": Nk, "D": D, "Dv": Dv}
+    policy = {"block": block, "topk": topk, "sinks": sinks}
+    return shape | policy | {"scale": D**-0.5 if scale is None else scale}
 
 
 def forward(
@@ -123,7 +128,7 @@ def forward(
     block: int,
     topk: int,
     sinks: int,
-    scale: float,
+    scale: float | None,
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the selected blocks.
@@ -131,6 +136,7 @@ def forward(
     Args:
         query: [B, Hq, Nq, D] float32, bfloat16 or float16, any strides.
         key, value: [B, Hkv, Nk, D] and [B, Hkv, Nk, Dv], query's dtype; Hkv divides Hq, Nq <= Nk.
+        scale: factor on q.k, D**-0.5 when None.
         key_mask: bool [B, Nk], True for a real token; None when all are.
     Returns:
         out [B, Hq, Nq, Dv] in query's dtype over token-major storage, and lse [B, Hq, Nq] float32,
@@ -139,7 +145,7 @@ def forward(
         RuntimeError: if there is no compiler. MemoryError: if there is no room for the scratch.
     """
     library = load()
-    numbers = sizes(query, key, value)
+    numbers = settings(query, value, block, topk, sinks, scale)
     dtype = compute_dtype(library, query.dtype)
     out = token_major((*query.shape[:3], value.shape[3]), dtype)
     lse = torch.empty(query.shape[:3], dtype=torch.float32)
@@ -152,7 +158,6 @@ def forward(
             "lse": lse,
             "key_mask": None if key_mask is None else key_mask.contiguous(),
         }
-        numbers |= {"block": block, "topk": topk, "sinks": sinks, "scale": scale}
         call(library, "moonfx_forward", tensors, numbers)
     return out.to(query.dtype), lse
 
@@ -168,7 +173,7 @@ def backward(
     block: int,
     topk: int,
     sinks: int,
-    scale: float,
+    scale: float | None,
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward`.
@@ -181,7 +186,7 @@ def backward(
         RuntimeError: if there is no compiler. MemoryError: if there is no room for the scratch.
     """
     library = load()
-    numbers = sizes(query, key, value)
+    numbers = settings(query, value, block, topk, sinks, scale)
     dtype = compute_dtype(library, query.dtype)
     grad_query = token_major(query.shape, dtype)
     grad_key, grad_value = (token_major(x.shape, torch.float32) for x in (key, value))
@@ -199,6 +204,5 @@ def backward(
             "grad_key": grad_key,
             "grad_value": grad_value,
         }
-        numbers |= {"block": block, "topk": topk, "sinks": sinks, "scale": scale}
         call(library, "moonfx_backward", tensors, numbers)
     return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)

@@ -184,7 +184,7 @@ struct Backward {
             t.lse[r] = a.lse[at] * LOG2E;
             vf delta = vf{};
             int64_t d = 0;
-            for (; d + VL <= a.Dv; d += VL) delta += widen(g + d) * widen(o + d);
+            for (; d + VL <= a.Dv; d += VL) delta = mul_add(widen(g + d), widen(o + d), delta);
             float rest = sum(delta);
             for (; d < a.Dv; ++d) rest += to_float(g[d]) * to_float(o[d]);
             t.delta[r] = rest - (a.grad_lse ? a.grad_lse[at] : 0.0f);

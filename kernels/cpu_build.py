@@ -23,7 +23,7 @@ MAIN = "cpu.cpp"
 # Not -ffast-math: -inf marks what is masked, and a NaN must come through.
 FLAGS = [
     *("-std=c++17", "-O3", "-shared", "-fPIC"),
-    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 ]
 # Tried in this order. Without -march=native vectors are short; without OpenMP one thread works.
 EXTRAS = (

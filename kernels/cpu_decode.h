@@ -45,7 +45,7 @@ struct Decode {
                 widen_row(k, a.D, query_padded, key);
                 for (size_t x = 0; x < count; ++x) {
                     vf dot = vf{};
-                    for (int64_t d = 0; d < query_padded; d += VL) dot += load(q[x] + d) * load(key + d);
+                    for (int64_t d = 0; d < query_padded; d += VL) dot = mul_add(load(q[x] + d), load(key + d), dot);
                     scores[x * STEP + c] = sum(dot) * scale;
                 }
             }
@@ -65,7 +65,7 @@ struct Decode {
                 for (size_t x = 0; x < count; ++x) {
                     float p = scores[x * STEP + c];
                     for (int64_t d = 0; d < value_padded; d += VL)
-                        store(out[x] + 2 + d, load(out[x] + 2 + d) + p * load(value + d));
+                        store(out[x] + 2 + d, mul_add(splat(p), load(value + d), load(out[x] + 2 + d)));
                 }
             }
         }
@@ -83,7 +83,7 @@ struct Decode {
             float weight = exp2_(splat(slot[0] - base))[0];
             l += slot[1] * weight;
             for (int64_t d = 0; d < value_padded; d += VL)
-                store(total + d, load(total + d) + weight * load(slot + 2 + d));
+                store(total + d, mul_add(splat(weight), load(slot + 2 + d), load(total + d)));
         }
         T* out = row_of((T*)a.out, a.out_at, b, h, i);
         float inverse = count ? 1.0f / l : 0.0f;

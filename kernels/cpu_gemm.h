@@ -10,7 +10,7 @@ struct Float32 {
     typedef float word;
     typedef float element;
     static constexpr int per_word = 1;
-    static inline vf step(vf c, word a, vf b) { return c + a * b; }
+    static inline vf step(vf c, word a, vf b) { return mul_add(splat(a), b, c); }
     static inline vf fetch(const word* p) { return load(p); }
 };
 

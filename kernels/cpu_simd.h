@@ -6,8 +6,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define MOONFX_BF16 1
 #endif
 
@@ -39,20 +43,26 @@ typedef uint16_t bf16;
 
 static inline vf load(const float* p) { return *(const vf_any*)p; }
 static inline void store(float* p, vf x) { *(vf_any*)p = x; }
-static inline vf splat(float x) {
-    vf r;
-    for (int i = 0; i < VL; ++i) r[i] = x;
-    return r;
-}
-static inline vi splat(int32_t x) {
-    vi r;
-    for (int i = 0; i < VL; ++i) r[i] = x;
-    return r;
-}
+static inline vf splat(float x) { return x - vf{}; }  // x - 0 is x, -0 included
+static inline vi splat(int32_t x) { return x - vi{}; }
 static inline vi iota() {
     vi r;
     for (int i = 0; i < VL; ++i) r[i] = i;
     return r;
+}
+
+// a * b + c. Fused by name and never by the compiler's choice (-ffp-contract=off): GCC fuses one instance
+// of a template and not the next, and a query's scores would then depend on how many queries stand beside it.
+static inline vf mul_add(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
 }
 static inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
@@ -97,11 +107,11 @@ static inline vf exp2_(vf x) {
     x = splat(-127.0f) > x ? splat(-127.0f) : x;
     vf t = x + magic;
     vf f = x - (t - magic);
-    vf y = f * 1.32647270e-3f + 9.67151276e-3f;
-    y = y * f + 5.55073374e-2f;
-    y = y * f + 2.40222421e-1f;
-    y = y * f + 6.93146978e-1f;
-    y = y * f + 1.0f;
+    vf y = mul_add(f, splat(1.32647270e-3f), splat(9.67151276e-3f));
+    y = mul_add(y, f, splat(5.55073374e-2f));
+    y = mul_add(y, f, splat(2.40222421e-1f));
+    y = mul_add(y, f, splat(6.93146978e-1f));
+    y = mul_add(y, f, splat(1.0f));
     return y * (vf)(((vi)t + 127) << 23);
 }
 
