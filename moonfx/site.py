@@ -43,6 +43,7 @@ class AttentionSite:
         query, key, value: before any repeat_kv.
         key_transposed: the key node is [B, Hkv, D, Nk].
         scale: softmax scale; None is head_dim ** -0.5.
+        factors: scalars that the graph does not fix, as (node, "mul" | "div"): they scale the query.
         masks: nodes of the masks, as (node, how) with how one of "additive", "keep", "drop".
         causal: the operator itself was told to be causal (is_causal=True, top-left aligned).
         dtype: output dtype.
@@ -59,6 +60,7 @@ class AttentionSite:
     layer: str
     line: str
     scale: float | None = None
+    factors: list[tuple[fx.Node, str]] = field(default_factory=list)
     masks: list[tuple[fx.Node, str]] = field(default_factory=list)
     causal: bool = False
     key_transposed: bool = False

@@ -105,12 +105,13 @@ def parse_sdpa(node: fx.Node, context: Context) -> AttentionSite:
     dropout = argument(node, 4, "dropout_p", 0.0)
     if dropout != 0.0:
         site.reject = Reject(f"dropout p={dropout} is active; set it to 0 or call eval()", node)
-    elif isinstance(scale, fx.Node):
-        site.reject = Reject("the softmax scale is not a constant of the graph", scale)
     elif mask is not None:
         kind = "keep" if mask.meta["val"].dtype == torch.bool else "additive"
         site.masks.append((mask, kind))
-    site.scale = None if scale is None else scale
+    if isinstance(scale, fx.Node):
+        site.scale, site.factors = 1.0, [(scale, "mul")]
+    else:
+        site.scale = scale
     return site
 
 
@@ -129,7 +130,7 @@ def parse_softmax(node: fx.Node, context: Context) -> AttentionSite | None:
     if isinstance(chain, Reject):
         site.reject = chain
         return site
-    scores, site.scale, site.masks = chain
+    scores, site.scale, site.masks, site.factors = chain
     site.query, site.key, site.form = scores.query, scores.key, f"{scores.form} + softmax"
     site.key_transposed = True
     rank = len(node.meta["val"].shape)
@@ -215,33 +216,41 @@ class Scores:
         self.node, self.query, self.key, self.form = node, query, key, form
 
 
-Chain = tuple[Scores, float, list[tuple[fx.Node, str]]]
+Masks = list[tuple[fx.Node, str]]
+Factors = list[tuple[fx.Node, str]]
+Chain = tuple[Scores, float, Masks, Factors]
 
 
 def parse_scores(node: Any, context: Context) -> Chain | Reject | None:
     """Walks from the softmax back to query @ key^T; None if no such product is there at all."""
-    scale, masks = 1.0, []
+    scale = 1.0
+    masks: Masks = []
+    factors: Factors = []
     start = node
     while isinstance(node, fx.Node):
         target = node.target
         if target in MATMUL:
             query, key = node.args[:2]
-            return Scores(node, query, key, node.target.__name__.split(".")[0]), scale, masks  # type: ignore
+            return Scores(node, query, key, node.target.__name__.split(".")[0]), scale, masks, factors  # type: ignore
         if target is aten.baddbmm.default:
-            return _baddbmm(node, scale, masks)
+            return _baddbmm(node, scale, masks, factors)
         if target is aten.einsum.default:
-            return _einsum_scores(node, scale, masks)
+            return _einsum_scores(node, scale, masks, factors)
         if target in CASTS | COPIES:
             if target in CASTS and not node.meta["val"].dtype.is_floating_point:
                 return Reject("the scores are cast to integers", node)
             node = node.args[0]
         elif target in MULTIPLY | DIVIDE:
-            factor = _constant(node.args[1], context)
-            source = node.args[0]
-            if factor is None and target in MULTIPLY:
-                factor, source = _constant(node.args[0], context), node.args[1]
+            source, given = node.args[:2]
+            if target in MULTIPLY and not reaches_product(source):
+                source, given = given, source
+            factor = _constant(given, context)
             if factor is None:
-                return _reject_if_scores(node, start, "the scores are scaled by a tensor")
+                if not _is_scalar(given):
+                    return _reject_if_scores(node, start, "the scores are scaled by a tensor")
+                factors.append((given, "mul" if target in MULTIPLY else "div"))
+                node = source
+                continue
             if not factor > 0:
                 return _reject_if_scores(node, start, f"the scores are scaled by {factor}")
             scale = scale * factor if target in MULTIPLY else scale / factor
@@ -282,7 +291,15 @@ def parse_scores(node: Any, context: Context) -> Chain | Reject | None:
     return None
 
 
-def _baddbmm(node: fx.Node, scale: float, masks: list[tuple[fx.Node, str]]) -> Chain | Reject:
+def _is_scalar(value: object) -> bool:
+    """A tensor or a symbolic number that holds one value for all heads and positions."""
+    if not isinstance(value, fx.Node):
+        return False
+    held = value.meta.get("val")
+    return held.dim() == 0 if isinstance(held, torch.Tensor) else held is not None
+
+
+def _baddbmm(node: fx.Node, scale: float, masks: Masks, factors: Factors) -> Chain | Reject:
     added, query, key = node.args[:3]
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     if not isinstance(alpha, int | float) or not alpha > 0:
@@ -291,11 +308,11 @@ def _baddbmm(node: fx.Node, scale: float, masks: list[tuple[fx.Node, str]]) -> C
         if beta != 1:
             return Reject(f"the mask is added with beta={beta}", node)
         masks = [*masks, (added, "additive")]
-    return Scores(node, query, key, "baddbmm"), scale * alpha, masks  # type: ignore[arg-type]
+    return Scores(node, query, key, "baddbmm"), scale * alpha, masks, factors  # type: ignore[arg-type]
 
 
 def _einsum_scores(
-    node: fx.Node, scale: float, masks: list[tuple[fx.Node, str]]
+    node: fx.Node, scale: float, masks: Masks, factors: Factors
 ) -> Chain | Reject | None:
     """query [batch, i, d], key [batch, j, d] or key^T [batch, d, j], result [batch, i, j]."""
     parts = _einsum(node)
@@ -311,7 +328,7 @@ def _einsum_scores(
     with node.graph.inserting_before(node):
         transposed = node.graph.call_function(aten.transpose.int, (key, -2, -1))
     transposed.meta["val"] = key.meta["val"].transpose(-2, -1)  # type: ignore[union-attr]
-    return Scores(node, query, transposed, "einsum"), scale, masks  # type: ignore[arg-type]
+    return Scores(node, query, transposed, "einsum"), scale, masks, factors  # type: ignore[arg-type]
 
 
 def _constant(value: object, context: Context) -> float | None:

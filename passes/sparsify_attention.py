@@ -71,6 +71,8 @@ def rewrite(
         query, key, value = site.query, site.key, site.value
         if site.key_transposed:
             key = _call(aten.transpose.int, key, -2, -1)
+        for factor, how in site.factors:
+            query = _call(aten.mul.Tensor if how == "mul" else aten.div.Tensor, query, factor)
         operands = [query, key, value]
         if site.folded:
             operands = [_call(aten.unsqueeze.default, x, 1) for x in operands]
