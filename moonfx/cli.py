@@ -20,6 +20,9 @@ from moonfx.policy import check_block_topk_sinks
 # Sizes that make any model small and leave its attention's structure as it is.
 TINY = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
 
+POSITIONS = ("max_position_embeddings", "max_seq_len")  # tables that the input must fit in
+ROOM = 2 << 30  # bytes of a model that are worth filling with random numbers
+
 Call = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
@@ -130,8 +133,7 @@ def load(options: argparse.Namespace) -> Call:
     target: str = options.target
     if ":" in target:
         return from_factory(target, options)
-    config = hugging_face_config(target, options.layers, tiny=not options.full)
-    return hugging_face_call(config, options)
+    return hugging_face_call(hugging_face_config(target, options), options)
 
 
 def from_factory(target: str, options: argparse.Namespace) -> Call:
@@ -172,7 +174,7 @@ def from_factory(target: str, options: argparse.Namespace) -> Call:
     return model, tuple(args), dict(kwargs)
 
 
-def hugging_face_config(target: str, layers: int, *, tiny: bool) -> Any:
+def hugging_face_config(target: str, options: argparse.Namespace) -> Any:
     """The library's own configuration of a model type, or that of a folder, with few layers."""
     try:
         transformers = importlib.import_module("transformers")
@@ -191,26 +193,31 @@ def hugging_face_config(target: str, layers: int, *, tiny: bool) -> Any:
             f"unknown model type {target!r}{nearest(target, known)}; "
             "a model of your own is named module:factory"
         )
+    parts = [part.model_type for part in type(default).sub_configs.values()]
+    if any(part in known for part in parts):
+        raise UsageError(f"{target!r} is made of several models: name one, {' or '.join(parts)}")
     try:
-        return shrink(default, layers, tiny=tiny)
-    except (TypeError, ValueError) as error:
+        return resized(default, options)
+    except Exception as error:  # each validator of the library has a type of its own
         raise cannot_build(target, error) from error
 
 
-def shrink(default: Any, layers: int, *, tiny: bool) -> Any:
-    """Makes the configuration anew with few layers and, if tiny, narrow ones.
+def resized(default: Any, options: argparse.Namespace) -> Any:
+    """Makes the configuration anew: few layers, enough positions and, unless full, narrow layers.
 
     The ratio of query heads to key heads stays: it decides which grouped-query form is traced.
     """
-    # A nested configuration (vision and text, say) holds its sizes where these names do not reach.
-    changed: dict[str, Any] = {"num_hidden_layers": layers}
-    if tiny:
+    changed: dict[str, Any] = {"num_hidden_layers": options.layers}
+    if not options.full:
         changed |= TINY
         heads, kv_heads = (
             getattr(default, name, None) for name in ("num_attention_heads", "num_key_value_heads")
         )
         if heads and kv_heads:
             changed["num_key_value_heads"] = max(1, TINY["num_attention_heads"] * kv_heads // heads)
+    if getattr(default, "rope_parameters", None) is None:  # rotary positions need no table
+        for name in POSITIONS:
+            changed[name] = max(options.length, getattr(default, name, 0))
     own = default.to_diff_dict()
     own = {name: value for name, value in own.items() if name not in ("layer_types", "model_type")}
     return type(default)(**own | {k: v for k, v in changed.items() if hasattr(default, k)})
@@ -222,10 +229,13 @@ def hugging_face_call(config: Any, options: argparse.Namespace) -> Call:
         config.use_cache = False
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    # Full widths would take minutes and many gigabytes to fill with numbers that nobody reads.
-    device = torch.device("meta" if options.full else "cpu")
     try:
-        with device:
+        with torch.device("meta"):
+            model = auto.from_config(config, attn_implementation=options.attention).eval()
+        tensors = [*model.parameters(), *model.buffers()]
+        # Large ones stay without data: numbers that nobody reads are not worth minutes to fill in.
+        device = torch.device("cpu" if sum(t.nbytes for t in tensors) <= ROOM else "meta")
+        if device.type == "cpu":
             model = auto.from_config(config, attn_implementation=options.attention).eval()
     except (TypeError, ValueError) as error:
         raise cannot_build(options.target, error) from error
@@ -250,7 +260,7 @@ def hugging_face_inputs(
 
 def cannot_build(target: str, error: Exception) -> UsageError:
     """The library's reason, such as an attention form that the model does not have."""
-    reason = str(error).strip().partition("\n")[0]
+    reason = " ".join(str(error).split())
     return UsageError(f"transformers cannot build {target!r} so: {reason}")
 
 
