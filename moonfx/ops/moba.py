@@ -214,7 +214,11 @@ def default_scale(scale: float | None, query: Tensor) -> float:
     return query.shape[3] ** -0.5 if scale is None else scale
 
 
-@torch.library.custom_op("moonfx::moba_attention", mutates_args=())
+# kernels/tiled.py waits on the host for its number of tiles, which a CUDA graph cannot record.
+TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("moonfx::moba_attention", mutates_args=(), tags=TAGS)
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -235,7 +239,7 @@ def _forward(
         )
 
 
-@torch.library.custom_op("moonfx::moba_attention_backward", mutates_args=())
+@torch.library.custom_op("moonfx::moba_attention_backward", mutates_args=(), tags=TAGS)
 def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
