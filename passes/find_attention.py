@@ -439,37 +439,44 @@ def fold_groups(key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
     return key, value
 
 
+def whole(node: Any) -> Any:
+    """The node behind copies and slices that take everything, as x[:, :, None] leaves them."""
+    while isinstance(node, fx.Node) and (node.target in COPIES or _takes_everything(node)):
+        node = node.args[0]
+    return node
+
+
+def _takes_everything(node: fx.Node) -> bool:
+    if node.target is not aten.slice.Tensor:
+        return False
+    start, end, step = (argument(node, i, n) for i, n in ((2, "start"), (3, "end"), (4, "step")))
+    return start in (None, 0) and end in (None, 2**63 - 1) and step in (None, 1)
+
+
 def grouped_source(node: fx.Node) -> fx.Node | None:
     """k [B, Hkv, N, D] of unsqueeze -> expand [B, Hkv, G, N, D] -> reshape, or repeat_interleave."""
-    while node.target in COPIES:
-        node = node.args[0]  # type: ignore[assignment]
+    node = whole(node)
     if node.target is aten.repeat_interleave.self_int:
         source, _, *rest = node.args
         dim = rest[0] if rest else node.kwargs.get("dim")
         return source if dim in (1, -3) else None  # type: ignore[return-value]
     if node.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
         return None
-    expanded = node.args[0]
-    if isinstance(expanded, fx.Node) and expanded.target in COPIES:
-        expanded = expanded.args[0]
+    expanded = whole(node.args[0])
     if not (isinstance(expanded, fx.Node) and expanded.target is aten.expand.default):
         return None
-    inserted = expanded.args[0]
-    if not isinstance(inserted, fx.Node):
+    inserted = whole(expanded.args[0])
+    if not isinstance(inserted, fx.Node) or inserted.target is not aten.unsqueeze.default:
         return None
     wide, narrow, out = (n.meta["val"].shape for n in (expanded, inserted, node))
-    if len(wide) != 5 or len(narrow) != 5 or len(out) != 4 or not same_size(narrow[2], 1):
+    if len(wide) != 5 or len(narrow) != 5 or len(out) != 4 or inserted.args[1] not in (2, -3):
         return None
     kept = all(same_size(wide[d], narrow[d]) for d in (0, 1, 3, 4))
     if not kept or not same_size(out[1], wide[1] * wide[2]):
         return None
     if not all(same_size(out[d], wide[w]) for d, w in ((0, 0), (2, 3), (3, 4))):
         return None
-    if inserted.target is aten.unsqueeze.default and inserted.args[1] in (2, -3):
-        return inserted.args[0]  # type: ignore[return-value]
-    if inserted.target is aten.slice.Tensor:
-        return None
-    return None
+    return whole(inserted.args[0])  # type: ignore[no-any-return]
 
 
 def _fold_transposed(site: AttentionSite) -> None:
