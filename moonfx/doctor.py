@@ -120,10 +120,12 @@ def check_backend_name() -> Check:
 def check_compiler() -> list[Check]:
     """The compiler, by compiling and loading the CPU kernel, and its OpenMP."""
     component, needed_by = "C++ compiler", "CPU kernel (else plain torch), Inductor on the CPU"
-    compiler = cpu_build.find_compiler()
-    if compiler is None:
+    try:
+        compiler = cpu_build.find_compiler()
+    except cpu_build.BuildError:
         row = Check(component, "-", needed_by, MISSING, "apt-get install -y g++")
-    elif (reason := cpu.available()) is not None:
+        return [row, check_openmp(None)]
+    if (reason := cpu.available()) is not None:
         show = "python -c 'from moonfx.kernels import cpu; print(cpu.available())'"
         row = Check(component, reason.partition("\n")[0], needed_by, BROKEN, show)
     else:

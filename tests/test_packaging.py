@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from moonfx import doctor
-from moonfx.kernels import cpu_build
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = {"moonfx": "moonfx", "passes": "moonfx/passes", "kernels": "moonfx/kernels"}
@@ -198,8 +197,9 @@ def test_the_doctor_finds_the_core_working_from(mode, installations, tmp_path):
     said = json.loads(installations[mode].run("-m", "moonfx", "doctor", "--json", cwd=tmp_path))
     assert said["ok"] is True
     # The C++ sources travel with the package: where there is a compiler, the kernel is usable.
-    compiler = next(check for check in said["checks"] if check["component"] == "C++ compiler")
-    assert compiler["status"] == (doctor.OK if cpu_build.find_compiler() else doctor.MISSING)
+    status = {check["component"]: check["status"] for check in said["checks"]}
+    there = any(map(shutil.which, ("g++", "c++", "clang++")))
+    assert status["C++ compiler"] == (doctor.OK if there else doctor.MISSING)
 
 
 def test_the_command_is_installed_with_the_wheel(installations, tmp_path):
