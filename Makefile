@@ -18,9 +18,8 @@ lint: $(READY)
 # passes/ and kernels/ are typed as moonfx.passes and moonfx.kernels, so mypy reads the tree as it is installed.
 types: $(READY)
 	@rm -rf build/types && mkdir -p build/types/moonfx
-	@ln -s $(CURDIR)/moonfx/* $(CURDIR)/passes $(CURDIR)/kernels build/types/moonfx/
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
-		--cache-dir $(CURDIR)/.mypy_cache
+	@cd build/types/moonfx && ln -s ../../../moonfx/* ../../../passes ../../../kernels .
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 
 demo: $(READY)
 	$(BIN)/python examples/sparsify_smollm2.py

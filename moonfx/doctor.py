@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from moonfx.kernels import cpu, cpu_build
 
 PYTHON_FROM = (3, 11)
 TORCH_FROM, TORCH_BELOW = (2, 11), (2, 16)
+NEEDS_OPENMP = "CPU kernel on more than one core"
 
 OK = "ok"
 MISSING = "missing"  # can be installed: `fix` says how
@@ -123,8 +125,10 @@ def check_compiler() -> list[Check]:
     try:
         compiler = cpu_build.find_compiler()
     except cpu_build.BuildError:
-        row = Check(component, "-", needed_by, MISSING, "apt-get install -y g++")
-        return [row, check_openmp(None)]
+        # A CXX that is no program hides every compiler that there may be.
+        fix = "unset CXX" if os.environ.get("CXX") else "apt-get install -y g++"
+        missing = Check(component, "-", needed_by, MISSING, fix)
+        return [missing, Check("OpenMP", "-", NEEDS_OPENMP, MISSING, fix)]
     if (reason := cpu.available()) is not None:
         show = "python -c 'from moonfx.kernels import cpu; print(cpu.available())'"
         row = Check(component, reason.partition("\n")[0], needed_by, BROKEN, show)
@@ -134,18 +138,15 @@ def check_compiler() -> list[Check]:
     return [row, check_openmp(compiler)]
 
 
-def check_openmp(compiler: list[str] | None) -> Check:
-    component, needed_by = "OpenMP", "CPU kernel on more than one core"
+def check_openmp(compiler: list[str]) -> Check:
     source = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
-    if compiler is not None:
-        command = [*compiler, "-fopenmp", "-x", "c++", "-", "-o", "/dev/null"]
-        run = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
-        if run.returncode == 0:
-            found = f"links; torch uses {torch.get_num_threads()} threads"
-            return Check(component, found, needed_by, OK)
+    command = [*compiler, "-fopenmp", "-x", "c++", "-", "-o", "/dev/null"]
+    run = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+    if run.returncode == 0:
+        found = f"links; torch uses {torch.get_num_threads()} threads"
+        return Check("OpenMP", found, NEEDS_OPENMP, OK)
     # g++ brings its own; clang++ needs the package.
-    fix = "apt-get install -y g++" if compiler is None else "apt-get install -y libomp-dev"
-    return Check(component, "-", needed_by, MISSING, fix)
+    return Check("OpenMP", "-", NEEDS_OPENMP, MISSING, "apt-get install -y libomp-dev")
 
 
 def check_vector_units(flags: set[str]) -> list[Check]:

@@ -178,12 +178,16 @@ def test_the_doctor_exits_with_1_when_the_core_is_broken(monkeypatch, capsys):
     assert "broken" in printed
 
 
-def test_a_missing_compiler_is_reported_and_leaves_the_core_working(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    compiler, openmp = doctor.check_compiler()
-    assert (compiler.status, compiler.fix) == (doctor.MISSING, "apt-get install -y g++")
-    assert openmp.status == doctor.MISSING
-    assert doctor.core_works([compiler, openmp])
+@pytest.mark.parametrize(
+    ("variable", "fix"), [("PATH", "apt-get install -y g++"), ("CXX", "unset CXX")]
+)
+def test_a_missing_compiler_is_reported_and_leaves_the_core_working(variable, fix, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv(variable, "/no/such/place")
+    checks = doctor.check_compiler()
+    assert [check.component for check in checks] == ["C++ compiler", "OpenMP"]
+    assert {(check.status, check.fix) for check in checks} == {(doctor.MISSING, fix)}
+    assert doctor.core_works(checks)
 
 
 @pytest.mark.parametrize(
