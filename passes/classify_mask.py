@@ -16,7 +16,14 @@ from torch import fx
 
 from moonfx.capture import expression, same_size
 from moonfx.passes.context import Context
-from moonfx.passes.index_algebra import MASKED_BELOW, Expr, is_load, to_bool, to_number
+from moonfx.passes.expressions import (
+    MASKED_BELOW,
+    Expr,
+    describe,
+    loads,
+    to_bool,
+    to_number,
+)
 from moonfx.site import AttentionSite, Mask, Reject
 
 aten = torch.ops.aten
@@ -62,21 +69,39 @@ def classify(site: AttentionSite, context: Context) -> Mask | Reject:
     if not site.masks and not site.causal:
         return _without_mask(site, query_length, context)
 
-    offset = sympy.Integer(0)
     conditions: list[Expr] = [sympy.Le(KEY, QUERY)] if site.causal else []
-    index = (BATCH, QUERY, KEY) if site.folded else (BATCH, HEAD, QUERY, KEY)
     for node, how in site.masks:
-        if len(node.meta["val"].shape) > len(index):
+        index = mask_index(site, len(node.meta["val"].shape))
+        if index is None:
             return Reject(f"the mask has {len(node.meta['val'].shape)} dimensions", node)
         value = context.reader.broadcast(node, index)
+        written = [x for x in loads(value) if context.mutated(context.reader.leaf(x))]
+        if written:
+            name = context.reader.leaf(written[0]).name
+            return Reject(f"the mask is written to in place ('{name}')", node)
         try:
             keep = kept(value) if how == "additive" else to_bool(value)
         except NotAMask as found:
-            return Reject(f"additive bias that is not a mask: {found}", node)
+            what = "additive bias (ALiBi, relative positions or learned) that is not a mask"
+            return Reject(f"{what}: {found}", node)
         conditions.append(sympy.Not(keep) if how == "drop" else keep)
     offset = expression(key_length) - expression(query_length)
     atoms = sympy.And.make_args(sympy.to_nnf(sympy.And(*conditions), simplify=False))
     return _support(atoms, site, offset, context)
+
+
+def mask_index(site: AttentionSite, rank: int) -> tuple[Expr, ...] | None:
+    """(batch, head, query, key) as a mask of this rank sees them; None if it has too many dims.
+
+    With heads folded into the batch, row b of a [B * H, Nq, Nk] mask is b // H, b % H of a 4-D one.
+    """
+    if rank > 4 or (site.folded and rank == 4 and not site.heads):
+        return None
+    if not site.folded:
+        return BATCH, HEAD, QUERY, KEY
+    if rank < 4:
+        return BATCH, QUERY, KEY
+    return sympy.floor(BATCH / site.heads), sympy.Mod(BATCH, site.heads), QUERY, KEY
 
 
 def kept(value: Expr) -> Expr:
@@ -89,9 +114,9 @@ def kept(value: Expr) -> Expr:
     if value.is_number:
         if value == 0:
             return sympy.true
-        if value == -sympy.oo or value <= MASKED_BELOW:
+        if value.is_extended_real and value <= MASKED_BELOW:
             return sympy.false
-        raise NotAMask(f"the constant {value}")
+        raise NotAMask(f"the constant {describe(value)}")
     if isinstance(value, sympy.Piecewise):
         result, before = sympy.false, sympy.true
         for branch, condition in value.args:
@@ -169,14 +194,14 @@ def classify_atom(atom: Expr, site: AttentionSite, offset: Expr) -> str:
         return "always"
     if atom == False:  # noqa: E712
         return "the mask hides every key"
-    loads = [x for x in atom.atoms(sympy.Function) if is_load(x)]
-    names = ", ".join(sorted({x.func.__name__.removeprefix("load_") for x in loads}))
-    if loads:
-        by_query = any(x.has(QUERY) for x in loads)
-        by_key = any(x.has(KEY) for x in loads)
-        if any(x.has(HEAD) for x in loads):
+    unknown = loads(atom)
+    names = ", ".join(sorted({x.func.__name__.removeprefix("load_") for x in unknown}))
+    if unknown:
+        by_query = any(x.has(QUERY) for x in unknown)
+        by_key = any(x.has(KEY) for x in unknown)
+        if any(x.has(HEAD, sympy.Mod) for x in unknown) or atom.has(HEAD):
             return f"the mask '{names}' differs by head"
-        if any(x.has(QUERY) and x.has(KEY) for x in loads):
+        if any(x.has(QUERY) and x.has(KEY) for x in unknown):
             return f"the mask '{names}' is an input whose values are not known"
         if by_query and by_key:
             return f"packed sequences: queries and keys are compared by '{names}'"
@@ -186,9 +211,9 @@ def classify_atom(atom: Expr, site: AttentionSite, offset: Expr) -> str:
             return f"the mask compares positions with values read from '{names}' (a static cache?)"
         if atom.has(QUERY):
             return f"the mask mixes query positions with '{names}'"
-        if not all(_is_row_and_key(x) for x in loads):
+        if not all(_is_row_and_key(x) for x in unknown):
             return f"the padding mask '{names}' is not read at (row, key)"
-        if atom.subs({x: sympy.Dummy(integer=True) for x in loads}).has(KEY, BATCH):
+        if atom.subs({x: sympy.Dummy(integer=True) for x in unknown}).has(KEY, BATCH):
             return f"the padding mask '{names}' also depends on positions: {describe(atom)}"
         return "padding"
     if isinstance(atom, sympy.Or):
@@ -218,11 +243,20 @@ def _always_or(atom: Expr, site: AttentionSite, offset: Expr) -> str:
 
 
 def _is_row_and_key(load: Expr) -> bool:
-    """load(b, j + c), load(0, j + c) or load(j + c)."""
+    """load(b, j + c), load(b // H, j + c), load(0, j + c) or load(j + c)."""
     *rows, key = load.args
     shift = sympy.expand(key - KEY)
-    rows_known = all(r == BATCH or r.is_Integer for r in rows) and len(rows) <= 1
-    return rows_known and shift.is_nonnegative is True and not shift.has(BATCH, HEAD, QUERY)
+    known = len(rows) <= 1 and all(r == BATCH or r.is_Integer or heads_of(r) for r in rows)
+    return known and shift.is_nonnegative is True and not shift.has(BATCH, HEAD, QUERY, KEY)
+
+
+def heads_of(row: Expr) -> int | None:
+    """H of a row index b // H, else None."""
+    if not isinstance(row, sympy.floor):
+        return None
+    share = row.args[0].coeff(BATCH)
+    whole = share != 0 and sympy.expand(row.args[0] - share * BATCH) == 0 and (1 / share).is_Integer
+    return int(1 / share) if whole else None
 
 
 def _at_most_zero(atom: Expr) -> Expr | None:
@@ -250,9 +284,3 @@ def _never_positive(bound: Expr, site: AttentionSite) -> bool:
             return False
         bound = sympy.expand(bound.subs(symbol, end if coefficient > 0 else 0))
     return bound.is_nonpositive is True
-
-
-def describe(expr: Expr) -> str:
-    """An expression for a reason: short, with loads as reads."""
-    text = str(expr).replace("load_", "")
-    return text if len(text) <= 120 else text[:117] + "..."

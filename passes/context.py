@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from moonfx.capture import is_higher_order, nested_graphs
+from moonfx.capture import nested_graphs
 from moonfx.passes.index_algebra import Reader
 from moonfx.passes.mutation import last_writes
+from moonfx.passes.nodes import body_of
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, Reject
 
@@ -32,10 +33,10 @@ class Context:
 
     def __post_init__(self) -> None:
         self._outer: dict[fx.Graph, fx.Node] = {}
-        self._writes: dict[fx.Graph, dict[fx.Node, int]] = {}
+        self._writes: dict[fx.Graph, dict[fx.Node, fx.Node]] = {}
         for gm in nested_graphs(self.gm):
             for node in gm.graph.nodes:
-                if (body := body_of(gm, node)) is not None:
+                if (body := body_of(node)) is not None:
                     self._outer[body.graph] = node
         self.reader = Reader(self.outer, self.mutated)
 
@@ -55,10 +56,14 @@ class Context:
         """The node that calls the nested body with this graph, None for the outermost."""
         return self._outer.get(graph)
 
-    def writes(self, graph: fx.Graph) -> dict[fx.Node, int]:
+    def writes(self, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         if graph not in self._writes:
             self._writes[graph] = last_writes(graph)
         return self._writes[graph]
+
+    def changed(self, graph: fx.Graph) -> None:
+        """Says that a pass put nodes into the graph: what is known of its writes is out of date."""
+        self._writes.pop(graph, None)
 
     def mutated(self, node: fx.Node) -> bool:
         return node in self.writes(node.graph)
@@ -66,14 +71,3 @@ class Context:
     def decline(self, site: AttentionSite, reject: Reject) -> None:
         site.reject, site.action = reject, "declined"
         log.info("%s (%s): declined: %s", site.layer, site.line, reject)
-
-
-def body_of(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
-    """The captured body that a higher-order node calls with its other arguments, or None."""
-    if not (node.op == "call_function" and is_higher_order(node) and node.args):
-        return None
-    first = node.args[0]
-    if not (isinstance(first, fx.Node) and first.op == "get_attr"):
-        return None
-    body = getattr(gm, str(first.target), None)
-    return body if any(body is g for g in nested_graphs(gm)) else None  # type: ignore[return-value]

@@ -1,49 +1,115 @@
 """Which nodes of a graph are written to in place, directly or through a view."""
 
+import operator
+
 import torch
 from torch import fx
 
+from moonfx.capture import is_higher_order
+from moonfx.passes.nodes import body_of
+
+aten = torch.ops.aten
+
 # Changes what autograd thinks of a tensor, never its values.
-_HARMLESS = {torch.ops.aten.detach_.default}
+_HARMLESS = {aten.detach_.default}
+
+# May return an argument itself, or views of it, without saying so in the schema.
+_UNMARKED = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.type_as.default,
+    aten.broadcast_tensors.default,
+    aten.meshgrid.default,
+    aten.meshgrid.indexing,
+    aten.atleast_1d.default,
+    aten.atleast_2d.default,
+    aten.atleast_3d.default,
+}
+
+# Higher-order operators that only read.
+_READ_ONLY = ("flex_attention",)
 
 
 def aliases(node: fx.Node) -> list[fx.Node]:
     """The arguments whose memory the node's result may share."""
+    if node.target is operator.getitem or node.target in _UNMARKED:
+        return node.all_input_nodes
     schema = getattr(node.target, "_schema", None)
     if schema is None or not any(r.alias_info is not None for r in schema.returns):
         return []
-    given = zip(schema.arguments, node.args, strict=False)
-    return [a for s, a in given if s.alias_info is not None and isinstance(a, fx.Node)]
+    found: list[fx.Node] = []
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None:
+            found += _nodes(_given(node, position, argument.name))
+    return found
 
 
 def writes(node: fx.Node) -> list[fx.Node]:
     """The arguments that the node writes into."""
+    if node.op == "call_function" and is_higher_order(node):
+        return _body_writes(node)
     schema = getattr(node.target, "_schema", None)
     if schema is None or node.target in _HARMLESS:
         return []
-    return [
-        value
-        for position, argument in enumerate(schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-        for value in [
-            node.args[position]
-            if position < len(node.args)
-            else node.kwargs.get(argument.name)
-        ]
-        if isinstance(value, fx.Node)
-    ]
+    found: list[fx.Node] = []
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += _nodes(_given(node, position, argument.name))
+    return found
 
 
-def last_writes(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Each node whose memory is written to -> the position of the last operator that writes it."""
-    base: dict[fx.Node, fx.Node] = {}
-    last: dict[fx.Node, int] = {}
-    for position, node in enumerate(graph.nodes):
-        sources = aliases(node)
-        base[node] = base[sources[0]] if sources else node
-        for source in sources[1:]:
-            root = base[source]
-            base.update({n: base[node] for n, b in base.items() if b is root})
-        for target in writes(node):
-            last[base[target]] = position
-    return {node: last[root] for node, root in base.items() if root in last}
+def _body_writes(node: fx.Node) -> list[fx.Node]:
+    """What a higher-order operator writes: what its body does, or all where that is hidden."""
+    if any(name in str(node.target) for name in _READ_ONLY):
+        return []
+    body = body_of(node)
+    operands = [n for n in node.all_input_nodes if n.op != "get_attr"]
+    if body is None:
+        return operands
+    written = last_writes(body.graph)
+    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+    pairs = zip(placeholders, node.args[1:], strict=True)
+    return [a for p, a in pairs if p in written and isinstance(a, fx.Node)]
+
+
+def _given(node: fx.Node, position: int, name: str) -> object:
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+
+
+def _nodes(value: object) -> list[fx.Node]:
+    if isinstance(value, list | tuple):
+        return [n for n in value if isinstance(n, fx.Node)]
+    return [value] if isinstance(value, fx.Node) else []
+
+
+def last_writes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Each node whose memory is written to -> the last operator that writes it."""
+    memory = _Memory()
+    constants: dict[object, fx.Node] = {}
+    written: list[tuple[fx.Node, fx.Node]] = []
+    for node in graph.nodes:
+        for source in aliases(node):
+            memory.join(source, node)
+        if node.op == "get_attr":
+            memory.join(constants.setdefault(node.target, node), node)
+        written += [(target, node) for target in writes(node)]
+    last = {memory.of(target): writer for target, writer in written}
+    return {n: last[memory.of(n)] for n in graph.nodes if memory.of(n) in last} if last else {}
+
+
+class _Memory:
+    """Sets of nodes that may share memory (union-find)."""
+
+    def __init__(self) -> None:
+        self.parent: dict[fx.Node, fx.Node] = {}
+
+    def of(self, node: fx.Node) -> fx.Node:
+        """The set's representative."""
+        while (parent := self.parent.get(node, node)) is not node:
+            self.parent[node] = self.parent.get(parent, parent)
+            node = parent
+        return node
+
+    def join(self, a: fx.Node, b: fx.Node) -> None:
+        self.parent[self.of(b)] = self.of(a)

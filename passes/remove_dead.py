@@ -1,20 +1,20 @@
 """Removes what a rewrite left without users: mask nodes, and operands of nested bodies.
 
-    before  body(x, mask) whose mask placeholder has no users
-    after   body(x), and the nodes that made the mask are gone
+before  body(x, mask) whose mask placeholder has no users
+after   body(x), and the nodes that made the mask are gone
 """
 
 from torch import fx
 
-from moonfx.passes.context import Context, body_of
+from moonfx.passes.context import Context
+from moonfx.passes.nodes import body_of
 
 
 def run(graph: fx.Graph, context: Context) -> int:
     """Removes dead nodes of the graph and of the bodies it calls; returns how many."""
-    gm = graph.owning_module
     before = len(graph.nodes)
     for node in list(graph.nodes):
-        body = body_of(gm, node)
+        body = body_of(node)
         if body is None:
             continue
         run(body.graph, context)

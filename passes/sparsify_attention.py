@@ -14,10 +14,10 @@ import sympy
 import torch
 from torch import fx
 
-from moonfx.capture import Size, fake_values, same_size
-from moonfx.passes.classify_mask import BATCH, KEY
+from moonfx.capture import Size, expression, fake_values, same_size
+from moonfx.passes.classify_mask import BATCH, KEY, heads_of
 from moonfx.passes.context import Context
-from moonfx.passes.index_algebra import Expr, is_load
+from moonfx.passes.expressions import is_load, loads
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, Reject
 
@@ -34,6 +34,10 @@ _RELATIONS = {
 _FLIPPED = {sympy.Lt: sympy.Gt, sympy.Le: sympy.Ge, sympy.Gt: sympy.Lt, sympy.Ge: sympy.Le}
 
 
+# key_mask nodes of one graph, by predicate, rows and length.
+Masks = dict[tuple[Any, ...], fx.Node]
+
+
 class CannotWrite(Exception):
     """A padding predicate that has no operator form."""
 
@@ -41,11 +45,11 @@ class CannotWrite(Exception):
 def run(graph: fx.Graph, context: Context) -> int:
     """Rewrites the supported sites of the graph; returns how many."""
     rewritten = 0
-    masks: dict[Expr, fx.Node] = {}
+    masks: Masks = {}
     for site in context.sites:
         if site.output.graph is not graph or site.reject is not None:
             continue
-        policy = context.policy(site, context.sites)
+        policy = context.policy(site, context.sites, context.root)
         if not isinstance(policy, LayerPolicy):
             site.action = policy
             continue
@@ -59,9 +63,7 @@ def run(graph: fx.Graph, context: Context) -> int:
     return rewritten
 
 
-def rewrite(
-    site: AttentionSite, policy: LayerPolicy, masks: dict[Expr, fx.Node], context: Context
-) -> None:
+def rewrite(site: AttentionSite, policy: LayerPolicy, masks: Masks, context: Context) -> None:
     """Replaces one site's output by the operator."""
     graph, old = site.output.graph, site.output
     padding = site.mask.padding if site.mask is not None else None
@@ -100,23 +102,16 @@ def _call(target: Any, *args: Any) -> fx.Node:
     return node
 
 
-def _key_mask(
-    site: AttentionSite, padding: Any, masks: dict[Expr, fx.Node], context: Context
-) -> fx.Node:
+def _key_mask(site: AttentionSite, padding: Any, masks: Masks, context: Context) -> fx.Node:
     """key_mask [B, Nk] of the site, made once per graph.
 
     In a nested body the leaves lie outside, so the mask is made there and passed in.
     """
-    if site.folded:
-        raise CannotWrite("padding of attention whose heads lie in the batch")
-    if padding not in masks:
-        key_dim = -1 if site.key_transposed else -2
-        rows, keys = site.key.meta["val"].shape[0], site.key.meta["val"].shape[key_dim]
-        leaves = [
-            context.reader.leaves[x.func.__name__.removeprefix("load_")]
-            for x in padding.atoms(sympy.Function)
-            if is_load(x)
-        ]
+    key_dim = -1 if site.key_transposed else -2
+    rows, keys = site.key.meta["val"].shape[0], site.key.meta["val"].shape[key_dim]
+    once = (padding, expression(rows), expression(keys))
+    if once not in masks:
+        leaves = [context.reader.leaf(x) for x in loads(padding)]
         home = leaves[0].graph
         if any(leaf.graph is not home for leaf in leaves):
             raise CannotWrite("a padding mask whose parts lie in different graphs")
@@ -135,8 +130,8 @@ def _key_mask(
                 mask = _call(aten.expand.default, mask, [size.of(rows, 0), size.of(keys, key_dim)])
         for call in reversed(path):
             mask = _pass_in(call, mask)
-        masks[padding] = mask
-    return masks[padding]
+        masks[once] = mask
+    return masks[once]
 
 
 class _Sizes:
@@ -159,7 +154,9 @@ class _Sizes:
 def _write(expr: Any, keys: Size, context: Context, size: _Sizes) -> fx.Node:
     """A predicate over (row, key) as operators on the leaves."""
     if isinstance(expr, sympy.And | sympy.Or):
-        target = aten.logical_and.default if isinstance(expr, sympy.And) else aten.logical_or.default
+        target = (
+            aten.logical_and.default if isinstance(expr, sympy.And) else aten.logical_or.default
+        )
         parts = [_write(a, keys, context, size) for a in expr.args]
         result = parts[0]
         for part in parts[1:]:
@@ -184,11 +181,13 @@ def _write(expr: Any, keys: Size, context: Context, size: _Sizes) -> fx.Node:
 
 def _load(load: Any, keys: Size, context: Context, size: _Sizes) -> fx.Node:
     """leaf(b, j + c) as [B, Nk], leaf(0, j + c) and leaf(j + c) as [1, Nk]."""
-    leaf = context.reader.leaves[load.func.__name__.removeprefix("load_")]
+    leaf = context.reader.leaf(load)
     *row, key = load.args
     start = sympy.expand(key - KEY)
     if not row:
         leaf = _call(aten.unsqueeze.default, leaf, 0)
+    elif (heads := heads_of(row[0])) is not None:
+        leaf = _call(aten.repeat_interleave.self_int, leaf, heads, 0)
     elif row[0] != BATCH:
         leaf = _call(aten.slice.Tensor, leaf, 0, int(row[0]), int(row[0]) + 1)
     if start == 0 and same_size(leaf.meta["val"].shape[1], keys):

@@ -1,0 +1,75 @@
+"""Small readings of one node: its shape, dtype, arguments, the permutation or call that it is."""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from moonfx.capture import expression, is_captured, is_higher_order
+
+aten = torch.ops.aten
+
+_SWAPS = {aten.transpose.int, aten.swapaxes.default, aten.swapdims.default}
+_LAST_TWO = {aten.t.default, aten.mT.default, aten.numpy_T.default}
+
+
+def shape(node: fx.Node) -> list[Any]:
+    """The sizes of a tensor node as sympy expressions; [] for anything else."""
+    value = node.meta.get("val")
+    return [expression(n) for n in value.shape] if isinstance(value, torch.Tensor) else []
+
+
+def dtype(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument by position or name, as the operator's schema has it."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def axis(node: fx.Node, dim: int) -> int:
+    """A dim of the node counted from the front."""
+    return dim % max(len(shape(node)), 1)
+
+
+def permutation(node: fx.Node) -> list[int] | None:
+    """Output dim -> input dim, or None if the node permutes nothing."""
+    source = node.args[0] if node.op == "call_function" and node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    rank = len(shape(source))
+    order = list(range(rank))
+    if node.target is aten.permute.default:
+        return [int(d) % rank for d in argument(node, 1, "dims")]
+    if node.target in _SWAPS:
+        a, b = (d % max(rank, 1) for d in _two_dims(node))
+    elif node.target is aten.numpy_T.default and rank > 2:
+        return order[::-1]
+    elif node.target in _LAST_TWO and rank >= 2:
+        a, b = rank - 2, rank - 1
+    elif node.target is aten.movedim.int:
+        first, last = (d % rank for d in (node.args[1], node.args[2]))  # type: ignore[operator]
+        order.remove(first)
+        order.insert(last, first)
+        return order
+    else:
+        return None
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _two_dims(node: fx.Node) -> list[int]:
+    return [v for v in (*node.args[1:], *node.kwargs.values()) if isinstance(v, int)]
+
+
+def body_of(node: fx.Node) -> fx.GraphModule | None:
+    """The captured body that a higher-order node calls with its other arguments, or None."""
+    first = node.args[0] if node.op == "call_function" and node.args else None
+    if not (isinstance(first, fx.Node) and first.op == "get_attr" and is_higher_order(node)):
+        return None
+    body = getattr(node.graph.owning_module, str(first.target), None)
+    return body if isinstance(body, fx.GraphModule) and is_captured(body) else None
