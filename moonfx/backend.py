@@ -1,6 +1,6 @@
 """The Dynamo backend "moonfx": capture, passes, and on to an inner compiler.
 
-    torch.compile(model, backend="moonfx", options={"block": 4096, "topk": 12})
+torch.compile(model, backend="moonfx", options={"block": 4096, "topk": 12})
 """
 
 import difflib
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 import moonfx.ops  # noqa: F401  (registers the operators that the passes emit)
-from moonfx.capture import COMPILERS, CaptureError, buffer_value, capture, compile_graph
+from moonfx.capture import COMPILERS, CaptureError, buffer_value, capture, compile_graph, graph_root
 from moonfx.passes.context import Context
 from moonfx.passes.index_algebra import summary
 from moonfx.passes.order import run_passes
@@ -32,17 +32,13 @@ class NothingRewritten(RuntimeError):
     """No attention became sparse although on_miss="raise"."""
 
 
-class DenseLastUnknown(ValueError):
-    """dense_last with a model that is compiled in pieces."""
-
-
 class Backend:
     """Compiles the graphs of one model under one set of policies.
 
     Args:
         policies: what each layer becomes; None leaves every graph as it is.
         compiler: one of COMPILERS.
-        names: id of each module of the model -> its qualified name, where the model is known.
+        model: the model whose graphs these are, where it is known.
         config: Inductor options to pass on.
     """
 
@@ -50,11 +46,16 @@ class Backend:
         self,
         policies: Policies | None,
         compiler: str = "inductor",
-        names: dict[int, str] | None = None,
+        model: torch.nn.Module | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
         self.policies, self.compiler = policies, compiler
-        self.names, self.config = names or {}, config or {}
+        self.config = config or {}
+        self.names: dict[int, str] = {}
+        self.parameter_names: dict[int, str] = {}
+        if model is not None:
+            self.names = {id(module): name for name, module in model.named_modules()}
+            self.parameter_names = {id(p): name for name, p in model.named_parameters()}
         self.report = Report()
         self.layers: list[tuple[str, int]] = []
         self.parameters: list[weakref.ref[torch.Tensor]] = []
@@ -87,12 +88,11 @@ class Backend:
             self.report.failures.append(str(error))
             log.warning("a graph could not be captured and runs as it was: %s", error)
             return gm, {}
-        context = Context(captured, self.policy_of, self.names)
+        root = graph_root(gm, example_inputs, self.parameter_names) or ""
+        context = Context(captured, self.policy_of, self.names, root)
         before = _code(captured)
         try:
             rewritten = run_passes(context)
-        except DenseLastUnknown:
-            raise
         except Exception as error:
             if os.environ.get("MOONFX_VERIFY"):
                 raise
@@ -112,15 +112,21 @@ class Backend:
         }
         return captured, guards
 
-    def policy_of(self, site: AttentionSite, sites: list[AttentionSite]) -> LayerPolicy | str:
-        """A site's policy, or why it stays dense. `sites`: all attentions of its graph, in order."""
+    def policy_of(
+        self, site: AttentionSite, sites: list[AttentionSite], root: str
+    ) -> LayerPolicy | str:
+        """A site's policy, or why it stays dense.
+
+        Args:
+            sites: all attentions of its graph, in order.
+            root: the module that the graph starts in, "" for the model.
+        """
         assert self.policies is not None
-        known = len(self.layers)
         self.layers += [k for k in map(_key, sites) if k not in self.layers]
-        if self.policies.dense_last and 0 < known < len(self.layers):
-            raise DenseLastUnknown(
-                f"dense_last={self.policies.dense_last} needs the whole model in one graph, and "
-                "torch.compile broke it in several; name the dense layers in layers={...: None}"
+        if root and not self.policies.uniform:
+            return (
+                f"a graph break makes {root} and every layer of its class share one graph, so "
+                "layers= and dense_last= cannot tell them apart: mend the break, or drop them"
             )
         index = self.layers.index(_key(site))
         if index >= len(self.layers) - self.policies.dense_last:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import re
 import shutil
 import types
 import warnings
@@ -171,29 +172,52 @@ def is_higher_order(node: fx.Node) -> bool:
     return isinstance(node.target, HigherOrderOperator)
 
 
-def module_path(node: fx.Node, names: dict[int, str]) -> str:
-    """The name of the innermost module that the node came from, "" for the root.
+def module_path(node: fx.Node, names: dict[int, str], root: str) -> str:
+    """The name of the innermost module that the node came from, "" for the model itself.
 
     Args:
-        names: id of each module of the user's model -> its qualified name. A graph that starts
-            below the model's root (after a graph break) is named from the root all the same.
+        names: id of each module of the user's model -> its qualified name.
+        root: the name of the module that the graph starts in, see `graph_root`.
     """
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
-        return ""
+        return root
     key, (path, _) = list(stack.items())[-1]
     ident = str(key).split("@")[0]
     if ident.isdigit() and int(ident) in names:
         return names[int(ident)]
-    path = str(path)
-    for prefix in ("L['self'].", "L['model'].", "L['fn']."):
-        path = path.removeprefix(prefix)
-    return "" if path.startswith("L[") and "." not in path else path.replace("slf.", "")
+    path = re.sub(r"^L\['\w+'\]\.?", "", str(path))
+    return f"{root}.{path}".strip(".")
+
+
+def graph_root(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], parameter_names: dict[int, str]
+) -> str | None:
+    """The name of the module that a Dynamo graph starts in: "" for the model itself.
+
+    After a graph break, a graph starts in a layer, and Dynamo runs it for every layer of that
+    class. None if the graph has no parameter to tell by.
+
+    Args:
+        parameter_names: id of each parameter of the user's model -> its qualified name.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for node, value in zip(placeholders, example_inputs, strict=True):
+        name = parameter_names.get(id(value))
+        if name is None:
+            continue
+        source = getattr(getattr(node, "_dynamo_source", None), "name", "")
+        text = source() if callable(source) else source
+        # L['self']._modules['layers']._modules['0']._parameters['weight']
+        relative = ".".join(re.findall(r"\['([^']+)'\]", str(text))[1:])
+        if relative and f".{name}".endswith(f".{relative}"):
+            return name[: len(name) - len(relative)].rstrip(".")
+    return None
 
 
 def source_line(node: fx.Node) -> str:
     """file.py:line in the user's code, innermost frame; "unknown" if the trace has none."""
-    frames = [s.strip() for s in (node.stack_trace or "").splitlines() if ' line ' in s]
+    frames = [s.strip() for s in (node.stack_trace or "").splitlines() if " line " in s]
     if not frames:
         return "unknown"
     where = frames[-1].split('"')

@@ -109,6 +109,11 @@ class Policies:
                 f"a key of layers must be a module name, 're:<regex>' or an index, got {key!r}"
             )
 
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer has the same policy."""
+        return not (self.names or self.patterns or self.indices or self.dense_last)
+
     def check_names(self, modules: list[str]) -> None:
         """Checks that each name and pattern of `layers` fits a module.
 

@@ -78,8 +78,7 @@ def sparsify(
     check_choice("compiler", compiler, COMPILERS)
     old = _state(model)
     before = old.before if old is not None else model._compiled_call_impl
-    names = {id(module): name for name, module in model.named_modules()}
-    state = _State(before, Backend(policies, compiler, names), on_miss)
+    state = _State(before, Backend(policies, compiler, model), on_miss)
     state.sparse = _judged(model, compile_in_place(model, state.backend), state)
     model._compiled_call_impl = state.sparse
     model.__dict__[_STATE] = state
@@ -145,7 +144,7 @@ class full_attention:
         self.was = model._compiled_call_impl
         state = self.state
         if state.dense is None:
-            dense = Backend(None, state.backend.compiler, state.backend.names)
+            dense = Backend(None, state.backend.compiler)
             state.dense = compile_call(model._call_impl, dense)
         model._compiled_call_impl = state.dense
 
@@ -204,7 +203,7 @@ def explain(
     _check_model(model)
     policies = Policies(LayerPolicy(block, topk, sinks), layers, dense_last)
     policies.check_names([name for name, _ in model.named_modules()])
-    backend = Backend(policies, "eager", {id(m): name for name, m in model.named_modules()})
+    backend = Backend(policies, "eager", model)
 
     def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         backend.rewrite(gm, example_inputs)
