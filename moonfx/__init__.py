@@ -1,4 +1,4 @@
-"""moonfx changes how a model and an optimizer that someone else wrote run, without an edit to their code."""
+"""moonfx changes how a model that someone else wrote runs, without an edit to its code."""
 
 from pathlib import Path
 

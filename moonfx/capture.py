@@ -1,4 +1,4 @@
-"""Everything moonfx needs from torch's private side: capture, symbolic sizes, sources, inner compilers.
+"""What moonfx needs from torch's private side: capture, symbolic sizes, inner compilers.
 
 A new torch release is this one file's work. `capture` brings a Dynamo graph to the one form that
 every pass is written against, pre-dispatch ATen: autograd intact, SDPA, softmax and dropout single
@@ -99,7 +99,7 @@ class _Retrace(fx.Interpreter):
         proxies = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
         with disable_proxy_modes_tracing():
             if target.name() in BODY_OPERATORS:
-                operands = [a for a in args[1:]]
+                operands = list(args[1:])
                 body = _retrace(args[0], operands)
                 out = fx.Interpreter(args[0]).run(*operands)
                 modules = {id(args[0]): body}
@@ -360,7 +360,7 @@ def _warn_no_compiler() -> None:
 
 
 def _compile_options(backend: Callable[..., Any]) -> dict[str, Any]:
-    """torch.compile arguments; cache entries of its own, so that policies never evict each other."""
+    """torch.compile arguments; own cache entries, so that policies never evict each other."""
     isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     return {"backend": backend, **({"isolate_recompiles": True} if isolated else {})}
 
@@ -394,12 +394,13 @@ def empty_results(gm: fx.GraphModule) -> Callable[..., Any] | None:
     """
     (output,) = (n for n in gm.graph.nodes if n.op == "output")
     values = [getattr(n, "meta", {}).get("example_value") for n in output.args[0]]
-    if not all(isinstance(v, torch.Tensor) and type(v.numel()) is int for v in values):
+    tensors = [v for v in values if isinstance(v, torch.Tensor) and type(v.numel()) is int]
+    if len(tensors) != len(values):
         return None
 
     def run(*args: Any) -> tuple[torch.Tensor, ...]:
         return tuple(
-            torch.zeros((), dtype=v.dtype, device=v.device).expand(v.shape) for v in values
+            torch.zeros((), dtype=v.dtype, device=v.device).expand(v.shape) for v in tensors
         )
 
     return run

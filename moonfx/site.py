@@ -43,7 +43,7 @@ class AttentionSite:
         query, key, value: before any repeat_kv.
         key_transposed: the key node is [B, Hkv, D, Nk].
         scale: softmax scale; None is head_dim ** -0.5.
-        factors: scalars that the graph does not fix, as (node, "mul" | "div"): they scale the query.
+        factors: scalars unknown to the graph that scale the query, as (node, "mul" | "div").
         masks: nodes of the masks, as (node, how) with how one of "additive", "keep", "drop".
         causal: the operator itself was told to be causal (is_causal=True, top-left aligned).
         dtype: output dtype.

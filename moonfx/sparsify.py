@@ -126,7 +126,7 @@ def restore(model: Model) -> Model:
     return model
 
 
-class full_attention:
+class full_attention:  # noqa: N801 (a verb to its callers)
     """Dense attention now, sparse again after: a context manager, and a switch.
 
         with moonfx.full_attention(model): ...       # dense inside
