@@ -202,7 +202,7 @@ def classify_atom(atom: Expr, site: AttentionSite, offset: Expr) -> str:
         if any(x.has(HEAD, sympy.Mod) for x in unknown) or atom.has(HEAD):
             return f"the mask '{names}' differs by head"
         if any(x.has(QUERY) and x.has(KEY) for x in unknown):
-            return f"the mask '{names}' is an input whose values are not known"
+            return f"the values of the mask '{names}' are not known"
         if by_query and by_key:
             return f"packed sequences: queries and keys are compared by '{names}'"
         if by_query:

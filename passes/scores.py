@@ -11,6 +11,7 @@ Walked from the softmax, outwards in both directions.
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -53,6 +54,12 @@ MASKED_FILL = {
     aten.masked_fill.Tensor,
     aten.masked_fill_.Scalar,
     aten.masked_fill_.Tensor,
+}
+_SHAPE_ONLY = {
+    aten.full_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.sym_size.int,
 }
 _FILLS = {aten.masked_fill_.Scalar, aten.masked_fill_.Tensor}
 # Between softmax and scores; the last two only to be declined by name.
@@ -222,17 +229,16 @@ def _product(node: fx.Node, walk: _Walk) -> Step:
 
 
 def constant_of(value: object, context: Context) -> float | None:
-    """A scalar that the graph itself fixes, or None."""
+    """A scalar that the graph itself fixes, or the one value of all of a tensor, or None."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):
         return float(value)
     if isinstance(value, fx.Node):
         held = value.meta.get("val")
-        if isinstance(held, torch.Tensor) and held.numel() != 1:
-            return None
         rank = len(held.shape) if isinstance(held, torch.Tensor) else 0
-        found = context.reader.read(value, (0,) * rank)
+        index = [sympy.Dummy(integer=True, nonnegative=True) for _ in range(rank)]
+        found = context.reader.broadcast(value, index)
         if getattr(found, "is_number", False) and found.is_extended_real:
             return float(found)
     return None
@@ -281,8 +287,9 @@ def short(node: fx.Node) -> str:
 def used_elsewhere(scores: Scores) -> Reject | None:
     """Scores or anything between them and the softmax that has a second user."""
     for node in scores.path:
-        if len(node.users) > 1:
-            names = ", ".join(u.name for u in node.users)
+        users = [u for u in node.users if u.target not in _SHAPE_ONLY]
+        if len(users) > 1:
+            names = ", ".join(u.name for u in users)
             return Reject(f"the scores are used more than once, by {names}", node)
     return None
 
@@ -402,7 +409,7 @@ def _passes(node: fx.Node) -> bool:
 
 def _product_beyond(node: fx.Node) -> fx.Node | None:
     """The first operator in the way, if an elementwise path leads from node to a product."""
-    through = _SCORES_PASS | DROPOUT
+    through = _SCORES_PASS | DROPOUT | {aten.slice.Tensor, aten.expand.default}
     for user in node.users:
         stack, seen = [user], set()
         while stack and len(seen) < _FAR:

@@ -1,0 +1,446 @@
+"""Graphs that look like causal attention and are not, or not provably: declined, left alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import moonfx
+from tests.passes.forms import NEG, SCALE, B, D, H, Model, N, causal, inputs, outcome, run
+
+
+def attend(s: Tensor, v: Tensor) -> Tensor:
+    return s.masked_fill(~causal(s.shape[-2], s.shape[-1]), -torch.inf).softmax(-1) @ v
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-2, -1) * SCALE
+
+
+Body = Callable[..., Any]
+Row = tuple[str, Body, str | None]
+
+
+def softmax_over(dim: int) -> Body:
+    """pytorch#196468: Inductor 2.13 rewrites both."""
+
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scores(q, k).masked_fill(~causal(), NEG).softmax(dim) @ v
+
+    return body
+
+
+def keys_as_they_are(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = torch.cat([q, q, q], -1)  # head_dim == N: the product exists without a transpose
+    return attend(q @ torch.cat([k, k, k], -1) * SCALE, v)
+
+
+def keys_transposed_twice(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = torch.cat([q, q, q], -1)
+    return attend(q @ torch.cat([k, k, k], -1).transpose(2, 3).transpose(2, 3) * SCALE, v)
+
+
+def probabilities_returned(self: Model, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    p = scores(q, k).masked_fill(~causal(), NEG).softmax(-1)
+    return p @ v, p
+
+
+def probabilities_reused(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores(q, k).masked_fill(~causal(), NEG).softmax(-1)
+    return p @ v + p.sum(-1, keepdim=True)
+
+
+def probabilities_as_values(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores(q, k).masked_fill(~causal(), NEG).softmax(-1)
+    return p @ p
+
+
+def probabilities_scaled(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q, k).masked_fill(~causal(), NEG).softmax(-1) * 2.0) @ v
+
+
+def scores_reused(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    return attend(s, v) + s.mean(-1, keepdim=True)
+
+
+def five_dimensions(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.unflatten(1, (2, 2)) for x in (q, k, v))
+    return attend(scores(q, k), v).flatten(1, 2)
+
+
+def three_dimensional_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).view(B, H, N, D)
+
+
+def learned_bias(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(scores(q, k) + self.bias, v)
+
+
+def learned_bias_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = self.bias.masked_fill(~causal(), -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def t5_bias(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    distance = (torch.arange(N)[None] - torch.arange(N)[:, None]).clamp(-8, 8) + 8
+    return attend(scores(q, k) + self.table[distance].permute(2, 0, 1)[None], v)
+
+
+def alibi(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    slopes = 2.0 ** -torch.arange(1, H + 1)
+    distance = torch.arange(N)[None] - torch.arange(N)[:, None]
+    return attend(scores(q, k) + slopes[:, None, None] * distance, v)
+
+
+def soft_mask(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q, k) + torch.where(causal(), 0.0, -3.0)).softmax(-1) @ v
+
+
+def mask_scaled_away(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((scores(q, k) + torch.where(causal(), 0.0, -1e5)) * 1e-5).softmax(-1) @ v
+
+
+def fill_scaled_away(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q, k).masked_fill(~causal(), -1e5) / 1e5).softmax(-1) @ v
+
+
+def mask_times_a_tensor(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = (scores(q, k) + torch.where(causal(), 0.0, -1e5)) * v.mean()
+    return s.softmax(-1) @ v
+
+
+def filled_with(value: float) -> Body:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scores(q, k).masked_fill(~causal(), value).softmax(-1) @ v
+
+    return body
+
+
+def where_with_other_scores(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.where(causal(), scores(q, k), q[..., :1]).softmax(-1) @ v
+
+
+def softcap(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(torch.tanh(scores(q, k) / 50) * 50, v)
+
+
+def attention_sink(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k).masked_fill(~causal(), NEG)
+    s = torch.cat([s, self.sink.expand(B, H, N, 1)], -1)
+    return s.softmax(-1)[..., :-1] @ v
+
+
+def talking_heads(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(torch.einsum("bhij,hg->bgij", scores(q, k), self.mix), v)
+
+
+def negative_scale(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(scores(q, k) * -1.0, v)
+
+
+def negative_scale_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=-0.3)
+
+
+def scale_by_head(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(scores(q, k) * self.mix[0][:, None, None], v)
+
+
+def bidirectional(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-1) @ v
+
+
+def bidirectional_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def dropout(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores(q, k).masked_fill(~causal(), NEG).softmax(-1)
+    return F.dropout(p, 0.5, training=True) @ v
+
+
+def dropout_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.5)
+
+
+def masked_by(make: Callable[[Model, Tensor, Tensor], Tensor], n: int = N) -> Body:
+    """SDPA with a bool mask made of index rows i [n, 1] and columns j [1, N]."""
+
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = torch.arange(n)[:, None], torch.arange(N)[None]
+        return F.scaled_dot_product_attention(q[:, :, :n], k, v, make(self, i, j))
+
+    return body
+
+
+def changed_in_place(change: Callable[[Tensor], Any]) -> Body:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.arange(N)[None] <= torch.arange(N)[:, None]
+        change(mask)
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    return body
+
+
+def changed_through_unbind(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.arange(N)[None] <= torch.arange(N)[:, None]
+    mask.unbind(0)[3].fill_(True)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def built_in_place(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.full((N, N), -torch.inf).triu_(diagonal=1)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def keys_changed(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k = k * 1.0
+    s = scores(q, k)
+    k.zero_()
+    return attend(s, v) + k
+
+
+def values_changed_through_a_view(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    v = v * 1.0
+    first, _ = v.split(N // 2, dim=2)
+    s = scores(q, k)
+    p = s.masked_fill(~causal(), NEG).softmax(-1)
+    first.add_(1.0)
+    return p @ v
+
+
+def packed_qkv_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    segment = torch.arange(N) // 5
+    keep = causal() & (segment[:, None] == segment[None])
+    return F.scaled_dot_product_attention(q, k, v, keep)
+
+
+def linear_attention(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.softmax(-1) @ (k.transpose(2, 3).softmax(-1) @ v)
+
+
+def router(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = q.transpose(1, 2).reshape(B * N, H * D)
+    weight, _ = F.linear(x, self.gate).softmax(-1).topk(2)
+    return (weight / weight.sum(-1, keepdim=True)).sum() * v
+
+
+def loss(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = q.transpose(1, 2).reshape(B * N, H * D) @ self.gate.T
+    return -(logits.softmax(-1).log()[:, 0]).mean()
+
+
+NOT_CAUSAL = "the mask is not causal"
+IN_PLACE = "the mask is written to in place"
+BIAS = "additive bias"
+
+LOOKALIKES: list[Row] = [
+    ("softmax over the queries", softmax_over(-2), "softmax over dim -2 of 4"),
+    ("softmax over the heads", softmax_over(1), "softmax over dim 1 of 4"),
+    ("keys not transposed", keys_as_they_are, "the keys are not transposed"),
+    ("keys transposed twice", keys_transposed_twice, "the keys are not transposed"),
+    ("probabilities returned", probabilities_returned, "the probabilities are also used by"),
+    ("probabilities reused", probabilities_reused, "the probabilities are also used by"),
+    ("probabilities as values", probabilities_as_values, "the probabilities are also the values"),
+    ("probabilities scaled", probabilities_scaled, "'mul' stands between the softmax and its"),
+    ("scores reused", scores_reused, "the scores are used more than once"),
+    ("5-D", five_dimensions, "query has 5 dimensions"),
+    ("3-D sdpa", three_dimensional_sdpa, "query has 3 dimensions"),
+    ("learned bias", learned_bias, BIAS),
+    ("learned bias, sdpa", learned_bias_sdpa, BIAS),
+    ("T5 bias", t5_bias, BIAS),
+    ("ALiBi", alibi, BIAS),
+    ("soft mask", soft_mask, BIAS),
+    ("mask scaled away", mask_scaled_away, "the mask is scaled after it was added"),
+    ("fill scaled away", fill_scaled_away, "masked_fill() with a value that is no mask"),
+    ("mask times a tensor", mask_times_a_tensor, "the mask is scaled after it was added"),
+    ("filled with 0", filled_with(0.0), "masked_fill() with a value that is no mask"),
+    ("filled with -5", filled_with(-5.0), "masked_fill() with a value that is no mask"),
+    ("filled with +inf", filled_with(torch.inf), "masked_fill() with a value that is no mask"),
+    ("filled with NaN", filled_with(torch.nan), "masked_fill() with a value that is no mask"),
+    ("where two scores", where_with_other_scores, "where() fills in a value that is no mask"),
+    ("softcap", softcap, "'tanh' stands between"),
+    ("attention sink", attention_sink, "'cat' stands between"),
+    ("talking heads", talking_heads, "einsum 'bhij,hg->bgij' is not query @ key^T"),
+    ("negative scale", negative_scale, "the scores are scaled by -1.0"),
+    ("negative scale, sdpa", negative_scale_sdpa, "the scores are scaled by -0.3"),
+    ("scale by head", scale_by_head, "the scores are scaled by a tensor"),
+    ("bidirectional", bidirectional, "bidirectional: no mask and not causal"),
+    ("bidirectional, sdpa", bidirectional_sdpa, "bidirectional: no mask and not causal"),
+    ("dropout", dropout, "dropout p=0.5 is active"),
+    ("dropout, sdpa", dropout_sdpa, "dropout p=0.5 is active"),
+    ("strictly causal", masked_by(lambda m, i, j: j < i), "causal with offset -1"),
+    ("one ahead", masked_by(lambda m, i, j: j <= i + 1), "causal with offset 1"),
+    ("anti-causal", masked_by(lambda m, i, j: j >= i), "sliding window of 1 tokens"),
+    ("triu of the wrong side", masked_by(lambda m, i, j: (i >= 0).expand(N, N).triu()), "sliding"),
+    ("sliding", masked_by(lambda m, i, j: (j <= i) & (i - j < 5)), "sliding window of 5 tokens"),
+    ("prefix", masked_by(lambda m, i, j: (j <= i) | (j < 6)), "a choice between masks"),
+    ("doubled", masked_by(lambda m, i, j: 2 * j <= i), "unsupported mask condition"),
+    ("tokens shifted", masked_by(lambda m, i, j: (j <= i) & (j < 9)), "unsupported mask condition"),
+    ("top-left, Nq < Nk", masked_by(lambda m, i, j: j <= i, 9), "causal with offset 0"),
+    ("wrong offset, Nq < Nk", masked_by(lambda m, i, j: j <= i + 3, 9), "causal with offset 3"),
+    ("packed", packed_qkv_sdpa, "packed sequences: queries and keys are compared"),
+    ("mask by head", masked_by(lambda m, i, j: m.by_head & (j <= i)), "differs by head"),
+    ("not a triangle", masked_by(lambda m, i, j: m.holed), "the values of the mask"),
+    (
+        "NaN is not NaN",
+        masked_by(lambda m, i, j: (m.row != m.row) | (j <= i)),
+        "the mask mixes query positions with 'ne'",
+    ),
+    (
+        "half-precision positions",
+        masked_by(lambda m, i, j: j.half() <= i.half()),
+        "the values of the mask 'le' are not known",
+    ),
+    ("masked_fill_", changed_in_place(lambda m: m.masked_fill_(torch.eye(N).bool(), 0)), IN_PLACE),
+    ("mask[:, 0] = False", changed_in_place(lambda m: m[:, 0].fill_(False)), IN_PLACE),
+    ("mask[0] = True", changed_in_place(lambda m: m.__setitem__(0, True)), IN_PLACE),
+    ("logical_not_", changed_in_place(lambda m: m.logical_not_()), IN_PLACE),
+    ("changed through unbind", changed_through_unbind, IN_PLACE),
+    ("triu_", built_in_place, IN_PLACE),
+    ("keys changed", keys_changed, "key is written to in place"),
+    ("values changed", values_changed_through_a_view, "value is written to in place"),
+    ("linear attention", linear_attention, None),
+    ("router", router, None),
+    ("loss", loss, None),
+]
+
+
+def model_of(body: Body) -> Model:
+    generator = torch.Generator().manual_seed(1)
+    holed = causal()
+    holed[9, 2] = False
+    return Model(
+        body,
+        bias=torch.randn(1, H, N, N, generator=generator),
+        table=torch.randn(17, H, generator=generator),
+        sink=torch.randn(H, 1, 1, generator=generator),
+        mix=torch.randn(H, H, generator=generator),
+        gate=torch.randn(8, H * D, generator=generator),
+        by_head=torch.rand(1, H, 1, N, generator=generator) < 0.9,
+        row=torch.full((1, N), torch.nan),
+        holed=holed,
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"), [r[1:] for r in LOOKALIKES], ids=[r[0] for r in LOOKALIKES]
+)
+def test_a_lookalike_is_declined_by_name_and_runs_as_it_was(body: Body, reason: str | None) -> None:
+    given = inputs()
+    torch.manual_seed(3)
+    expected = model_of(body)(*given)
+    torch.manual_seed(3)
+    got, report = run(model_of(body), *given)
+    torch.testing.assert_close(got, expected, atol=0, rtol=0, equal_nan=True)
+    assert [r.action for r in report.rows] == ([] if reason is None else ["declined"])
+    assert reason is None or reason in outcome(report)[0], outcome(report)[0]
+    assert all("(node " in r.reason for r in report.rows)
+
+
+def test_dropout_is_declined_in_training_and_the_attention_found_again_in_eval() -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = 0.1 if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
+
+    model = Model(body)
+    moonfx.sparsify(model, N, 1, sinks=0, compiler="eager", on_miss="ignore")
+    model(*inputs())
+    model.eval()
+    out = model(*inputs())
+    assert [r.action for r in moonfx.report(model).rows] == ["declined", "sparse"]
+    expected = F.scaled_dot_product_attention(*inputs(), is_causal=True)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+
+
+INPUT_MASKS = [
+    ("4-D", lambda: causal().expand(B, 1, N, N), "the values of the mask"),
+    ("4-D float", lambda: torch.where(causal(), 0.0, NEG).expand(B, 1, N, N), BIAS),
+    ("2-D", lambda: causal(), "the values of the mask"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [r[1:] for r in INPUT_MASKS], ids=["4-D", "float", "2-D"]
+)
+def test_a_mask_that_the_caller_gives_is_never_believed(
+    make: Callable[[], Tensor], reason: str
+) -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    out, report = run(Model(body), *inputs(), make())
+    assert reason in outcome(report)[0]
+    assert torch.equal(out, F.scaled_dot_product_attention(*inputs(), make()))
+
+
+def test_causal_from_the_top_left_is_declined_unless_the_lengths_are_equal() -> None:
+    q, k, v = inputs()
+    _, report = run(
+        Model(lambda self, *x: F.scaled_dot_product_attention(*x, is_causal=True)),
+        q[:, :, :5],
+        k,
+        v,
+    )
+    assert outcome(report)[0].startswith("is_causal aligns the first query with the first key")
+
+
+def test_cross_attention_is_declined() -> None:
+    q, k, v = inputs()
+    _, report = run(Model(lambda self, *x: F.scaled_dot_product_attention(*x)), q[:, :, :5], k, v)
+    assert outcome(report) == ["bidirectional: no mask and not causal"]
+    _, report = run(Model(lambda self, *x: F.scaled_dot_product_attention(*x)), q[:, :, :1], k, v)
+    assert "cross-attention or pooling" in outcome(report)[0]
+
+
+def test_a_padding_mask_that_is_written_to_is_declined() -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+        mask = causal() & real[:, None, None, :]
+        real.fill_(False)  # after the mask was made, before attention reads it
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    real = torch.ones(B, N, dtype=torch.bool)
+    real[1, :7] = False
+    expected = F.scaled_dot_product_attention(*inputs(), causal() & real[:, None, None, :])
+    out, report = run(Model(body), *inputs(), real.clone())
+    assert outcome(report)[0].startswith("the mask is written to in place")
+    assert torch.equal(out, expected)
+
+
+def test_a_triangle_in_a_buffer_that_changes_after_compilation_is_an_error() -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scores(q, k).masked_fill(~self.triangle, NEG).softmax(-1) @ v
+
+    model = Model(body, triangle=causal())
+    moonfx.sparsify(model, N, 1, sinks=0, compiler="eager")
+    model(*inputs())
+    model.triangle.copy_(causal())
+    model(*inputs())  # the same values again
+    model.triangle[3, 1] = False
+    with pytest.raises(RuntimeError, match="proved to hold a causal mask has changed"):
+        model(*inputs())
+    moonfx.restore(model)
+    expected = body(model, *inputs())
+    assert torch.equal(model(*inputs()), expected)
+
+
+def test_a_router_beside_attention_is_passed_over() -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        weight, chosen = F.linear(y, self.gate).softmax(-1).topk(2)
+        expert = self.experts[chosen]  # [B, N, 2, H * D, H * D]
+        return (weight[..., None, None] * expert).sum(2).matmul(y[..., None])[..., 0]
+
+    generator = torch.Generator().manual_seed(1)
+    model = Model(
+        body,
+        gate=torch.randn(8, H * D, generator=generator),
+        experts=torch.randn(8, H * D, H * D, generator=generator),
+    )
+    _, report = run(model, *inputs())
+    assert outcome(report) == ["causal"]
