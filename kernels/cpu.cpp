@@ -1,4 +1,5 @@
-// MoBA attention on the CPU: the C interface of cpu.py. The mathematics and the plan are in cpu_forward.h.
+// MoBA attention on the CPU: the C interface of cpu.py. The mathematics and the plan are in
+// cpu_forward.h.
 #include "cpu_backward.h"
 #include "cpu_decode.h"
 

@@ -1,5 +1,6 @@
-// A few queries: nothing is packed, each selected block is read once for all the rows that selected it.
-// Each (row, block) leaves a partial softmax (m, l, O); a row's partials are merged in ascending order of block.
+// A few queries: nothing is packed, each selected block is read once for all the rows that selected
+// it. Each (row, block) leaves a partial softmax (m, l, O); a row's partials are merged in
+// ascending order of block.
 #pragma once
 #include "cpu_forward.h"
 
@@ -20,7 +21,8 @@ struct Decode {
 
     void score_and_sum(const Item& item, const float* query, float* partial) {
         int64_t b = item.bh / a.Hkv, h = item.bh % a.Hkv;
-        int64_t first = item.block * plan.block, last = std::min<int64_t>(first + plan.block, plan.real[b]);
+        int64_t first = item.block * plan.block,
+                last = std::min<int64_t>(first + plan.block, plan.real[b]);
         size_t count = item.rows.size();
         std::vector<float> buffer(count * STEP + query_padded + value_padded);
         float *scores = buffer.data(), *key = scores + count * STEP, *value = key + query_padded;
@@ -45,7 +47,8 @@ struct Decode {
                 widen_row(k, a.D, query_padded, key);
                 for (size_t x = 0; x < count; ++x) {
                     vf dot = vf{};
-                    for (int64_t d = 0; d < query_padded; d += VL) dot = mul_add(load(q[x] + d), load(key + d), dot);
+                    for (int64_t d = 0; d < query_padded; d += VL)
+                        dot = mul_add(load(q[x] + d), load(key + d), dot);
                     scores[x * STEP + c] = sum(dot) * scale;
                 }
             }
@@ -54,10 +57,12 @@ struct Decode {
                     std::fill(scores + x * STEP, scores + (x + 1) * STEP, 0.0f);
                     continue;
                 }
-                float factor = softmax_row(scores + x * STEP, scores + x * STEP, 0, std::min(n, end[x] - s),
-                                           round_up(n, VL), out[x], out[x] + 1);
+                float *row = scores + x * STEP, *m = out[x], *l = out[x] + 1, factor;
+                int64_t hi = std::min(n, end[x] - s);
+                softmax(1, &row, &row, 0, &hi, round_up(n, VL), &m, &l, &factor);
                 if (factor != 1.0f)
-                    for (int64_t d = 0; d < value_padded; d += VL) store(out[x] + 2 + d, load(out[x] + 2 + d) * factor);
+                    for (int64_t d = 0; d < value_padded; d += VL)
+                        store(out[x] + 2 + d, load(out[x] + 2 + d) * factor);
             }
             for (int64_t c = 0; c < n; ++c) {
                 const T* v = row_of((const T*)a.value, a.value_at, b, h, plan.key_index(b, s + c));
@@ -65,7 +70,8 @@ struct Decode {
                 for (size_t x = 0; x < count; ++x) {
                     float p = scores[x * STEP + c];
                     for (int64_t d = 0; d < value_padded; d += VL)
-                        store(out[x] + 2 + d, mul_add(splat(p), load(value + d), load(out[x] + 2 + d)));
+                        store(out[x] + 2 + d,
+                              mul_add(splat(p), load(value + d), load(out[x] + 2 + d)));
                 }
             }
         }
@@ -113,13 +119,15 @@ struct Decode {
         all(arena);
 
         if (!plan.dense)
-            parallel(a.threads, plan.BH * plan.n,
-                     [&](int64_t i, int64_t) { means.template compute<T>(plan, i / plan.n, i % plan.n); });
+            parallel(a.threads, plan.BH * plan.n, [&](int64_t i, int64_t) {
+                means.template compute<T>(plan, i / plan.n, i % plan.n);
+            });
         parallel(a.threads, plan.BH, [&](int64_t bh, int64_t) {
             routes[bh].template run<T>(plan, means, bh, 0, a.Nq);
             for (int64_t r = 0; r < rows; ++r)
-                widen_row(row_of((const T*)a.query, a.query_at, bh / a.Hkv, routes[bh].head(plan, r), r / plan.G), a.D,
-                          query_padded, query + (bh * rows + r) * query_padded);
+                widen_row(row_of((const T*)a.query, a.query_at, bh / a.Hkv,
+                                 routes[bh].head(plan, r), r / plan.G),
+                          a.D, query_padded, query + (bh * rows + r) * query_padded);
         });
         std::vector<Item> items;
         std::vector<int32_t> used(plan.BH * rows, 0);
@@ -129,11 +137,14 @@ struct Decode {
                 const int32_t* id = routes[bh].of(plan, j, plan.dense ? j * plan.block : 0, &size);
                 if (!size) continue;
                 items.push_back({bh, j, {}});
-                for (int64_t i = 0; i < size; ++i) items.back().rows.push_back({id[i], used[bh * rows + id[i]]++});
+                for (int64_t i = 0; i < size; ++i)
+                    items.back().rows.push_back({id[i], used[bh * rows + id[i]]++});
             }
-        parallel(a.threads, items.size(), [&](int64_t i, int64_t) { score_and_sum(items[i], query, partial); });
+        parallel(a.threads, items.size(),
+                 [&](int64_t i, int64_t) { score_and_sum(items[i], query, partial); });
         parallel(a.threads, plan.BH * rows, [&](int64_t i, int64_t thread) {
-            merge(i / rows, i % rows, routes[i / rows].count[i % rows], partial, total + thread * value_padded);
+            merge(i / rows, i % rows, routes[i / rows].count[i % rows], partial,
+                  total + thread * value_padded);
         });
         return count.used;
     }

@@ -1,8 +1,9 @@
-// The one matrix product: C[M rows][V registers] (+)= A[M][K] B[K][V registers], all of C in registers.
+// The one matrix product: C[M rows][V registers] (+)= A[M][K] B[K][V registers], all of C in
+// registers.
 //
-// Each value of C is one chain of fused multiply-adds over K in ascending order, whatever M and V are:
-// a row's result does not depend on which rows or columns stand beside it.
-// A word is one float32, or two bfloat16 that are neighbours along K (one VDPBF16PS step).
+// Each value of C is one chain of fused multiply-adds over K in ascending order, whatever M and V
+// are: a row's result does not depend on which rows or columns stand beside it. A word is one
+// float32, or two bfloat16 that are neighbours along K (one VDPBF16PS step).
 #pragma once
 #include "cpu_simd.h"
 
@@ -49,7 +50,7 @@ static void micro(const A& rows, const typename E::word* b, int64_t ldb, int64_t
     vf acc[M][V];
     for (int r = 0; r < M; ++r)
         for (int v = 0; v < V; ++v) acc[r][v] = vf{};
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k) {
         decltype(E::fetch(b)) x[V];
         for (int v = 0; v < V; ++v) x[v] = E::fetch(b + v * VL);
@@ -70,21 +71,29 @@ template <class E, class A, Mode mode, int M>
 static inline void micro_v(int v, const A& a, const typename E::word* b, int64_t ldb, int64_t depth,
                            float* const* c, int64_t offset, float alpha) {
     if (v == NV) return micro<E, A, mode, M, NV>(a, b, ldb, depth, c, offset, alpha);
-    if (NV > 2 && v == 3) return micro<E, A, mode, M, NV == 4 ? 3 : 1>(a, b, ldb, depth, c, offset, alpha);
-    if (NV > 2 && v == 2) return micro<E, A, mode, M, NV == 4 ? 2 : 1>(a, b, ldb, depth, c, offset, alpha);
+    if (NV > 2 && v == 3)
+        return micro<E, A, mode, M, NV == 4 ? 3 : 1>(a, b, ldb, depth, c, offset, alpha);
+    if (NV > 2 && v == 2)
+        return micro<E, A, mode, M, NV == 4 ? 2 : 1>(a, b, ldb, depth, c, offset, alpha);
     micro<E, A, mode, M, 1>(a, b, ldb, depth, c, offset, alpha);
 }
 
 // m rows (1..MR), v registers (1..NV).
 template <class E, class A, Mode mode>
-static inline void multiply(int m, int v, const A& a, const typename E::word* b, int64_t ldb, int64_t depth,
-                            float* const* c, int64_t offset, float alpha = 1.0f) {
+static inline void multiply(int m, int v, const A& a, const typename E::word* b, int64_t ldb,
+                            int64_t depth, float* const* c, int64_t offset, float alpha = 1.0f) {
     switch (m) {
-        case 6: return micro_v<E, A, mode, 6>(v, a, b, ldb, depth, c, offset, alpha);
-        case 5: return micro_v<E, A, mode, 5>(v, a, b, ldb, depth, c, offset, alpha);
-        case 4: return micro_v<E, A, mode, 4>(v, a, b, ldb, depth, c, offset, alpha);
-        case 3: return micro_v<E, A, mode, 3>(v, a, b, ldb, depth, c, offset, alpha);
-        case 2: return micro_v<E, A, mode, 2>(v, a, b, ldb, depth, c, offset, alpha);
-        default: return micro_v<E, A, mode, 1>(v, a, b, ldb, depth, c, offset, alpha);
+        case 6:
+            return micro_v<E, A, mode, 6>(v, a, b, ldb, depth, c, offset, alpha);
+        case 5:
+            return micro_v<E, A, mode, 5>(v, a, b, ldb, depth, c, offset, alpha);
+        case 4:
+            return micro_v<E, A, mode, 4>(v, a, b, ldb, depth, c, offset, alpha);
+        case 3:
+            return micro_v<E, A, mode, 3>(v, a, b, ldb, depth, c, offset, alpha);
+        case 2:
+            return micro_v<E, A, mode, 2>(v, a, b, ldb, depth, c, offset, alpha);
+        default:
+            return micro_v<E, A, mode, 1>(v, a, b, ldb, depth, c, offset, alpha);
     }
 }

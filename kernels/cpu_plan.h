@@ -1,4 +1,5 @@
-// What every kernel needs before it computes: sizes, the order of real keys, scratch, threads, packed operands.
+// What every kernel needs before it computes: sizes, the order of real keys, scratch, threads,
+// packed operands.
 #pragma once
 #include <stdlib.h>
 
@@ -30,7 +31,8 @@ struct Arguments {
     float *grad_key, *grad_value;  // zeroed by the caller
     int64_t B, Hq, Hkv, Nq, Nk, D, Dv, block, topk, sinks, threads;
     double scale;
-    Strides query_at, key_at, value_at, out_at, grad_out_at, grad_query_at, grad_key_at, grad_value_at;
+    Strides query_at, key_at, value_at, out_at, grad_out_at, grad_query_at, grad_key_at,
+        grad_value_at;
 };
 
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
@@ -39,7 +41,8 @@ constexpr int64_t FAILED = -1;  // scratch could not be allocated
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// One allocation, on huge pages where the system has them: fresh scratch is paid for by page faults.
+// One allocation, on huge pages where the system has them: fresh scratch is paid for by page
+// faults.
 struct Scratch {
     char* base = nullptr;
     explicit Scratch(int64_t bytes) {
@@ -83,10 +86,10 @@ static void parallel(int64_t threads, int64_t items, const F& body) {
 
 struct Plan {
     const Arguments& a;
-    int64_t G, BH;        // query heads of one kv head; batch times kv heads
-    bool dense;           // every key of every query is selected
-    int64_t block, topk;  // in a dense problem the block is ours to choose
-    int64_t n;            // blocks
+    int64_t G, BH;                  // query heads of one kv head; batch times kv heads
+    bool dense;                     // every key of every query is selected
+    int64_t block, topk;            // in a dense problem the block is ours to choose
+    int64_t n;                      // blocks
     std::vector<int32_t> order;     // [B][Nk]: the key index of each rank (empty: no mask)
     std::vector<int32_t> real;      // [B]: how many real keys
     std::vector<int32_t> position;  // [B][Nq]: the rank of the query's last visible key, -1: none
@@ -114,12 +117,23 @@ struct Plan {
             real[b] = count;
         }
     }
-    int64_t key_index(int64_t b, int64_t rank) const { return order.empty() ? rank : order[b * a.Nk + rank]; }
+    int64_t key_index(int64_t b, int64_t rank) const {
+        return order.empty() ? rank : order[b * a.Nk + rank];
+    }
 };
 
+static inline int64_t offset(const Strides& s, int64_t b, int64_t h, int64_t t) {
+    return b * s.batch + h * s.head + t * s.token;
+}
 template <class T>
 static inline T* row_of(T* base, const Strides& s, int64_t b, int64_t h, int64_t t) {
-    return base + b * s.batch + h * s.head + t * s.token;
+    return base + offset(s, b, h, t);
+}
+
+// Rows are gathered: no hardware foresees them.
+template <class T>
+static inline void prefetch(const T* p, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i);
 }
 
 template <class E>
@@ -135,7 +149,8 @@ static inline void copy_words(const typename E::element* p, int64_t d, typename 
     if (d % E::per_word) o[d] = 0;
 }
 
-// Rows x (per_word of them) as words across rows: the B operand whose depth runs over rows. A null row is zero.
+// Rows x (per_word of them) as words across rows: the B operand whose depth runs over rows. A null
+// row is zero.
 template <class E>
 static inline void interleave(const typename E::element* const* row, int64_t d, int64_t padded,
                               typename E::word* out) {
@@ -147,7 +162,8 @@ static inline void interleave(const typename E::element* const* row, int64_t d, 
     }
 }
 
-// The keys (or values) of every kv head, by rank, as B operands. Packed once a call: 1 to 3 copies of K and V.
+// The keys (or values) of every kv head, by rank, as B operands. Packed once a call: 1 to 3 copies
+// of K and V.
 //   across [BH][panels][words(d)][NR]            B = K^T: the product's depth runs over channels
 //   along  [BH][panels * NR / per_word][padded]  B = K:   the product's depth runs over keys
 template <class E>
@@ -164,7 +180,9 @@ struct Packed {
         if (want_across) across = arena.take<word>(plan.BH * panels * words<E>(d) * NR);
         if (want_along) along = arena.take<word>(plan.BH * panels * (NR / E::per_word) * padded);
     }
-    const word* panel(int64_t bh, int64_t p) const { return across + (bh * panels + p) * words<E>(d) * NR; }
+    const word* panel(int64_t bh, int64_t p) const {
+        return across + (bh * panels + p) * words<E>(d) * NR;
+    }
     const word* from(int64_t bh, int64_t rank) const {
         return along + (bh * panels * NR + rank) / E::per_word * padded;
     }
@@ -173,7 +191,9 @@ struct Packed {
         int64_t b = bh / plan.a.Hkv, h = bh % plan.a.Hkv;
         for (int64_t c = 0; c < NR; ++c) {
             int64_t rank = p * NR + c;
-            row[c] = rank < plan.real[b] ? row_of((const element*)data, at, b, h, plan.key_index(b, rank)) : nullptr;
+            row[c] = rank < plan.real[b]
+                         ? row_of((const element*)data, at, b, h, plan.key_index(b, rank))
+                         : nullptr;
         }
         if (across) {
             word* out = (word*)panel(bh, p);

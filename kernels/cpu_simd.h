@@ -1,4 +1,5 @@
-// Vector types of the compiler's vector extension, and the few functions that the kernels need on them.
+// Vector types of the compiler's vector extension, and the few functions that the kernels need on
+// them.
 //
 // VL floats fill one register. A matrix product keeps MR rows of NV registers as accumulators, so
 // 6 x 4 + 4 + 1 of 32 registers (AVX-512, NEON) or 6 x 2 + 2 + 1 of 16 (AVX2, SSE).
@@ -51,8 +52,9 @@ static inline vi iota() {
     return r;
 }
 
-// a * b + c. Fused by name and never by the compiler's choice (-ffp-contract=off): GCC fuses one instance
-// of a template and not the next, and a query's scores would then depend on how many queries stand beside it.
+// a * b + c. Fused by name and never by the compiler's choice (-ffp-contract=off): GCC fuses one
+// instance of a template and not the next, and a query's scores would then depend on how many
+// queries stand beside it.
 static inline vf mul_add(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -100,9 +102,19 @@ static inline float maximum(vf x) {
     return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// 2^x for x <= 0 (in fact x < 127): rounds to the nearest integer n by adding 1.5 * 2^23, then a degree 5
-// minimax polynomial of 2^(x-n) (relative error 1e-7 before rounding); 0 below -126.5, so exactly 0 for -inf; NaN stays NaN.
+// 2^x for x <= 0 (in fact x < 127): 2^n times a degree 5 minimax polynomial of 2^(x-n), relative
+// error 1e-7 before rounding; exactly 1 for 0, exactly 0 for -inf; NaN stays NaN.
 static inline vf exp2_(vf x) {
+#ifdef __AVX512DQ__
+    vf f = (vf)_mm512_reduce_ps((__m512)x, 9);  // x - floor(x), 0 for -inf
+    vf y = mul_add(f, splat(0.00186713032f), splat(0.00901702979f));
+    y = mul_add(y, f, splat(0.0557999135f));
+    y = mul_add(y, f, splat(0.24016445f));
+    y = mul_add(y, f, splat(0.693151312f));
+    y = mul_add(y, f, splat(1.0f));
+    return (vf)_mm512_scalef_ps((__m512)y, (__m512)x);  // y * 2^floor(x)
+#else
+    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
     const float magic = 12582912.0f;
     x = splat(-127.0f) > x ? splat(-127.0f) : x;
     vf t = x + magic;
@@ -113,6 +125,7 @@ static inline vf exp2_(vf x) {
     y = mul_add(y, f, splat(6.93146978e-1f));
     y = mul_add(y, f, splat(1.0f));
     return y * (vf)(((vi)t + 127) << 23);
+#endif
 }
 
 static inline float to_float(float x) { return x; }
