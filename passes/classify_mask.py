@@ -20,6 +20,7 @@ from moonfx.passes.expressions import (
     MASKED_BELOW,
     Expr,
     describe,
+    head_symbol,
     loads,
     to_bool,
     to_number,
@@ -59,11 +60,10 @@ def run(graph: fx.Graph, context: Context) -> int:
 
 def classify(site: AttentionSite, context: Context) -> Mask | Reject:
     query_length = site.query.meta["val"].shape[-2]
-    key_length = site.key.meta["val"].shape[-1 if site.key_transposed else -2]
-    if site.causal and not same_size(query_length, key_length):
+    if site.causal and sympy.Integer(0) not in offsets(site):
         return Reject(
             "is_causal aligns the first query with the first key, and the key length "
-            f"({key_length}) is not proved equal to the query length ({query_length})",
+            f"({lengths(site, KEY)[0]}) is not proved equal to the query length ({query_length})",
             site.output,
         )
     if not site.masks and not site.causal:
@@ -74,7 +74,7 @@ def classify(site: AttentionSite, context: Context) -> Mask | Reject:
         index = mask_index(site, len(node.meta["val"].shape))
         if index is None:
             return Reject(f"the mask has {len(node.meta['val'].shape)} dimensions", node)
-        value = context.reader.broadcast(node, index)
+        value = context.reader.broadcast(node, index).subs(head_symbol(site.heads or 1), HEAD)
         written = [x for x in loads(value) if context.mutated(context.reader.leaf(x))]
         if written:
             name = context.reader.leaf(written[0]).name
@@ -85,9 +85,35 @@ def classify(site: AttentionSite, context: Context) -> Mask | Reject:
             what = "additive bias (ALiBi, relative positions or learned) that is not a mask"
             return Reject(f"{what}: {found}", node)
         conditions.append(sympy.Not(keep) if how == "drop" else keep)
-    offset = expression(key_length) - expression(query_length)
     atoms = sympy.And.make_args(sympy.to_nnf(sympy.And(*conditions), simplify=False))
-    return _support(atoms, site, offset, context)
+    return _support(atoms, site)
+
+
+def lengths(site: AttentionSite, axis: sympy.Symbol) -> list[Expr]:
+    """The number of queries or keys, by every symbol it goes by.
+
+    Dense attention needs the keys, the values and the mask to agree, so that a proof may use the
+    size of any of them; each tensor of a KV cache has a symbol of its own.
+    """
+    values = {"query": site.query, "key": site.key, "value": site.value}
+    sizes = {name: node.meta["val"].shape for name, node in values.items()}
+    masks = [node.meta["val"].shape for node, _ in site.masks]
+    if axis is QUERY:
+        found = [sizes["query"][-2], *(m[-2] for m in masks if len(m) > 1)]
+    else:
+        keys = sizes["key"][-1 if site.key_transposed else -2]
+        found = [keys, sizes["value"][-2], *(m[-1] for m in masks if len(m) > 0)]
+    first, *rest = (expression(n) for n in found)
+    return [first, *(n for n in rest if n != 1)]
+
+
+def offsets(site: AttentionSite) -> list[Expr]:
+    """Nk - Nq, in every way to write it."""
+    return [
+        sympy.expand(keys - queries)
+        for keys in lengths(site, KEY)
+        for queries in lengths(site, QUERY)
+    ]
 
 
 def mask_index(site: AttentionSite, rank: int) -> tuple[Expr, ...] | None:
@@ -98,7 +124,7 @@ def mask_index(site: AttentionSite, rank: int) -> tuple[Expr, ...] | None:
     if rank > 4 or (site.folded and rank == 4 and not site.heads):
         return None
     if not site.folded:
-        return BATCH, HEAD, QUERY, KEY
+        return BATCH, head_symbol(site.heads or 1), QUERY, KEY
     if rank < 4:
         return BATCH, QUERY, KEY
     return sympy.floor(BATCH / site.heads), sympy.Mod(BATCH, site.heads), QUERY, KEY
@@ -165,12 +191,10 @@ def _appended(key: fx.Node, dim: int) -> bool:
     return isinstance(last, fx.Node) and same_size(last.meta["val"].shape[dim], 1)
 
 
-def _support(
-    atoms: tuple[Expr, ...], site: AttentionSite, offset: Expr, context: Context
-) -> Mask | Reject:
+def _support(atoms: tuple[Expr, ...], site: AttentionSite) -> Mask | Reject:
     causal, padding = False, []
     for atom in atoms:
-        kind = classify_atom(atom, site, offset)
+        kind = classify_atom(atom, site)
         if kind == "causal":
             causal = True
         elif kind == "padding":
@@ -188,7 +212,7 @@ def _support(
     return Mask("causal & padding", sympy.And(*padding))
 
 
-def classify_atom(atom: Expr, site: AttentionSite, offset: Expr) -> str:
+def classify_atom(atom: Expr, site: AttentionSite) -> str:
     """ "causal", "padding", "always", or else the reason for declining."""
     if atom == True:  # noqa: E712
         return "always"
@@ -217,7 +241,7 @@ def classify_atom(atom: Expr, site: AttentionSite, offset: Expr) -> str:
             return f"the padding mask '{names}' also depends on positions: {describe(atom)}"
         return "padding"
     if isinstance(atom, sympy.Or):
-        return _always_or(atom, site, offset)
+        return _always_or(atom, site)
     bound = _at_most_zero(atom)
     if bound is None:
         return f"unsupported mask condition {describe(atom)}"
@@ -228,16 +252,17 @@ def classify_atom(atom: Expr, site: AttentionSite, offset: Expr) -> str:
     if _never_positive(bound, site):
         return "always"
     if (by_key, by_query) == (1, -1):
-        if sympy.expand(-rest - offset) == 0:
+        known = offsets(site)
+        if sympy.expand(-rest) in known:
             return "causal"
-        return f"causal with offset {-rest}, where the last query sees the last key at {offset}"
+        return f"causal with offset {-rest}, where the last query sees the last key at {known[0]}"
     if (by_key, by_query) == (-1, 1):
         return f"sliding window of {1 - rest} tokens"
     return f"unsupported mask condition {describe(atom)}"
 
 
-def _always_or(atom: Expr, site: AttentionSite, offset: Expr) -> str:
-    if any(classify_atom(part, site, offset) == "always" for part in atom.args):
+def _always_or(atom: Expr, site: AttentionSite) -> str:
+    if any(classify_atom(part, site) == "always" for part in atom.args):
         return "always"
     return f"a choice between masks: {describe(atom)}"
 
@@ -274,13 +299,14 @@ def _at_most_zero(atom: Expr) -> Expr | None:
 
 def _never_positive(bound: Expr, site: AttentionSite) -> bool:
     """Whether a linear bound is <= 0 at every index of the mask."""
-    ends = {
-        QUERY: expression(site.query.meta["val"].shape[-2]) - 1,
-        KEY: expression(site.key.meta["val"].shape[-1 if site.key_transposed else -2]) - 1,
-    }
-    for symbol, end in ends.items():
-        coefficient = bound.coeff(symbol)
-        if not coefficient.is_number:
-            return False
-        bound = sympy.expand(bound.subs(symbol, end if coefficient > 0 else 0))
-    return bound.is_nonpositive is True
+    by_query, by_key = bound.coeff(QUERY), bound.coeff(KEY)
+    if not (by_query.is_number and by_key.is_number):
+        return False
+    rest = bound - by_query * QUERY - by_key * KEY
+    for queries in lengths(site, QUERY):
+        for keys in lengths(site, KEY):
+            largest = rest + sympy.Max(0, by_query) * (queries - 1)
+            largest = sympy.expand(largest + sympy.Max(0, by_key) * (keys - 1))
+            if largest.is_nonpositive is True:
+                return True
+    return False

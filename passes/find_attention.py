@@ -16,6 +16,7 @@ from torch import fx
 from moonfx.capture import hint, is_captured, is_higher_order, module_path, same_size, source_line
 from moonfx.passes.context import Context
 from moonfx.passes.groups import fold_groups, untranspose
+from moonfx.passes.mutation import remove_dead_code
 from moonfx.passes.nodes import argument
 from moonfx.passes.scores import (
     out_of_place,
@@ -40,7 +41,7 @@ SOFTMAX = {
 def run(graph: fx.Graph, context: Context) -> int:
     """Appends to context.sites each attention of the graph, declined ones included."""
     found = 0
-    graph.eliminate_dead_code()  # a dead reader of the probabilities is no reader
+    remove_dead_code(graph)  # a dead reader of the probabilities is no reader
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -143,15 +144,15 @@ def check_shapes(site: AttentionSite) -> Reject | None:
         heads = kv_heads = site.heads or 1
     site.heads, site.kv_heads, site.head_dim = hint(heads), hint(kv_heads), hint(query.shape[-1])
     site.query_length, site.key_length = hint(query.shape[-2]), hint(key_shape[-2])
+    # Sizes that dense attention itself needs equal are equal, whatever symbols they go by (each
+    # tensor of a KV cache has its own); what it would broadcast is not.
     for name, other in (("key", key_shape), ("value", value.shape)):
-        if not same_size(other[0], query.shape[0]):
+        if same_size(other[0], 1) != same_size(query.shape[0], 1):
             return Reject(f"{name} is broadcast over the batch", site.output)
     if not same_size(key_shape[-1], query.shape[-1]):
         return Reject("query and key differ in head_dim", site.output)
     if not site.folded and not same_size(value.shape[1], key_shape[1]):
         return Reject("key and value differ in heads", site.output)
-    if not same_size(value.shape[-2], key_shape[-2]):
-        return Reject("key and value differ in length", site.output)
     if not isinstance(heads, int) or not isinstance(kv_heads, int):
         return Reject("the number of heads is not a constant of the graph", site.output)
     if heads % kv_heads:
