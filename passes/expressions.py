@@ -4,6 +4,7 @@ A number that a tensor holds is the number rounded to its dtype. An expression o
 kept where every value of it is exact: an index in bfloat16 is not, above 256.
 """
 
+import functools
 from typing import Any
 
 import sympy
@@ -18,6 +19,27 @@ MASKED_BELOW = -1e4
 # Indices and lengths stay exact in these (float32 up to 2**24 tokens).
 _EXACT = {torch.int64, torch.int32, torch.float64, torch.float32}
 _SMALL_NUMBER = 2**20
+
+
+_BOUNDS: dict[sympy.Symbol, int] = {}
+
+
+@functools.cache
+def head_symbol(heads: int) -> sympy.Symbol:
+    """The index of a head, known to be below `heads`."""
+    symbol = sympy.Symbol(f"h_of_{heads}", integer=True, nonnegative=True)
+    _BOUNDS[symbol] = heads
+    return symbol
+
+
+def divided(index: Expr, size: Expr) -> tuple[Expr, Expr]:
+    """(index // size, index % size): for size * x + head, with head < size, x and head."""
+    for symbol in index.free_symbols:
+        if symbol in _BOUNDS and size.is_Integer and _BOUNDS[symbol] <= size:
+            quotient = sympy.expand((index - symbol) / size)
+            if quotient.is_integer:
+                return quotient, symbol
+    return sympy.floor(index / size), sympy.Mod(index, size)
 
 
 def load_symbol(name: str, *, whole: bool = True) -> Any:

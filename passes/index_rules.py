@@ -16,6 +16,7 @@ from moonfx.passes.expressions import (
     Expr,
     choose,
     constant,
+    divided,
     is_boolean,
     loads,
     rest_of,
@@ -131,8 +132,7 @@ def _reshape(reader: "Reader", node: fx.Node, index: Index) -> Expr | None:
             flat = flat * sizes_out[dim] + (0 if sizes_out[dim] == 1 else index[dim])
         wide = [d for d in ins if sizes_in[d] != 1]
         for dim in reversed(wide[1:]):
-            result[dim] = sympy.Mod(flat, sizes_in[dim])
-            flat = sympy.floor(flat / sizes_in[dim])
+            flat, result[dim] = divided(flat, sizes_in[dim])
         if wide:
             result[wide[0]] = flat
     return reader.read(source, result)
@@ -342,9 +342,28 @@ _OPERATORS: list[tuple[Rule, Sequence[str]]] = [
 ]
 
 
+# In place, where `mutation.made_in_place` says that nobody read what was there before.
+_IN_PLACE: list[tuple[Rule, Sequence[str]]] = [
+    (_fill(1, "value"), ["fill_.Scalar", "fill_.Tensor"]),
+    (_filled_with(0), ["zero_"]),
+    (_numbers(operator.add), ["add_.Tensor"]),
+    (_numbers(operator.sub), ["sub_.Tensor"]),
+    (_numbers(operator.mul), ["mul_.Tensor"]),
+    (_numbers(operator.truediv), ["div_.Tensor"]),
+    (_logic(sympy.And), ["logical_and_", "bitwise_and_.Tensor", "__iand__.Tensor"]),
+    (_logic(sympy.Or), ["logical_or_", "bitwise_or_.Tensor", "__ior__.Tensor"]),
+    (_logic(sympy.Not), ["logical_not_", "bitwise_not_"]),
+    (_masked_fill, ["masked_fill_.Scalar", "masked_fill_.Tensor"]),
+    (_triangular(sympy.Le), ["tril_"]),
+    (_triangular(sympy.Ge), ["triu_"]),
+]
+
+
 def _overload(name: str) -> Any:
     packet, _, overload = name.partition(".")
     return getattr(getattr(aten, packet), overload or "default")
 
 
-RULES: dict[Any, Rule] = {_overload(n): rule for rule, names in _OPERATORS for n in names}
+RULES: dict[Any, Rule] = {
+    _overload(n): rule for rule, names in (*_OPERATORS, *_IN_PLACE) for n in names
+}

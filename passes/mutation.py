@@ -83,17 +83,44 @@ def _nodes(value: object) -> list[fx.Node]:
     return [value] if isinstance(value, fx.Node) else []
 
 
+def made_in_place(node: fx.Node, settled: set[fx.Node]) -> list[fx.Node]:
+    """What the node writes to before anyone else reads it, as zeros(..).masked_fill_(..) does.
+
+    Whoever reads the memory reads it through the node's result, and so after the write. `settled`:
+    the nodes of which this is known already, so that such writes may follow one another.
+    """
+    targets = writes(node)
+    if len(targets) != 1 or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    (target,) = targets
+    fresh = target.op == "call_function" and not aliases(target) and not is_higher_order(target)
+    lone = list(target.users) == [node] and sum(x is target for x in node.all_input_nodes) == 1
+    if not (lone and (fresh or target in settled)):
+        return []
+    return [target, node]
+
+
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Graph.eliminate_dead_code, which by itself keeps every operator that works in place."""
+    settled: set[fx.Node] = set()
+    for node in graph.nodes:
+        settled.update(made_in_place(node, settled))
+    graph.eliminate_dead_code(lambda node: node not in settled and node.is_impure())
+
+
 def last_writes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Each node whose memory is written to -> the last operator that writes it."""
     memory = _Memory()
     constants: dict[object, fx.Node] = {}
     written: list[tuple[fx.Node, fx.Node]] = []
+    settled: set[fx.Node] = set()
     for node in graph.nodes:
         for source in aliases(node):
             memory.join(source, node)
         if node.op == "get_attr":
             memory.join(constants.setdefault(node.target, node), node)
-        written += [(target, node) for target in writes(node)]
+        settled.update(made := made_in_place(node, settled))
+        written += [(target, node) for target in writes(node) if target not in made]
     last = {memory.of(target): writer for target, writer in written}
     return {n: last[memory.of(n)] for n in graph.nodes if memory.of(n) in last} if last else {}
 

@@ -7,6 +7,7 @@ after   body(x), and the nodes that made the mask are gone
 from torch import fx
 
 from moonfx.passes.context import Context
+from moonfx.passes.mutation import remove_dead_code
 from moonfx.passes.nodes import body_of
 
 
@@ -26,5 +27,5 @@ def run(graph: fx.Graph, context: Context) -> int:
             if not keep:
                 body.graph.erase_node(placeholder)
         body.recompile()
-    graph.eliminate_dead_code()
+    remove_dead_code(graph)
     return before - len(graph.nodes)

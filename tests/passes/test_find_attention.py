@@ -145,6 +145,17 @@ def sdpa_float(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, scale=SCALE)
 
 
+def sdpa_mask_made_in_place(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.full((N, N), -torch.inf).triu_(diagonal=1)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def sdpa_mask_filled_in_place(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = torch.ones(N, N, dtype=torch.bool).triu_(1)
+    mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
 FORMS: list[tuple[Callable[..., Any], str]] = [
     (plain, "matmul + softmax"),
     (divided, "matmul + softmax"),
@@ -169,6 +180,8 @@ FORMS: list[tuple[Callable[..., Any], str]] = [
     (sdpa, "sdpa"),
     (sdpa_bool, "sdpa"),
     (sdpa_float, "sdpa"),
+    (sdpa_mask_made_in_place, "sdpa"),
+    (sdpa_mask_filled_in_place, "sdpa"),
 ]
 
 
