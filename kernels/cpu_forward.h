@@ -6,8 +6,7 @@
 #pragma once
 #include "cpu_route.h"
 
-constexpr int64_t KEYS =
-    512;  // keys of a tile: K^T and V of 512 keys x 128 channels are half of 1 MiB of L2
+constexpr int64_t KEYS = 512;        // keys of a tile: with 128 channels, K^T and V take 512 KiB
 constexpr int64_t LINE = KEYS + VL;  // leading dimension of a tile of scores
 
 // Zero (or -inf) outside columns lo..hi.
