@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import re
 import shutil
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -365,26 +366,58 @@ def _compile_options(backend: Callable[..., Any]) -> dict[str, Any]:
     return {"backend": backend, **({"isolate_recompiles": True} if isolated else {})}
 
 
-def _constant_floats(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps Python floats (softmax scale, norm eps) constants of the graph under dynamic shapes."""
+# Whether a call that moonfx compiled is running. A plain bool, because Dynamo guards on its value.
+ours_is_running = False
+_running = 0
+_running_lock = threading.Lock()
+
+
+def _count_running(change: int) -> None:
+    global ours_is_running, _running
+    with _running_lock:
+        _running += change
+        ours_is_running = _running > 0
+
+
+def _as_ours(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a compiled call with Python floats (softmax scale, norm eps) as constants of the graph
+    under dynamic shapes, and so that `stay_out_of_outer_graphs` knows it."""
 
     @functools.wraps(compiled)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(specialize_float=True):
-            return compiled(*args, **kwargs)
+        _count_running(1)
+        try:
+            with torch._dynamo.config.patch(specialize_float=True):
+                return compiled(*args, **kwargs)
+        finally:
+            _count_running(-1)
 
     return run
 
 
+def stay_out_of_outer_graphs(model: torch.nn.Module, args: Any) -> None:
+    """A forward pre-hook: a compilation around the model breaks its graph here and calls it.
+
+    Without it Dynamo would trace through nn.Module.compile as if it were not there, and the model
+    would be dense, silently. Where a graph must not break (fullgraph=True, torch.export), Dynamo's
+    error carries the message.
+    """
+    if torch.compiler.is_compiling() and not ours_is_running and "_moonfx" in model.__dict__:
+        torch._dynamo.graph_break(
+            msg="the model is under moonfx.sparsify: call moonfx.sparsify on the outer model, or "
+            "moonfx.restore first"
+        )
+
+
 def compile_call(call: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile of a call, by a backend."""
-    return _constant_floats(torch.compile(call, **_compile_options(backend)))
+    return _as_ours(torch.compile(call, **_compile_options(backend)))
 
 
 def compile_in_place(model: torch.nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
     """nn.Module.compile; returns the compiled call that it put on the model."""
     model.compile(**_compile_options(backend))
-    return _constant_floats(model._compiled_call_impl)
+    return _as_ours(model._compiled_call_impl)
 
 
 def empty_results(gm: fx.GraphModule) -> Callable[..., Any] | None:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx
+from torch.utils.hooks import RemovableHandle
 
 from moonfx.backend import ON_MISS, Backend, NothingRewritten, check_choice, miss, report_of
 from moonfx.capture import (
@@ -15,6 +16,7 @@ from moonfx.capture import (
     compile_in_place,
     empty_results,
     is_compiled_module,
+    stay_out_of_outer_graphs,
 )
 from moonfx.policy import LayerPolicy, Layers, Policies
 from moonfx.report import Report
@@ -32,6 +34,7 @@ class _State:
         self.sparse: Callable[..., Any] | None = None
         self.dense: Callable[..., Any] | None = None
         self.judged = on_miss == "ignore"
+        self.hook: RemovableHandle | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return (type(None), ())
@@ -52,7 +55,8 @@ def sparsify(
 
     In place, through `nn.Module.compile`: class, parameters, `state_dict` keys, `generate` and
     `save_pretrained` stay. Compilation happens at the first call; `report` then says what became
-    of each attention. Calling it again replaces the policy, `restore` undoes it.
+    of each attention. Calling it again replaces the policy, `restore` undoes it. A compilation
+    around the model (torch.compile of a model that contains it) leaves it sparse, by a graph break.
 
     Args:
         model: any nn.Module that torch.compile takes.
@@ -80,6 +84,9 @@ def sparsify(
     before = old.before if old is not None else model._compiled_call_impl
     state = _State(before, Backend(policies, compiler, model), on_miss)
     state.sparse = _judged(model, compile_in_place(model, state.backend), state)
+    if old is not None and old.hook is not None:
+        old.hook.remove()
+    state.hook = model.register_forward_pre_hook(stay_out_of_outer_graphs)
     model._compiled_call_impl = state.sparse
     model.__dict__[_STATE] = state
     return model
@@ -122,6 +129,8 @@ def restore(model: Model) -> Model:
     """
     state = _require(model, "restore")
     model._compiled_call_impl = state.before
+    if state.hook is not None:
+        state.hook.remove()
     del model.__dict__[_STATE]
     return model
 

@@ -273,6 +273,36 @@ def test_a_layers_key_that_fits_no_attention_is_not_silent() -> None:
         model(tokens())
 
 
+class Outer(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * 2
+
+
+def test_a_compilation_around_a_sparse_model_leaves_it_sparse_or_is_an_error() -> None:
+    model, x = TinyLM(), tokens()
+    dense = model(x)
+    moonfx.sparsify(model, 16, 2, **EAGER)
+    sparse = model(x)
+    outer = Outer(model)
+    torch.testing.assert_close(outer(x), sparse * 2, atol=0, rtol=0)
+    torch.testing.assert_close(torch.compile(outer, backend="eager")(x), sparse * 2)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), sparse)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"under moonfx.sparsify[\s\S]*moonfx.restore first"):
+        torch.compile(outer, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(model(x), sparse, atol=0, rtol=0)
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(torch.compile(copied, backend="eager")(x), dense)
+    moonfx.restore(model)
+    torch.testing.assert_close(torch.compile(outer, backend="eager")(x), dense * 2)
+    moonfx.sparsify(outer, 16, 2, **EAGER)
+    torch.testing.assert_close(outer(x), sparse * 2, atol=0, rtol=0)
+
+
 def test_copies_and_pickles_of_a_sparse_model_are_the_plain_model() -> None:
     model, x = TinyLM(), tokens()
     dense = model(x)
