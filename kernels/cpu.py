@@ -21,6 +21,7 @@ backward), the block means, and per thread the accumulators of one unit. Up to 3
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def compute_dtype(library: ctypes.CDLL, dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def token_major(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+def token_major(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros [B, H, N, D] over [B, N, H, D] storage: a model's transpose and reshape copy nothing.
 
     Zeroed memory comes from the system already zero, at no cost that `empty` would save.
