@@ -23,6 +23,11 @@ TINY = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
 POSITIONS = ("max_position_embeddings", "max_seq_len")  # tables that the input must fit in
 ROOM = 2 << 30  # bytes of a model that are worth filling with random numbers
 
+BENCHMARKS = {
+    "attention": "moonfx.bench.attention",
+    "compile": "moonfx.bench.compile_time",
+}
+
 Call = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
@@ -40,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 `doctor` found the core broken, 2 a wrong argument.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:2] == ["bench", "attention"]:  # the benchmark has a parser, and a --help, of its own
-        return int(importlib.import_module("moonfx.bench.attention").main(words[2:]) or 0)
+    if words[:1] == ["bench"] and words[1:2] and words[1] in BENCHMARKS:
+        # A benchmark has a parser, and a --help, of its own.
+        return int(importlib.import_module(BENCHMARKS[words[1]]).main(words[2:]) or 0)
     try:
         options = parser().parse_args(words)
     except SystemExit as leave:  # argparse has printed the help or the error
@@ -95,7 +101,11 @@ def parser() -> argparse.ArgumentParser:
     look.add_argument("--json", action="store_true", help="print JSON")
 
     bench = commands.add_parser("bench", help="the benchmarks; `moonfx bench attention --help`")
-    bench.add_argument("what", choices=["attention"], help="sparse attention against dense")
+    bench.add_argument(
+        "what",
+        choices=BENCHMARKS,
+        help="attention: sparse against dense; compile: what sparsify adds to torch.compile's time",
+    )
     return top
 
 
