@@ -257,13 +257,16 @@ def classify_atom(atom: Expr, site: AttentionSite) -> str:
             return "causal"
         return f"causal with offset {-rest}, where the last query sees the last key at {known[0]}"
     if (by_key, by_query) == (-1, 1):
-        return f"sliding window of {1 - rest} tokens"
+        return f"sliding window of {sympy.expand(1 + offsets(site)[0] - rest)} tokens"
     return f"unsupported mask condition {describe(atom)}"
 
 
 def _always_or(atom: Expr, site: AttentionSite) -> str:
     if any(classify_atom(part, site) == "always" for part in atom.args):
         return "always"
+    possible = [p for p in atom.args if classify_atom(sympy.Not(p), site) != "always"]
+    if len(possible) == 1 and classify_atom(possible[0], site) == "causal":
+        return "causal"
     return f"a choice between masks: {describe(atom)}"
 
 

@@ -151,6 +151,9 @@ def check_shapes(site: AttentionSite) -> Reject | None:
             return Reject(f"{name} is broadcast over the batch", site.output)
     if not same_size(key_shape[-1], query.shape[-1]):
         return Reject("query and key differ in head_dim", site.output)
+    expected = [*query.shape[:-1], value.shape[-1]]
+    if not all(map(same_size, site.output.meta["val"].shape, expected)):
+        return Reject("the mask or the keys broadcast the query to another shape", site.output)
     if not site.folded and not same_size(value.shape[1], key_shape[1]):
         return Reject("key and value differ in heads", site.output)
     if not isinstance(heads, int) or not isinstance(kv_heads, int):

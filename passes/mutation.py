@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from moonfx.capture import is_higher_order
-from moonfx.passes.nodes import body_of
+from moonfx.passes.nodes import argument, body_of
 
 aten = torch.ops.aten
 
@@ -39,9 +39,9 @@ def aliases(node: fx.Node) -> list[fx.Node]:
     if schema is None or not any(r.alias_info is not None for r in schema.returns):
         return []
     found: list[fx.Node] = []
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None:
-            found += _nodes(_given(node, position, argument.name))
+    for position, given in enumerate(schema.arguments):
+        if given.alias_info is not None:
+            found += _nodes(_given(node, position, given.name))
     return found
 
 
@@ -53,9 +53,9 @@ def writes(node: fx.Node) -> list[fx.Node]:
     if schema is None or node.target in _HARMLESS:
         return []
     found: list[fx.Node] = []
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += _nodes(_given(node, position, argument.name))
+    for position, given in enumerate(schema.arguments):
+        if given.alias_info is not None and given.alias_info.is_write:
+            found += _nodes(_given(node, position, given.name))
     return found
 
 
@@ -100,12 +100,26 @@ def made_in_place(node: fx.Node, settled: set[fx.Node]) -> list[fx.Node]:
     return [target, node]
 
 
+def _draws_nothing(node: fx.Node) -> bool:
+    """Whether a dropout, or attention with one, is inactive: no random number is drawn."""
+    if node.target is aten.dropout.default:
+        return not argument(node, 2, "train") or argument(node, 1, "p") == 0.0
+    if node.target is aten.scaled_dot_product_attention.default:
+        return argument(node, 4, "dropout_p", 0.0) == 0.0
+    return False
+
+
 def remove_dead_code(graph: fx.Graph) -> None:
-    """Graph.eliminate_dead_code, which by itself keeps every operator that works in place."""
+    """Graph.eliminate_dead_code, which by itself keeps what works in place or may draw a number.
+
+    Without it the dense scores would live on behind an inactive dropout.
+    """
     settled: set[fx.Node] = set()
     for node in graph.nodes:
         settled.update(made_in_place(node, settled))
-    graph.eliminate_dead_code(lambda node: node not in settled and node.is_impure())
+    graph.eliminate_dead_code(
+        lambda node: not (node in settled or _draws_nothing(node)) and node.is_impure()
+    )
 
 
 def last_writes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

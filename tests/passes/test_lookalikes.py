@@ -226,6 +226,17 @@ def packed_qkv_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, keep)
 
 
+def batch_made_by_the_mask(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q[:1], k[:1], v[:1]
+    s = scores(q, k).masked_fill(~causal().expand(B, 1, N, N), NEG)
+    return s.softmax(-1) @ v
+
+
+def rows_made_by_the_mask(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = (scores(q[:, :, :1], k) + torch.where(causal(), 0.0, NEG)).softmax(-1)
+    return s @ v
+
+
 def linear_attention(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.softmax(-1) @ (k.transpose(2, 3).softmax(-1) @ v)
 
@@ -316,6 +327,8 @@ LOOKALIKES: list[Row] = [
     ("read before triu_", read_then_changed, IN_PLACE),
     ("keys changed", keys_changed, "key is written to in place"),
     ("values changed", values_changed_through_a_view, "value is written to in place"),
+    ("batch made by the mask", batch_made_by_the_mask, "broadcast the query"),
+    ("rows made by the mask", rows_made_by_the_mask, "broadcast the query"),
     ("linear attention", linear_attention, None),
     ("router", router, None),
     ("loss", loss, None),
