@@ -78,6 +78,12 @@ def classify(site: AttentionSite, context: Context) -> Mask | Reject:
         written = [x for x in loads(value) if context.mutated(context.reader.leaf(x))]
         if written:
             name = context.reader.leaf(written[0]).name
+            if not written[0].has(QUERY, KEY):
+                return Reject(
+                    f"the mask compares positions with '{name}', which is written to in place "
+                    "(a static cache?)",
+                    node,
+                )
             return Reject(f"the mask is written to in place ('{name}')", node)
         try:
             keep = kept(value) if how == "additive" else to_bool(value)

@@ -10,6 +10,8 @@ Only products of two operands over one shared letter, with every other letter ke
 most once in each place, so that nothing is summed away or taken from a diagonal.
 """
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -20,10 +22,10 @@ def subscripts(node: fx.Node) -> tuple[str, str, str] | None:
     """(left, right, result) letters of a two-operand einsum that is a matrix product, else None."""
     if node.target is not aten.einsum.default or len(node.args) < 2 or node.kwargs.get("path"):
         return None
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    equation, given = str(node.args[0]).replace(" ", ""), node.args[1]
     inputs, arrow, result = equation.partition("->")
     left, comma, right = inputs.partition(",")
-    if not (arrow and comma and isinstance(operands, list | tuple) and len(operands) == 2):
+    if not (arrow and comma and isinstance(given, list | tuple) and len(given) == 2):
         return None
     if "." in equation or any(len(set(part)) != len(part) for part in (left, right, result)):
         return None
@@ -35,6 +37,14 @@ def subscripts(node: fx.Node) -> tuple[str, str, str] | None:
     return (left, right, result) if len(free_left) == len(free_right) == 1 else None
 
 
+def operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two tensors of an einsum that `subscripts` reads."""
+    first, second = node.args[1]  # type: ignore[misc, str-unpack]
+    assert isinstance(first, fx.Node)
+    assert isinstance(second, fx.Node)
+    return first, second
+
+
 def as_scores(node: fx.Node) -> fx.Node | None:
     """An equal matmul for an einsum with the keys last in its result; replaces the node."""
     parts = subscripts(node)
@@ -42,7 +52,7 @@ def as_scores(node: fx.Node) -> fx.Node | None:
         return None
     left, right, result = parts
     (summed,) = set(left) & set(right) - set(result)
-    query, key = node.args[1]  # type: ignore[misc]
+    query, key = operands(node)
     if set(right) != set(result[:-2]) | {result[-1], summed}:
         if set(left) != set(result[:-2]) | {result[-1], summed}:
             return None
@@ -63,7 +73,7 @@ def as_output(node: fx.Node, probabilities: fx.Node) -> fx.Node | None:
     if parts is None:
         return None
     left, right, result = parts
-    first, second = node.args[1]  # type: ignore[misc]
+    first, second = operands(node)
     if first is not probabilities:
         left, right, first, second = right, left, second, first
     (summed,) = set(left) & set(right) - set(result)
@@ -87,13 +97,13 @@ def _permuted(operand: fx.Node, given: str, wanted: str, like: fx.Node) -> fx.No
     return _made(aten.permute.default, (operand, [given.index(x) for x in wanted]), like)
 
 
-def _made(target: object, args: tuple[object, ...], like: fx.Node) -> fx.Node:
-    node = like.graph.call_function(target, args)  # type: ignore[arg-type]
+def _made(target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    node = like.graph.call_function(target, args)
     node.meta.update(
         {k: like.meta[k] for k in ("stack_trace", "nn_module_stack") if k in like.meta}
     )
     with torch.no_grad():
-        node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))  # type: ignore[operator]
+        node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
     return node
 
 

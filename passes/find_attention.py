@@ -43,6 +43,7 @@ def run(graph: fx.Graph, context: Context) -> int:
     found = 0
     remove_dead_code(graph)  # a dead reader of the probabilities is no reader
     for node in graph.nodes:
+        site: AttentionSite | None
         if node.op != "call_function":
             continue
         if node.target is SDPA:
@@ -81,7 +82,7 @@ def _site(node: fx.Node, context: Context, form: str, **found: Any) -> Attention
 def parse_sdpa(node: fx.Node, context: Context) -> AttentionSite:
     query, key, value = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
     mask, dropout = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", 0.0)
-    scale = node.kwargs.get("scale")
+    scale: Any = node.kwargs.get("scale")
     key, value = fold_groups(key, value)
     causal = bool(argument(node, 5, "is_causal", False))
     site = _site(node, context, "sdpa", query=query, key=key, value=value, causal=causal)

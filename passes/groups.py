@@ -54,7 +54,7 @@ def grouped_source(node: fx.Node) -> fx.Node | None:
         return None
     if not all(same_size(out[d], wide[w]) for d, w in ((0, 0), (2, 3), (3, 4))):
         return None
-    return whole(inserted.args[0])  # type: ignore[no-any-return]
+    return whole(inserted.args[0])
 
 
 def whole(node: Any) -> Any:

@@ -52,7 +52,7 @@ def permutation(node: fx.Node) -> list[int] | None:
     elif node.target in _LAST_TWO and rank >= 2:
         a, b = rank - 2, rank - 1
     elif node.target is aten.movedim.int:
-        first, last = (d % rank for d in (node.args[1], node.args[2]))  # type: ignore[operator]
+        first, last = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
         order.remove(first)
         order.insert(last, first)
         return order

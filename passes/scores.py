@@ -268,7 +268,8 @@ def reaches_product(node: object) -> bool:
 
 def _after_product(start: fx.Node) -> bool:
     """Whether a product of tensors lies anywhere near above the softmax."""
-    upstream, seen = [start], set()
+    upstream = [start]
+    seen: set[fx.Node] = set()
     while upstream:
         current = upstream.pop()
         if current in seen or len(seen) > _FAR:
@@ -396,7 +397,7 @@ def _probabilities(node: fx.Node) -> fx.Node | None:
         return node.args[0]  # type: ignore[return-value]
     if (parts := einsum.subscripts(node)) is not None:
         left, right, result = parts
-        first, second = node.args[1]  # type: ignore[misc]
+        first, second = einsum.operands(node)
         return first if left[-1] not in result else second if right[-1] not in result else None
     return None
 
@@ -411,7 +412,8 @@ def _product_beyond(node: fx.Node) -> fx.Node | None:
     """The first operator in the way, if an elementwise path leads from node to a product."""
     through = _SCORES_PASS | DROPOUT | {aten.slice.Tensor, aten.expand.default}
     for user in node.users:
-        stack, seen = [user], set()
+        stack = [user]
+        seen: set[fx.Node] = set()
         while stack and len(seen) < _FAR:
             current = stack.pop()
             if current in seen:
