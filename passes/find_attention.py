@@ -4,8 +4,8 @@
     after   the same graph, and an AttentionSite or a Reject for each
 
 Anchors on scaled_dot_product_attention and softmax nodes and parses outwards by the grammar of
-`scores.py`. Every constant is read from the node that carries it. A softmax of no product, or one
-that enters no product (a router, a loss), is not a site and is passed over.
+`scores.py` and `probabilities.py`. Every constant is read from the node that carries it. A softmax
+of no product, or one that enters no product (a router, a loss), is no site and is passed over.
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ from moonfx.passes.context import Context
 from moonfx.passes.groups import fold_groups, untranspose
 from moonfx.passes.mutation import remove_dead_code
 from moonfx.passes.nodes import argument
+from moonfx.passes.probabilities import product_of
 from moonfx.passes.scores import (
     out_of_place,
     parse_scores,
-    product_of,
     token_major,
     used_elsewhere,
 )

@@ -1,11 +1,8 @@
-"""The grammar between query @ key^T and the product with the values.
+"""The grammar between query @ key^T and the softmax, walked from the softmax back.
 
-    (matmul | bmm | baddbmm | einsum)(query, key^T)
-        -> {mul | div by a scalar, add mask, where, masked_fill, view of the heads}*
-        -> softmax
-        -> {cast, inactive dropout, view of the heads}* -> (matmul | bmm | einsum)(., value)
-
-Walked from the softmax, outwards in both directions.
+(matmul | bmm | baddbmm | einsum)(query, key^T)
+    -> {mul | div by a scalar, add mask, where, masked_fill, view of the heads}*
+    -> softmax
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +16,7 @@ from moonfx.passes import einsum
 from moonfx.passes.context import Context
 from moonfx.passes.expressions import MASKED_BELOW
 from moonfx.passes.groups import COPIES, FOLDS, folded_heads
-from moonfx.passes.nodes import argument, permutation
+from moonfx.passes.nodes import permutation
 from moonfx.site import Reject
 
 aten = torch.ops.aten
@@ -34,7 +31,6 @@ CASTS = {
     aten._to_copy.default,
     aten.type_as.default,
 }
-DROPOUT = {aten.dropout.default}
 # In place on the scores is the same as out of place, as long as nobody else reads them.
 IN_PLACE = {
     aten.add_.Tensor: aten.add.Tensor,
@@ -64,9 +60,9 @@ _SHAPE_ONLY = {
 _FILLS = {aten.masked_fill_.Scalar, aten.masked_fill_.Tensor}
 # Between softmax and scores; the last two only to be declined by name.
 _ELEMENTWISE = CASTS | COPIES | FOLDS | MULTIPLY | DIVIDE | ADD | WHERE | MASKED_FILL
-_SCORES_PASS = _ELEMENTWISE | {aten.tanh.default, aten.sub.Tensor}
+SCORES_PASS = _ELEMENTWISE | {aten.tanh.default, aten.sub.Tensor}
 
-_FAR = 64  # nodes
+FAR = 64  # nodes
 
 
 @dataclass
@@ -261,7 +257,7 @@ def reaches_product(node: object) -> bool:
         seen.add(node)
         if node.target in PRODUCTS:
             return len(node.meta["val"].shape) >= 3
-        if node.target in _SCORES_PASS:
+        if node.target in SCORES_PASS:
             stack.extend(node.args)
     return False
 
@@ -272,7 +268,7 @@ def _after_product(start: fx.Node) -> bool:
     seen: set[fx.Node] = set()
     while upstream:
         current = upstream.pop()
-        if current in seen or len(seen) > _FAR:
+        if current in seen or len(seen) > FAR:
             continue
         seen.add(current)
         if current.target in PRODUCTS:
@@ -331,96 +327,3 @@ def token_major(key: fx.Node) -> Reject | None:
     if order[-1] < order[-2]:
         return None
     return Reject("the keys are not transposed: their last dim is not proved to be tokens", key)
-
-
-# --- the probabilities ----------------------------------------------------------------------------
-
-
-@dataclass
-class Product:
-    """probabilities @ value.
-
-    Args:
-        node: the product.
-        heads: H where a view folds the heads into the batch, or None.
-        reject: why it is not plain attention, or None.
-    """
-
-    node: fx.Node
-    value: fx.Node
-    heads: int | None = None
-    reject: Reject | None = None
-
-
-def product_of(softmax: fx.Node, context: Context) -> Product | None:
-    """The product that the softmax's result enters as left operand; None if there is none."""
-    node, heads = softmax, None
-    reject: Reject | None = None
-    while True:
-        product = next((u for u in node.users if _probabilities(u) is node), None)
-        step = product or next((u for u in node.users if _passes(u)), None)
-        if step is None:
-            far = _product_beyond(node)
-            if far is None:
-                return None
-            reason = f"'{short(far)}' stands between the softmax and its product with the values"
-            return Product(node, node, None, reject or Reject(reason, far))
-        if len(node.users) > 1 and reject is None:
-            names = ", ".join(u.name for u in node.users if u is not step)
-            reject = Reject(f"the probabilities are also used by {names}", node)
-        if step is product:
-            break
-        if step.target in DROPOUT:
-            p, train = argument(step, 1, "p"), argument(step, 2, "train")
-            if train and p != 0.0 and reject is None:
-                reject = Reject(f"dropout p={p} is active; set it to 0 or call eval()", step)
-        heads = folded_heads(step) or heads
-        node = step
-    if product.target is aten.einsum.default:
-        equation = product.args[0]
-        plain = einsum.as_output(product, node)
-        if plain is None:
-            reason = f"einsum '{equation}' is not probabilities @ values"
-            return Product(product, node, heads, reject or Reject(reason, product))
-        context.changed(plain.graph)
-        product = plain
-    value = product.args[1]
-    assert isinstance(value, fx.Node)
-    if value is node and reject is None:
-        reject = Reject("the probabilities are also the values", product)
-    return Product(product, value, heads, reject)
-
-
-def _probabilities(node: fx.Node) -> fx.Node | None:
-    """The operand of a product with the values that the probabilities can be."""
-    if node.target in MATMUL:
-        return node.args[0]  # type: ignore[return-value]
-    if (parts := einsum.subscripts(node)) is not None:
-        left, right, result = parts
-        first, second = einsum.operands(node)
-        return first if left[-1] not in result else second if right[-1] not in result else None
-    return None
-
-
-def _passes(node: fx.Node) -> bool:
-    if node.target in FOLDS:
-        return folded_heads(node) is not None
-    return node.target in CASTS | COPIES | DROPOUT
-
-
-def _product_beyond(node: fx.Node) -> fx.Node | None:
-    """The first operator in the way, if an elementwise path leads from node to a product."""
-    through = _SCORES_PASS | DROPOUT | {aten.slice.Tensor, aten.expand.default}
-    for user in node.users:
-        stack = [user]
-        seen: set[fx.Node] = set()
-        while stack and len(seen) < _FAR:
-            current = stack.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            if current.target in PRODUCTS:
-                return user
-            if current.target in through or permutation(current) is not None:
-                stack.extend(current.users)
-    return None
