@@ -22,13 +22,16 @@ class Context:
 
     Args:
         gm: the captured graph.
-        policy: gives a site (beside all sites) its LayerPolicy, or says why it stays dense.
+        policy: gives a site (of all sites, in a graph with this root) its LayerPolicy, or says
+            why it stays dense.
         names: id of each module of the user's model -> its qualified name.
+        root: name of the module that the graph starts in, "" for the model itself.
     """
 
     gm: fx.GraphModule
-    policy: Callable[[AttentionSite, list[AttentionSite]], LayerPolicy | str]
+    policy: Callable[[AttentionSite, list[AttentionSite], str], LayerPolicy | str]
     names: dict[int, str] = field(default_factory=dict)
+    root: str = ""
     sites: list[AttentionSite] = field(default_factory=list)
 
     def __post_init__(self) -> None:
