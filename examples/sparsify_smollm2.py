@@ -24,13 +24,13 @@ import moonfx
 POLICY = {"block": 128, "topk": 8, "sinks": 1}
 LENGTH, SCORED = 8192, 1024
 TABLE_LENGTH = 4096
-TRAINED, STEPS = 2048, 10
+TRAINED, STEPS = 1024, 10
 
 
 def main() -> None:
-    start = time.perf_counter()
     torch.manual_seed(0)
     model, tokenizer = smollm2.load(torch.bfloat16)
+    start = time.perf_counter()
     prefill(model, tokens_of(smollm2.source_text(), tokenizer, LENGTH))
     perplexities(model, tokens_of(smollm2.module_source("argparse"), tokenizer, TABLE_LENGTH))
     train(model, tokens_of(smollm2.source_text(), tokenizer, TRAINED))
