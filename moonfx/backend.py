@@ -107,7 +107,7 @@ class Backend:
         placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
         guards = {
             placeholders.index(node): values
-            for node, values in context.reader.constants.items()
+            for node, values in context.proofs.items()
             if node in placeholders and buffer_value(node) is not None
         }
         return captured, guards
@@ -154,20 +154,21 @@ def checked(
 
     Dynamo guards a buffer's shape, not its values; a version counter makes the check free.
     """
-    versions: dict[int, tuple[int, int]] = {}
+    proved: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
 
     def run(*args: Any) -> Any:
         for position, values in guards.items():
             buffer = args[position]
-            version = (buffer.data_ptr(), -1 if buffer.is_inference() else buffer._version)
-            if versions.get(position) == version and version[1] >= 0:
+            version = -1 if buffer.is_inference() else buffer._version
+            last, then = proved.get(position, (None, -1))
+            if last is not None and last() is buffer and version == then >= 0:
                 continue
             if summary(buffer) != values:
                 raise RuntimeError(
                     "a buffer that was proved to hold a causal mask has changed since the model "
                     f"was compiled (graph input {position}); call moonfx.sparsify again"
                 )
-            versions[position] = version
+            proved[position] = (weakref.ref(buffer), version)
         return compiled(*args)
 
     return run

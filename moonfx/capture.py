@@ -226,7 +226,7 @@ def source_line(node: fx.Node) -> str:
     return f"{Path(name).name}:{number}"
 
 
-def expression(size: Size | float) -> sympy.Expr:
+def expression(size: Size | torch.SymFloat | float) -> sympy.Expr:
     """A size as a sympy expression over the graph's symbols."""
     if isinstance(size, torch.SymInt | torch.SymFloat):
         return size.node.expr
@@ -327,7 +327,8 @@ def compile_graph(
     else:
         hooks = list(theirs) if isinstance(theirs, list | tuple) else [theirs]
         patches[hook] = [*hooks, Stamp(stamp)]
-    return compile_fx(gm, list(example_inputs), config_patches=patches)
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+    return compiled
 
 
 def cpp_compiler() -> str | None:
@@ -417,7 +418,8 @@ def compile_call(call: Callable[..., Any], backend: Callable[..., Any]) -> Calla
 def compile_in_place(model: torch.nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
     """nn.Module.compile; returns the compiled call that it put on the model."""
     model.compile(**_compile_options(backend))
-    return _as_ours(model._compiled_call_impl)
+    compiled: Any = model._compiled_call_impl
+    return _as_ours(compiled)
 
 
 def empty_results(gm: fx.GraphModule) -> Callable[..., Any] | None:

@@ -26,6 +26,7 @@ class Context:
             why it stays dense.
         names: id of each module of the user's model -> its qualified name.
         root: name of the module that the graph starts in, "" for the model itself.
+        proofs: constants of the graph that a rewrite rests on -> their values.
     """
 
     gm: fx.GraphModule
@@ -33,6 +34,7 @@ class Context:
     names: dict[int, str] = field(default_factory=dict)
     root: str = ""
     sites: list[AttentionSite] = field(default_factory=list)
+    proofs: dict[fx.Node, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._outer: dict[fx.Graph, fx.Node] = {}
@@ -70,6 +72,20 @@ class Context:
 
     def mutated(self, node: fx.Node) -> bool:
         return node in self.writes(node.graph)
+
+    def rest_on_constants(self, site: AttentionSite) -> None:
+        """Keeps the constants between the site's operands and its output, and in its masks."""
+        ends = {site.query, site.key, site.value}
+        seen, stack = set(ends), [site.output, *(mask for mask, _ in site.masks)]
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in self.reader.constants:
+                self.proofs[node] = self.reader.constants[node]
+            outside = self.outer(node)
+            stack += node.all_input_nodes if outside is None else [outside]
 
     def decline(self, site: AttentionSite, reject: Reject) -> None:
         site.reject, site.action = reject, "declined"

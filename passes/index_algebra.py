@@ -76,7 +76,7 @@ class Reader:
     def _read(self, node: fx.Node, index: Index) -> Expr:
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt | torch.SymFloat | int | float):
-            return expression(value)  # type: ignore[arg-type]
+            return expression(value)
         if not isinstance(value, torch.Tensor) or self.mutated(node):
             return self.load(node, index)
         if node.op == "placeholder" and (source := self.outer(node)) is not None:

@@ -54,6 +54,7 @@ def run(graph: fx.Graph, context: Context) -> int:
             site.action = policy
             continue
         site.policy = policy
+        context.rest_on_constants(site)
         try:
             rewrite(site, policy, masks, context)
         except CannotWrite as reason:
