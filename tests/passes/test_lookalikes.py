@@ -454,6 +454,31 @@ def test_a_triangle_in_a_buffer_that_changes_after_compilation_is_an_error() -> 
     assert torch.equal(model(*inputs()), expected)
 
 
+def test_a_triangle_that_is_replaced_by_another_tensor_is_an_error() -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scores(q, k).masked_fill(~self.triangle, NEG).softmax(-1) @ v
+
+    model = Model(body, triangle=causal())
+    moonfx.sparsify(model, N, 1, sinks=0, compiler="eager")
+    model(*inputs())
+    model.triangle = torch.ones_like(causal())
+    with pytest.raises(RuntimeError, match="proved to hold a causal mask has changed"):
+        model(*inputs())
+
+
+def test_a_buffer_that_no_rewrite_rests_on_may_change() -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(y, k, v, self.bias)
+
+    model = Model(body, bias=torch.zeros(N, N))
+    moonfx.sparsify(model, N, 1, sinks=0, compiler="eager")
+    model(*inputs())
+    assert [r.action for r in moonfx.report(model).rows] == ["sparse", "declined"]
+    model.bias[2, 3] = 1.0
+    torch.testing.assert_close(model(*inputs()), body(model, *inputs()), atol=2e-6, rtol=1e-5)
+
+
 def test_a_router_beside_attention_is_passed_over() -> None:
     def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
