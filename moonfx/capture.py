@@ -23,6 +23,7 @@ import torch
 import torch._dynamo
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._functorch._aot_autograd.frontend_utils import construct_fake_mode, process_inputs
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -380,16 +381,41 @@ def _count_running(change: int) -> None:
         ours_is_running = _running > 0
 
 
+class TooManyGraphs(RuntimeError):
+    """Dynamo would not compile one more variant of a model."""
+
+
+# Prefill, chunks and decoding, each with and without padding, with and without gradients, are more
+# than Dynamo's own limit of 8.
+RECOMPILE_LIMIT = 64
+
+
 def _as_ours(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a compiled call with Python floats (softmax scale, norm eps) as constants of the graph
-    under dynamic shapes, and so that `stay_out_of_outer_graphs` knows it."""
+    """Runs a compiled call as every moonfx call must run.
+
+    Python floats (softmax scale, norm eps) stay constants of the graph under dynamic shapes, a
+    model that meets Dynamo's recompile limit is an error and not dense from then on, and
+    `stay_out_of_outer_graphs` knows that the compilation is ours.
+    """
 
     @functools.wraps(compiled)
     def run(*args: Any, **kwargs: Any) -> Any:
+        limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+        settings = {
+            "specialize_float": True,
+            "recompile_limit": limit,
+            "fail_on_recompile_limit_hit": True,
+        }
         _count_running(1)
         try:
-            with torch._dynamo.config.patch(specialize_float=True):
+            with torch._dynamo.config.patch(settings):
                 return compiled(*args, **kwargs)
+        except FailOnRecompileLimitHit as error:
+            raise TooManyGraphs(
+                f"the model was compiled in {limit} variants (torch._dynamo.config.recompile_limit)"
+                " and would run dense from here; call it with fewer kinds of inputs, raise the "
+                "limit, or moonfx.restore it. TORCH_LOGS=recompiles shows what differs"
+            ) from error
         finally:
             _count_running(-1)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moonfx
-from moonfx import LayerPolicy
+from moonfx import LayerPolicy, capture
 from moonfx.backend import NothingRewritten
 from tests.tiny import Plain, TinyLM, gradients, tokens
 
@@ -271,6 +271,20 @@ def test_a_layers_key_that_fits_no_attention_is_not_silent() -> None:
     model = moonfx.sparsify(TinyLM(), 16, 2, layers={"head": None, 7: None}, **EAGER)
     with pytest.warns(UserWarning, match=re.escape("fits layers['head', 7]")):
         model(tokens())
+
+
+def test_the_recompile_limit_is_an_error_and_not_silently_dense(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(capture, "RECOMPILE_LIMIT", 2)
+    static = {"recompile_limit": 2, "automatic_dynamic_shapes": False}
+    model = moonfx.sparsify(TinyLM(), 16, 2, **EAGER)
+    with torch._dynamo.config.patch(static):
+        model(tokens(64))
+        model(tokens(65))
+        with pytest.raises(capture.TooManyGraphs, match="would run dense from here"):
+            model(tokens(66))
+        model(tokens(64))
 
 
 class Outer(torch.nn.Module):
