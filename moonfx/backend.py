@@ -8,19 +8,29 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 import moonfx.ops  # noqa: F401  (registers the operators that the passes emit)
-from moonfx.capture import COMPILERS, CaptureError, buffer_value, capture, compile_graph, graph_root
+from moonfx.capture import (
+    COMPILERS,
+    CaptureError,
+    buffer_value,
+    capture,
+    compile_graph,
+    graph_root,
+    is_piece,
+    mode_options,
+)
 from moonfx.passes.context import Context
 from moonfx.passes.index_algebra import summary
 from moonfx.passes.order import run_passes
 from moonfx.policy import LayerPolicy, Policies
-from moonfx.report import Report
+from moonfx.report import Report, Row, row_of
 from moonfx.site import AttentionSite
 
 log = logging.getLogger("moonfx.backend")
@@ -30,6 +40,28 @@ ON_MISS = ("warn", "raise", "ignore")
 
 class NothingRewritten(RuntimeError):
     """No attention became sparse although on_miss="raise"."""
+
+
+@dataclass
+class Record:
+    """One compiled graph: its attentions, or why it could not be captured, and its parameters."""
+
+    rows: list[Row]
+    failure: str | None
+    parameters: list[weakref.ref[torch.Tensor]]
+
+
+def report_on(records: Iterable[Record]) -> Report:
+    """The report of some compiled graphs."""
+    report = Report()
+    for record in records:
+        report.add(record.rows)
+        report.failures += [record.failure] if record.failure else []
+    return report
+
+
+class DenseLastUnknown(ValueError):
+    """dense_last with a model that is compiled in pieces."""
 
 
 class Backend:
@@ -56,9 +88,12 @@ class Backend:
         if model is not None:
             self.names = {id(module): name for name, module in model.named_modules()}
             self.parameter_names = {id(p): name for name, p in model.named_parameters()}
-        self.report = Report()
+        self.records: list[Record] = []
         self.layers: list[tuple[str, int]] = []
-        self.parameters: list[weakref.ref[torch.Tensor]] = []
+
+    @property
+    def report(self) -> Report:
+        return report_on(self.records)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compiles one graph; called by Dynamo."""
@@ -76,31 +111,32 @@ class Backend:
             The graph to compile, the given one if nothing in it became sparse; and, for the inputs
             that are buffers whose values a proof rests on, what they were: position -> values.
         """
-        self.parameters += [
-            weakref.ref(x) for x in example_inputs if isinstance(x, torch.nn.Parameter)
-        ]
         if self.policies is None:
             return gm, {}
+        inputs = (x for x in example_inputs if isinstance(x, torch.nn.Parameter))
+        parameters: list[weakref.ref[torch.Tensor]] = [weakref.ref(x) for x in inputs]
+        record = Record([], None, parameters)
+        self.records.append(record)
         try:
             captured = capture(gm, example_inputs)
         except CaptureError as error:
-            self.report.graphs += 1
-            self.report.failures.append(str(error))
+            record.failure = str(error)
             log.warning("a graph could not be captured and runs as it was: %s", error)
             return gm, {}
-        root = graph_root(gm, example_inputs, self.parameter_names) or ""
+        root = graph_root(gm, example_inputs, self.parameter_names)
         context = Context(captured, self.policy_of, self.names, root)
         before = _code(captured)
         try:
             rewritten = run_passes(context)
+        except DenseLastUnknown:
+            raise
         except Exception as error:
             if os.environ.get("MOONFX_VERIFY"):
                 raise
-            self.report.graphs += 1
-            self.report.failures.append(f"{type(error).__name__}: {error}")
+            record.failure = f"{type(error).__name__}: {error}"
             log.exception("a pass failed, and the graph runs as it was; please report this")
             return gm, {}
-        self.report.add(context.sites)
+        record.rows += map(row_of, context.sites)
         log.debug("before:\n%s\nafter:\n%s", before, _code(captured))
         if not rewritten:
             return gm, {}
@@ -113,20 +149,27 @@ class Backend:
         return captured, guards
 
     def policy_of(
-        self, site: AttentionSite, sites: list[AttentionSite], root: str
+        self, site: AttentionSite, sites: list[AttentionSite], root: str | None
     ) -> LayerPolicy | str:
         """A site's policy, or why it stays dense.
 
         Args:
             sites: all attentions of its graph, in order.
-            root: the module that the graph starts in, "" for the model.
+            root: the module that the graph starts in, "" for the model, None if that is not known.
         """
         assert self.policies is not None
-        self.layers += [k for k in map(_key, sites) if k not in self.layers]
-        if root and not self.policies.uniform:
+        if root != "" and not self.policies.uniform:
+            where = f"{root} and every layer of its class" if root else "several layers"
             return (
-                f"a graph break makes {root} and every layer of its class share one graph, so "
-                "layers= and dense_last= cannot tell them apart: mend the break, or drop them"
+                f"a graph break makes {where} share one graph, so layers= and dense_last= cannot "
+                "tell them apart: mend the break, or drop them"
+            )
+        known = len(self.layers)
+        self.layers += [k for k in map(_key, sites) if k not in self.layers]
+        if self.policies.dense_last and 0 < known < len(self.layers):
+            raise DenseLastUnknown(
+                f"dense_last={self.policies.dense_last} needs the whole model in one graph, and "
+                "torch.compile broke it in several; name the dense layers in layers={...: None}"
             )
         index = self.layers.index(_key(site))
         if index >= len(self.layers) - self.policies.dense_last:
@@ -152,7 +195,8 @@ def checked(
 ) -> Callable[..., Any]:
     """Runs `compiled`, first checking that the buffers behind a proof still hold what they held.
 
-    Dynamo guards a buffer's shape, not its values; a version counter makes the check free.
+    Dynamo guards a buffer's shape, not its values; a version counter makes the check free. A write
+    through `.data` does not count, to this check as to autograd.
     """
     proved: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
 
@@ -180,14 +224,14 @@ DEFAULTS: dict[str, Any] = {
     "block": 4096,
     "topk": 12,
     "sinks": 1,
-    "layers": None,
-    "dense_last": 0,
     "on_miss": "warn",
     "compiler": "inductor",
     "inductor": None,
 }
+# The backend is given graphs, not the model: after a graph break it cannot tell layers apart.
+OF_SPARSIFY = ("layers", "dense_last")
 
-_backends: list[Backend] = []
+_records: list[Record] = []
 
 
 def check_options(options: dict[str, Any] | None) -> dict[str, Any]:
@@ -201,6 +245,8 @@ def check_options(options: dict[str, Any] | None) -> dict[str, Any]:
         if name not in DEFAULTS:
             near = difflib.get_close_matches(name, DEFAULTS, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
+            if name in OF_SPARSIFY:
+                hint = " (policies per layer need the model: moonfx.sparsify takes them)"
             raise ValueError(
                 f"unknown option {name!r} of backend 'moonfx'{hint}; known: {', '.join(DEFAULTS)}"
             )
@@ -217,11 +263,6 @@ def check_choice(name: str, given: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {given!r}")
 
 
-def policies_of(known: dict[str, Any]) -> Policies:
-    default = LayerPolicy(known["block"], known["topk"], known["sinks"])
-    return Policies(default, known["layers"], known["dense_last"])
-
-
 def compile(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -231,33 +272,33 @@ def compile(
 ) -> Callable[..., Any]:
     """Entry point of torch.compile(backend="moonfx").
 
+    Past Dynamo's recompile limit a model runs as if it were not compiled, dense, and it is
+    torch.compile that says so; under moonfx.sparsify the limit is higher, and an error.
+
     Args:
         mode: a mode of Inductor, as torch.compile takes it.
-        options: block, topk, sinks, layers, dense_last, on_miss and compiler as for
-            moonfx.sparsify; "inductor": a dict of Inductor options.
+        options: block, topk, sinks, on_miss and compiler as for moonfx.sparsify; "inductor": a
+            dict of Inductor options. on_miss counts for a graph that holds attention, or that is
+            not a piece left by a graph break.
     """
     known = check_options(options)
-    config = dict(known["inductor"] or {})
-    if mode is not None and mode != "default":
-        config.update(torch._inductor.list_mode_options(mode))
-    backend = Backend(policies_of(known), known["compiler"], config=config)
+    config = {**mode_options(mode), **(known["inductor"] or {})}
+    policies = Policies(LayerPolicy(known["block"], known["topk"], known["sinks"]))
+    backend = Backend(policies, known["compiler"], config=config)
     compiled = backend(gm, example_inputs)
-    _backends.append(backend)
-    if not backend.report.rewritten:
-        miss(known["on_miss"], backend.report, "a graph compiled by backend 'moonfx'")
+    _records[:] = [r for r in _records if any(p() is not None for p in r.parameters)]
+    _records.extend(backend.records)
+    report = backend.report
+    if not report.rewritten and (report.rows or report.failures or not is_piece(gm)):
+        miss(known["on_miss"], report, "a graph compiled by backend 'moonfx'")
     return compiled
 
 
 def report_of(parameters: Sequence[torch.Tensor]) -> Report | None:
     """What backend "moonfx" did to the graphs that used any of these parameters."""
     ids = {id(p) for p in parameters}
-    found = [b for b in _backends if any(id(p()) in ids for p in b.parameters)]
-    if not found:
-        return None
-    total = Report()
-    for backend in found:
-        total.merge(backend.report)
-    return total
+    found = [r for r in _records if any(id(p()) in ids for p in r.parameters)]
+    return report_on(found) if found else None
 
 
 def miss(on_miss: str, report: Report, what: str, problem: str | None = None) -> None:

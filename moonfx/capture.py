@@ -133,7 +133,7 @@ def _keep_placeholders(
 ) -> None:
     """Gives placeholders their first names, and module buffers their values.
 
-    A mask kept in a buffer can be proved from its value; `Runner` checks that it never changes.
+    A mask kept in a buffer can be proved from its value; `backend.checked` watches that it stays.
     """
     before = [n for n in gm.graph.nodes if n.op == "placeholder"]
     after = [n for n in captured.graph.nodes if n.op == "placeholder"]
@@ -174,7 +174,7 @@ def is_higher_order(node: fx.Node) -> bool:
     return isinstance(node.target, HigherOrderOperator)
 
 
-def module_path(node: fx.Node, names: dict[int, str], root: str) -> str:
+def module_path(node: fx.Node, names: dict[int, str], root: str | None) -> str:
     """The name of the innermost module that the node came from, "" for the model itself.
 
     Args:
@@ -183,13 +183,13 @@ def module_path(node: fx.Node, names: dict[int, str], root: str) -> str:
     """
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
-        return root
+        return root or ""
     key, (path, _) = list(stack.items())[-1]
     ident = str(key).split("@")[0]
     if ident.isdigit() and int(ident) in names:
         return names[int(ident)]
     path = re.sub(r"^L\['\w+'\]\.?", "", str(path))
-    return f"{root}.{path}".strip(".")
+    return f"{root or ''}.{path}".strip(".")
 
 
 def graph_root(
@@ -429,7 +429,7 @@ def stay_out_of_outer_graphs(model: torch.nn.Module, args: Any) -> None:
     would be dense, silently. Where a graph must not break (fullgraph=True, torch.export), Dynamo's
     error carries the message.
     """
-    if torch.compiler.is_compiling() and not ours_is_running and "_moonfx" in model.__dict__:
+    if torch.compiler.is_compiling() and not ours_is_running and model.__dict__.get("_moonfx"):
         torch._dynamo.graph_break(
             msg="the model is under moonfx.sparsify: call moonfx.sparsify on the outer model, or "
             "moonfx.restore first"
@@ -465,6 +465,39 @@ def empty_results(gm: fx.GraphModule) -> Callable[..., Any] | None:
         )
 
     return run
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Inductor's options for a mode of torch.compile."""
+    if mode is None or mode == "default":
+        return {}
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def is_piece(gm: fx.GraphModule) -> bool:
+    """Whether a graph break cut this Dynamo graph off from the rest of its function."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    frames = [frame.name for frame in getattr(reason, "user_stack", None) or []]
+    resumed = any(name.startswith("torch_dynamo_resume_in") for name in frames)
+    return resumed or bool(getattr(reason, "graph_break", False))
+
+
+Call = Callable[..., Any]
+
+
+def plain_call(model: torch.nn.Module) -> Call:
+    """What nn.Module.compile compiles: hooks and forward."""
+    call: Call = model._call_impl
+    return call
+
+
+def compiled_call(model: torch.nn.Module) -> Call | None:
+    """What calling the model runs instead of `plain_call`, if nn.Module.compile was used."""
+    return model._compiled_call_impl
+
+
+def set_compiled_call(model: torch.nn.Module, call: Call | None) -> None:
+    model._compiled_call_impl = call
 
 
 def is_compiled_module(model: object) -> bool:

@@ -80,11 +80,14 @@ class Policies:
         self.patterns: list[tuple[re.Pattern[str], LayerPolicy | None]] = []
         self.indices: dict[int, LayerPolicy | None] = {}
         if not isinstance(dense_last, int) or isinstance(dense_last, bool):
-            raise TypeError(f"dense_last must be an int, got {dense_last!r}")
+            raise TypeError(f"dense_last must be an int, at least 0, got {dense_last!r}")
         if dense_last < 0:
             raise ValueError(f"dense_last must be at least 0, got {dense_last}")
         if layers is not None and not isinstance(layers, Mapping):
-            raise TypeError(f"layers must be a mapping, got {type(layers).__name__}")
+            raise TypeError(
+                "layers must be a mapping {module name | 're:<regex>' | index: LayerPolicy | None}"
+                f", got {type(layers).__name__}"
+            )
         for key, policy in (layers or {}).items():
             self._add(key, policy)
 
@@ -114,9 +117,11 @@ class Policies:
         """Whether every layer has the same policy."""
         return not (self.names or self.patterns or self.indices or self.dense_last)
 
-    def check_names(self, modules: list[str]) -> None:
+    def check_names(self, modules: Mapping[str, str]) -> None:
         """Checks that each name and pattern of `layers` fits a module.
 
+        Args:
+            modules: every name of the model's modules -> the one that reports use.
         Raises:
             ValueError: naming the unknown ones, with the nearest names.
         """
@@ -125,6 +130,7 @@ class Policies:
                 near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3)
                 hint = f"; nearest: {', '.join(near)}" if near else ""
                 raise ValueError(f"layers[{name!r}]: the model has no module of that name{hint}")
+        self.names = {modules[name]: policy for name, policy in self.names.items()}
         for pattern, _ in self.patterns:
             if not any(pattern.search(m) for m in modules):
                 raise ValueError(f"layers['re:{pattern.pattern}'] matches no module of the model")

@@ -102,11 +102,11 @@ class Report:
     def declined(self) -> list[Row]:
         return [r for r in self.rows if r.action == "declined"]
 
-    def add(self, sites: Iterable[AttentionSite]) -> None:
-        """Adds the sites of one more graph."""
+    def add(self, rows: Iterable[Row]) -> None:
+        """Adds the rows of one more graph."""
         self.graphs += 1
         seen: dict[tuple[Any, ...], int] = {}
-        for row in map(row_of, sites):
+        for row in rows:
             outcome = _outcome(row)
             seen[outcome] = seen.get(outcome, 0) + 1
             same = [i for i, r in enumerate(self.rows) if _outcome(r) == outcome]
@@ -114,12 +114,6 @@ class Report:
                 self.rows.append(row)
             elif (row.keys or 0) > (self.rows[same[seen[outcome] - 1]].keys or 0):
                 self.rows[same[seen[outcome] - 1]] = row
-
-    def merge(self, other: "Report") -> None:
-        """Adds another report's rows, graphs and failures."""
-        self.rows += [r for r in other.rows if r not in self.rows]
-        self.graphs += other.graphs
-        self.failures += other.failures
 
     def savings(self) -> dict[str, Any]:
         """Share of key tokens attended and the FLOP-ideal speedup of attention, as traced."""

@@ -7,15 +7,28 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from moonfx.backend import ON_MISS, Backend, NothingRewritten, check_choice, miss, report_of
+from moonfx.backend import (
+    ON_MISS,
+    Backend,
+    NothingRewritten,
+    Record,
+    check_choice,
+    miss,
+    report_of,
+    report_on,
+)
 from moonfx.capture import (
     COMPILERS,
     compile_call,
     compile_in_place,
+    compiled_call,
     empty_results,
     is_compiled_module,
+    plain_call,
+    set_compiled_call,
     stay_out_of_outer_graphs,
 )
 from moonfx.policy import LayerPolicy, Layers, Policies
@@ -33,7 +46,8 @@ class _State:
         self.before, self.backend, self.on_miss = before, backend, on_miss
         self.sparse: Callable[..., Any] | None = None
         self.dense: Callable[..., Any] | None = None
-        self.judged = on_miss == "ignore"
+        self.judged = 0
+        self.switches = 0
         self.hook: RemovableHandle | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -57,6 +71,8 @@ def sparsify(
     `save_pretrained` stay. Compilation happens at the first call; `report` then says what became
     of each attention. Calling it again replaces the policy, `restore` undoes it. A compilation
     around the model (torch.compile of a model that contains it) leaves it sparse, by a graph break.
+    What calls `model.forward` goes past it, as past nn.Module.compile: sparsify the outermost
+    module (a PEFT wrapper, say).
 
     Args:
         model: any nn.Module that torch.compile takes.
@@ -77,17 +93,18 @@ def sparsify(
     """
     _check_model(model)
     policies = Policies(LayerPolicy(block, topk, sinks), layers, dense_last)
-    policies.check_names([name for name, _ in model.named_modules()])
+    policies.check_names(_canonical_names(model))
     check_choice("on_miss", on_miss, ON_MISS)
     check_choice("compiler", compiler, COMPILERS)
+    _check_submodules(model)
     old = _state(model)
-    before = old.before if old is not None else model._compiled_call_impl
+    before = old.before if old is not None else compiled_call(model)
     state = _State(before, Backend(policies, compiler, model), on_miss)
     state.sparse = _judged(model, compile_in_place(model, state.backend), state)
     if old is not None and old.hook is not None:
         old.hook.remove()
     state.hook = model.register_forward_pre_hook(stay_out_of_outer_graphs)
-    model._compiled_call_impl = state.sparse
+    set_compiled_call(model, state.sparse)
     model.__dict__[_STATE] = state
     return model
 
@@ -95,27 +112,34 @@ def sparsify(
 def _judged(
     model: torch.nn.Module, compiled: Callable[..., Any], state: _State
 ) -> Callable[..., Any]:
-    """Runs the compiled call; after the first, says what `on_miss` wants said."""
+    """Runs the compiled call; after each that compiled, says what `on_miss` wants said."""
 
     @functools.wraps(compiled)
     def run(*args: Any, **kwargs: Any) -> Any:
         result = compiled(*args, **kwargs)
-        if not state.judged:
-            state.judged = True
-            _judge(model, state)
+        if state.judged < len(state.backend.records):
+            new = state.backend.records[state.judged :]
+            first, state.judged = state.judged == 0, len(state.backend.records)
+            _judge(model, state, new, first)
         return result
 
     return run
 
 
-def _judge(model: torch.nn.Module, state: _State) -> None:
+def _judge(model: torch.nn.Module, state: _State, new: Sequence[Record], first_call: bool) -> None:
+    """The first call must rewrite something; a later one must not lose what it rewrote."""
     backend, what = state.backend, type(model).__name__
+    report = report_on(new)
+    if not first_call:
+        if report.declined and not report.rewritten and state.on_miss != "ignore":
+            miss("warn", report, what, f"a new kind of call of {what} is dense")
+        return
     try:
-        if not backend.report.rewritten:
-            miss(state.on_miss, backend.report, what)
+        if not report.rewritten:
+            miss(state.on_miss, report, what)
         elif unused := backend.unused():
             problem = f"no attention of {what} fits layers[{', '.join(unused)}]"
-            miss(state.on_miss, backend.report, what, problem)
+            miss(state.on_miss, report, what, problem)
     except NothingRewritten:
         restore(model)
         raise
@@ -128,7 +152,7 @@ def restore(model: Model) -> Model:
         ValueError: if the model is not sparsified.
     """
     state = _require(model, "restore")
-    model._compiled_call_impl = state.before
+    set_compiled_call(model, state.before)
     if state.hook is not None:
         state.hook.remove()
     del model.__dict__[_STATE]
@@ -149,18 +173,20 @@ class full_attention:  # noqa: N801 (a verb to its callers)
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.model, self.state = model, _require(model, "full_attention")
-        self.was = model._compiled_call_impl
+        self.model, self.state, self.on = model, _require(model, "full_attention"), True
         state = self.state
         if state.dense is None:
             dense = Backend(None, state.backend.compiler)
-            state.dense = compile_call(model._call_impl, dense)
-        model._compiled_call_impl = state.dense
+            state.dense = compile_call(plain_call(model), dense)
+        state.switches += 1
+        set_compiled_call(model, state.dense)
 
     def off(self) -> None:
-        """Back to what ran before the switch."""
-        if _state(self.model) is self.state:
-            self.model._compiled_call_impl = self.was
+        """Sparse again, once every switch that is on has been turned off."""
+        self.state.switches -= self.on
+        self.on = False
+        if not self.state.switches and _state(self.model) is self.state:
+            set_compiled_call(self.model, self.state.sparse)
 
     def __enter__(self) -> None:
         return None
@@ -177,7 +203,10 @@ def report(model: torch.nn.Module) -> Report:
     """
     state = _state(model)
     if state is not None:
-        return state.backend.report
+        own = state.backend.report
+        if compiled_call(model) not in (state.sparse, state.dense):
+            own.failures.append("the model was compiled anew after sparsify, and runs that")
+        return own
     found = report_of(list(model.parameters())) if isinstance(model, torch.nn.Module) else None
     if found is None:
         raise ValueError(
@@ -211,18 +240,39 @@ def explain(
     """
     _check_model(model)
     policies = Policies(LayerPolicy(block, topk, sinks), layers, dense_last)
-    policies.check_names([name for name, _ in model.named_modules()])
+    policies.check_names(_canonical_names(model))
     backend = Backend(policies, "eager", model)
 
     def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         backend.rewrite(gm, example_inputs)
         return empty_results(gm) or gm.forward
 
-    args, kwargs = copy.deepcopy((args, kwargs))
+    args, kwargs = tree_map(_copied, (args, kwargs))
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
-        compile_call(model._call_impl, trace)(*args, **kwargs)
+        compile_call(plain_call(model), trace)(*args, **kwargs)
     return backend.report
+
+
+def _copied(argument: Any) -> Any:
+    """An argument that the call may change (a KV cache); a tensor is only read."""
+    return argument if isinstance(argument, torch.Tensor) else copy.deepcopy(argument)
+
+
+def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
+    """Each name of each module, shared modules by all of theirs -> the name that reports use."""
+    first = {id(module): name for name, module in model.named_modules()}
+    every = model.named_modules(remove_duplicate=False)
+    return {name: first[id(module)] for name, module in every}
+
+
+def _check_submodules(model: torch.nn.Module) -> None:
+    inside = [name for name, m in model.named_modules() if name and _state(m) is not None]
+    if inside:
+        raise ValueError(
+            f"model holds modules under moonfx.sparsify already ({', '.join(inside)}), and one "
+            "policy would undo the other: moonfx.restore them and use layers={name: policy}"
+        )
 
 
 def _check_model(model: object) -> None:
@@ -231,8 +281,10 @@ def _check_model(model: object) -> None:
             "model is already compiled: give moonfx.sparsify the model itself, or use "
             "torch.compile(model, backend='moonfx')"
         )
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model must be a torch.nn.Module that torch.compile takes, got {type(model).__name__}"
+        )
 
 
 def _state(model: object) -> _State | None:
@@ -241,7 +293,11 @@ def _state(model: object) -> _State | None:
 
 
 def _require(model: torch.nn.Module, verb: str) -> _State:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{verb}: model must be a torch.nn.Module, got {type(model).__name__}")
     state = _state(model)
     if state is None:
-        raise ValueError(f"{verb}: this {type(model).__name__} is not under moonfx.sparsify")
+        raise ValueError(
+            f"{verb}: model must be under moonfx.sparsify, and this {type(model).__name__} is not"
+        )
     return state

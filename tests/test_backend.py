@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -62,6 +63,7 @@ def test_the_backend_and_sparsify_give_the_same_model_and_report() -> None:
 OPTIONS = [
     (dict(blok=3), "unknown option 'blok' .*did you mean 'block'.*known: block, topk, sinks"),
     (dict(max_autotune=True), "unknown option 'max_autotune' of backend 'moonfx'; known: block"),
+    (dict(layers={}), "unknown option 'layers'.*moonfx.sparsify takes them"),
     (dict(block=0), "block must be at least 1"),
     (dict(topk=2, sinks=5), "sinks must be"),
     (dict(compiler="tvm"), "compiler must be one of inductor, aot_eager, eager, got 'tvm'"),
@@ -160,6 +162,21 @@ def test_dynamic_true_keeps_the_attention_and_needs_one_graph(compiler: str) -> 
         torch.testing.assert_close(dynamic(x), model(x), atol=2e-6, rtol=1e-5)
     report = moonfx.report(model)
     assert (report.graphs, len(report.rewritten)) == (1, 2)
+
+
+class BreaksFirst(TinyLM):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        scale = self.embed.weight.mean().exp()
+        torch._dynamo.graph_break()
+        return super().forward(tokens) * scale
+
+
+def test_a_piece_without_attention_before_a_graph_break_is_no_miss() -> None:
+    model, x = BreaksFirst(), tokens()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="moonfx")
+        compiled(model, on_miss="raise")(x)
+    assert len(moonfx.report(model).rewritten) == 2
 
 
 class Islands(TinyLM):

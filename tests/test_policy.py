@@ -8,6 +8,7 @@ from moonfx.policy import LayerPolicy, Policies, check_block_topk_sinks
 
 DEFAULT, OTHER = LayerPolicy(128, 8, 1), LayerPolicy(64, 4, 0)
 LAYERS = [f"model.layers.{i}.self_attn" for i in range(12)]
+NAMES = {name: name for name in LAYERS}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_the_first_that_fits_wins(
 @pytest.mark.parametrize(
     ("layers", "error", "message"),
     [
-        ([OTHER], TypeError, "layers must be a mapping, got list"),
+        ([OTHER], TypeError, "layers must be a mapping {module name"),
         ({1: 64}, TypeError, "layers[1] must be a moonfx.LayerPolicy or None"),
         ({-1: None}, ValueError, "an attention index must be at least 0"),
         ({1.5: None}, TypeError, "must be a module name"),
@@ -96,10 +97,14 @@ def test_dense_last_must_be_a_count(given: Any, error: type[Exception]) -> None:
 
 def test_an_unknown_name_is_an_error_that_lists_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no module of that name.*model\.layers\.3\.self_attn"):
-        Policies(DEFAULT, {"model.layers.3.attn": None}).check_names(LAYERS)
+        Policies(DEFAULT, {"model.layers.3.attn": None}).check_names(
+            {name: name for name in LAYERS}
+        )
     with pytest.raises(ValueError, match="matches no module"):
-        Policies(DEFAULT, {"re:mamba": None}).check_names(LAYERS)
-    Policies(DEFAULT, {LAYERS[0]: None, "re:attn": None, 99: None}).check_names(LAYERS)
+        Policies(DEFAULT, {"re:mamba": None}).check_names(NAMES)
+    Policies(DEFAULT, {LAYERS[0]: None, "re:attn": None, 99: None}).check_names(
+        {name: name for name in LAYERS}
+    )
 
 
 def test_keys_that_fit_no_attention_are_named() -> None:

@@ -169,7 +169,7 @@ def test_nothing_is_promised_where_nothing_is_sparse() -> None:
 def test_one_site_compiled_again_is_one_row_with_the_longest_length() -> None:
     report = Report()
     for keys in (100, 700, 300):
-        report.add([sparse_site("a", keys), sparse_site("b", keys)])
+        report.add(map(row_of, [sparse_site("a", keys), sparse_site("b", keys)]))
     assert [(r.layer, r.keys) for r in report.rows] == [("a", 700), ("b", 700)]
     assert report.graphs == 3
 
@@ -177,22 +177,16 @@ def test_one_site_compiled_again_is_one_row_with_the_longest_length() -> None:
 def test_one_site_with_another_outcome_is_another_row() -> None:
     report = Report()
     node = fx.Graph().placeholder("q")
-    report.add([sparse_site("a")])
-    report.add([site("a", reject=Reject("dropout", node))])
+    report.add([row_of(sparse_site("a"))])
+    report.add([row_of(site("a", reject=Reject("dropout", node)))])
     assert [(r.layer, r.action) for r in report.rows] == [("a", "sparse"), ("a", "declined")]
 
 
 def test_two_attentions_of_one_layer_are_two_rows() -> None:
     report = Report()
     for _ in range(2):
-        report.add([sparse_site("a"), sparse_site("a")])
+        report.add([row_of(sparse_site("a")), row_of(sparse_site("a"))])
     assert len(report.rows) == 2
-
-
-def test_merging_adds_graphs_and_failures_and_no_row_twice() -> None:
-    one, two = Report([SPARSE], 1, ["x"]), Report([SPARSE, KEPT], 2, ["y"])
-    one.merge(two)
-    assert (one.rows, one.graphs, one.failures) == ([SPARSE, KEPT], 3, ["x", "y"])
 
 
 def test_a_single_query_row_counts_the_keys_of_one_query() -> None:

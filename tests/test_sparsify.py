@@ -63,7 +63,7 @@ def test_restore_gives_bit_identical_outputs_and_undoes_everything() -> None:
     assert torch.equal(model(x), before)
     assert set(vars(model)) - attributes <= {"_compiled_call_impl"}
     assert model._compiled_call_impl is None
-    with pytest.raises(ValueError, match="restore: this TinyLM is not under moonfx.sparsify"):
+    with pytest.raises(ValueError, match="restore: model must be under moonfx.sparsify"):
         moonfx.restore(model)
 
 
@@ -113,6 +113,18 @@ def test_full_attention_is_dense_inside_and_sparse_again_after() -> None:
     switch.off()
     assert torch.equal(model(x), sparse)
     assert moonfx.report(model).graphs == 1, "nothing is compiled anew"
+
+
+def test_switches_to_full_attention_can_end_in_any_order() -> None:
+    model, x = TinyLM(), tokens()
+    moonfx.sparsify(model, 16, 2, **EAGER)
+    sparse = model(x)
+    first, second = moonfx.full_attention(model), moonfx.full_attention(model)
+    first.off()
+    first.off()
+    assert not torch.equal(model(x), sparse)
+    second.off()
+    assert torch.equal(model(x), sparse)
 
 
 def test_full_attention_leaves_optimizer_state_and_training_alone() -> None:
@@ -165,6 +177,66 @@ def test_a_layer_finds_its_policy_by_name_then_regex_then_index(layers, expected
     rows = moonfx.report(model).rows
     assert [r.layer for r in rows] == [f"layers.{i}" for i in range(4)]
     assert [str(r.policy or "") for r in rows] == expected
+
+
+def test_a_shared_module_goes_by_each_of_its_names() -> None:
+    model = TinyLM(layers=2)
+    model.alias = model.layers[1]
+    moonfx.sparsify(model, 16, 2, layers={"alias": None}, **EAGER)
+    model(tokens())
+    assert [r.action for r in moonfx.report(model).rows] == ["sparse", "kept dense"]
+
+
+class BreaksInTheMiddle(TinyLM):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        x = x + self.layers[0](x)
+        torch._dynamo.graph_break()
+        x = x + self.layers[1](x)
+        return self.head(x)
+
+
+def test_a_break_in_the_models_own_forward_keeps_policies_per_layer() -> None:
+    model = moonfx.sparsify(BreaksInTheMiddle(), 16, 2, layers={"layers.1": None}, **EAGER)
+    model(tokens())
+    actions = {r.layer: r.action for r in moonfx.report(model).rows}
+    assert actions == {"layers.0": "sparse", "layers.1": "kept dense"}
+
+
+def test_dense_last_over_several_graphs_is_an_error() -> None:
+    model = moonfx.sparsify(BreaksInTheMiddle(), 16, 2, dense_last=1, **EAGER)
+    with pytest.raises(Exception, match=r"needs the whole model in one graph[\s\S]*layers="):
+        model(tokens())
+
+
+class AroundAttention(torch.nn.Module):
+    """A graph break on either side of an attention: its graph holds no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for line in self.lines:
+            q = line(x)
+            torch._dynamo.graph_break()
+            x = attend(q)
+            torch._dynamo.graph_break()
+        return x
+
+
+def attend(q: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+
+def test_an_attention_in_a_graph_of_no_known_layer_stays_dense_when_policies_differ() -> None:
+    model, x = AroundAttention(), torch.randn(1, 2, 64, 8)
+    dense = model(x)
+    moonfx.sparsify(model, 8, 2, layers={0: None}, **EAGER)
+    with pytest.warns(UserWarning, match="a graph break makes several layers share one graph"):
+        assert torch.equal(model(x), dense)
+    moonfx.sparsify(model, 8, 2, **EAGER)
+    assert (model(x) - dense).abs().max() > 1e-3
 
 
 def test_dense_last_keeps_the_last_attentions_dense() -> None:
@@ -223,9 +295,9 @@ BAD = [
     (dict(layers={-1: None}), ValueError, "an attention index must be at least 0"),
     (dict(layers={0.5: None}), TypeError, "a key of layers must be"),
     (dict(layers={0: 16}), TypeError, "must be a moonfx.LayerPolicy or None"),
-    (dict(layers=[0]), TypeError, "layers must be a mapping, got list"),
+    (dict(layers=[0]), TypeError, r"layers must be a mapping \{module name.*got list"),
     (dict(dense_last=-1), ValueError, "dense_last must be at least 0"),
-    (dict(dense_last="1"), TypeError, "dense_last must be an int"),
+    (dict(dense_last="1"), TypeError, "dense_last must be an int, at least 0, got '1'"),
     (dict(on_miss="no"), ValueError, "on_miss must be one of warn, raise, ignore, got 'no'"),
     (dict(compiler="gcc"), ValueError, "compiler must be one of inductor, aot_eager, eager"),
 ]
@@ -241,7 +313,9 @@ def test_bad_input_is_one_clear_error_and_leaves_the_model_untouched(bad, error,
 
 
 def test_a_model_that_is_no_module_or_already_compiled_is_refused() -> None:
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
+    with pytest.raises(
+        TypeError, match="model must be a torch.nn.Module that torch.compile takes, got int"
+    ):
         moonfx.sparsify(3)  # type: ignore[type-var]
     with pytest.raises(TypeError, match="model is already compiled"):
         moonfx.sparsify(torch.compile(TinyLM(), backend="eager"))  # type: ignore[type-var]
@@ -265,6 +339,46 @@ def test_a_model_without_attention_warns_raises_or_is_ignored() -> None:
         model(x)
     assert torch.equal(model(x), expected)
     assert model._compiled_call_impl is None
+
+
+class Dropping(TinyLM):
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.layers:
+            layer.dropout = 0.1
+
+
+def test_a_later_call_that_turns_dense_is_not_silent() -> None:
+    model, x = Dropping().eval(), tokens()
+    moonfx.sparsify(model, 16, 2, **EAGER)
+    model(x)
+    with pytest.warns(UserWarning, match=r"a new kind of call of Dropping is dense[\s\S]*p=0.1"):
+        model.train()(x)
+
+
+def test_sparsify_of_a_model_around_a_sparse_one_is_refused() -> None:
+    inner = moonfx.sparsify(TinyLM(), 16, 2, **EAGER)
+    with pytest.raises(ValueError, match=r"under moonfx.sparsify already \(inner\)"):
+        moonfx.sparsify(Outer(inner), 8, 2, **EAGER)
+
+
+def test_a_compilation_after_sparsify_shows_in_the_report() -> None:
+    model = moonfx.sparsify(TinyLM(), 16, 2, **EAGER)
+    model.compile(backend="eager")
+    assert "compiled anew after sparsify" in str(moonfx.report(model))
+
+
+def test_explain_copies_a_cache_and_takes_tensors_with_a_history() -> None:
+    class Cached(TinyLM):
+        def forward(self, x: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+            cache.append(x.detach())
+            return self.layers[0](x)
+
+    cache: list[torch.Tensor] = []
+    x = torch.randn(1, 64, 32, requires_grad=True) * 2
+    plan = moonfx.explain(Cached(), x, cache, block=16, topk=2)
+    assert len(plan.rewritten) == 1
+    assert cache == []
 
 
 def test_a_layers_key_that_fits_no_attention_is_not_silent() -> None:
