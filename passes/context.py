@@ -4,10 +4,12 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from moonfx.capture import nested_graphs
 from moonfx.passes.index_algebra import Reader
+from moonfx.passes.modes import Mode, modes
 from moonfx.passes.mutation import last_writes
 from moonfx.passes.nodes import body_of
 from moonfx.policy import LayerPolicy
@@ -25,20 +27,24 @@ class Context:
         policy: gives a site (of all sites, in a graph with this root) its LayerPolicy, or says
             why it stays dense.
         names: id of each module of the user's model -> its qualified name.
-        root: name of the module that the graph starts in, "" for the model itself.
+        root: name of the module that the graph starts in, "" for the model itself, None if that is
+            not known.
         proofs: constants of the graph that a rewrite rests on -> their values.
     """
 
     gm: fx.GraphModule
-    policy: Callable[[AttentionSite, list[AttentionSite], str], LayerPolicy | str]
+    policy: Callable[[AttentionSite, list[AttentionSite], str | None], LayerPolicy | str]
     names: dict[int, str] = field(default_factory=dict)
-    root: str = ""
+    root: str | None = ""
     sites: list[AttentionSite] = field(default_factory=list)
     proofs: dict[fx.Node, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._outer: dict[fx.Graph, fx.Node] = {}
         self._writes: dict[fx.Graph, dict[fx.Node, fx.Node]] = {}
+        self._modes: dict[fx.Graph, dict[fx.Node, Mode]] = {}
+        self._inputs: dict[fx.Graph, dict[fx.Node, int]] = {}
+        self._start = Mode(torch.is_grad_enabled())  # Dynamo compiles under the mode it guards on
         for gm in nested_graphs(self.gm):
             for node in gm.graph.nodes:
                 if (body := body_of(node)) is not None:
@@ -53,8 +59,10 @@ class Context:
         call = self._outer.get(node.graph)
         if call is None or node.op != "placeholder":
             return None
-        placeholders = [n for n in node.graph.nodes if n.op == "placeholder"]
-        operand = call.args[1 + placeholders.index(node)]
+        if node.graph not in self._inputs:
+            placeholders = [n for n in node.graph.nodes if n.op == "placeholder"]
+            self._inputs[node.graph] = {n: i for i, n in enumerate(placeholders)}
+        operand = call.args[1 + self._inputs[node.graph][node]]
         return operand if isinstance(operand, fx.Node) else None
 
     def call_of(self, graph: fx.Graph) -> fx.Node | None:
@@ -66,9 +74,18 @@ class Context:
             self._writes[graph] = last_writes(graph)
         return self._writes[graph]
 
+    def mode(self, node: fx.Node) -> Mode:
+        """The mode that a node runs under; in a nested body, also that of its call."""
+        graph = node.graph
+        if graph not in self._modes:
+            call = self.call_of(graph)
+            self._modes[graph] = modes(graph, self._start if call is None else self.mode(call))
+        return self._modes[graph][node]
+
     def changed(self, graph: fx.Graph) -> None:
-        """Says that a pass put nodes into the graph: what is known of its writes is out of date."""
-        self._writes.pop(graph, None)
+        """Says that a pass put nodes into the graph: what is known of it is out of date."""
+        for known in (self._writes, self._modes, self._inputs):
+            known.pop(graph, None)
 
     def mutated(self, node: fx.Node) -> bool:
         return node in self.writes(node.graph)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from moonfx.capture import hint, is_captured, is_higher_order, module_path, same_size, source_line
+from moonfx.passes.between import overwritten, split_by_mode
 from moonfx.passes.context import Context
 from moonfx.passes.groups import fold_groups, untranspose
 from moonfx.passes.mutation import remove_dead_code
@@ -58,7 +59,9 @@ def run(graph: fx.Graph, context: Context) -> int:
             continue
         context.sites.append(site)
         if site.reject is None:
-            site.reject = check_shapes(site) or _overwritten(site, context)
+            site.reject = check_shapes(site) or overwritten(site, context)
+        if site.reject is None:
+            site.reject = split_by_mode(site, context)
         if site.reject is not None:
             context.decline(site, site.reject)
         else:
@@ -164,21 +167,6 @@ def check_shapes(site: AttentionSite) -> Reject | None:
     dtype = site.output.meta["val"].dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return Reject(f"dtype {dtype} is not float32, bfloat16 or float16", site.output)
-    return None
-
-
-def _overwritten(site: AttentionSite, context: Context) -> Reject | None:
-    """Query, key or value written to in place between its first use and the operator's."""
-    writes = context.writes(site.output.graph)
-    operands = (("query", site.query), ("key", site.key), ("value", site.value))
-    if not any(node in writes for _, node in operands):
-        return None
-    position = {node: i for i, node in enumerate(site.output.graph.nodes)}
-    for name, node in operands:
-        if node in writes:
-            first_use = min(position[u] for u in node.users)
-            if position[writes[node]] > first_use:
-                return Reject(f"{name} is written to in place after it was read", node)
     return None
 
 

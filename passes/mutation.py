@@ -90,7 +90,7 @@ def made_in_place(node: fx.Node, settled: set[fx.Node]) -> list[fx.Node]:
     the nodes of which this is known already, so that such writes may follow one another.
     """
     targets = writes(node)
-    if len(targets) != 1 or not isinstance(node.target, torch._ops.OpOverload):
+    if len(targets) != 1 or is_higher_order(node):
         return []
     (target,) = targets
     fresh = target.op == "call_function" and not aliases(target) and not is_higher_order(target)

@@ -18,6 +18,7 @@ from moonfx.site import Reject
 aten = torch.ops.aten
 
 DROPOUT = {aten.dropout.default}
+DETACH = aten.detach.default
 
 
 @dataclass
@@ -48,6 +49,8 @@ def product_of(softmax: fx.Node, context: Context) -> Product | None:
             if far is None:
                 return None
             reason = f"'{short(far)}' stands between the softmax and its product with the values"
+            if far.target is DETACH:
+                reason = "the probabilities are detached"
             return Product(node, node, None, reject or Reject(reason, far))
         if len(node.users) > 1 and reject is None:
             names = ", ".join(u.name for u in node.users if u is not step)
@@ -94,7 +97,7 @@ def _passes(node: fx.Node) -> bool:
 
 def _product_beyond(node: fx.Node) -> fx.Node | None:
     """The first operator in the way, if an elementwise path leads from node to a product."""
-    through = SCORES_PASS | DROPOUT | {aten.slice.Tensor, aten.expand.default}
+    through = SCORES_PASS | DROPOUT | {DETACH, aten.slice.Tensor, aten.expand.default}
     for user in node.users:
         stack = [user]
         seen: set[fx.Node] = set()

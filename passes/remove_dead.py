@@ -27,5 +27,6 @@ def run(graph: fx.Graph, context: Context) -> int:
             if not keep:
                 body.graph.erase_node(placeholder)
         body.recompile()
+        context.changed(body.graph)
     remove_dead_code(graph)
     return before - len(graph.nodes)

@@ -131,6 +131,7 @@ def _key_mask(site: AttentionSite, padding: Any, masks: Masks, context: Context)
                 mask = _call(aten.expand.default, mask, [size.of(rows, 0), size.of(keys, key_dim)])
         for call in reversed(path):
             mask = _pass_in(call, mask)
+            context.changed(mask.graph)
         masks[once] = mask
     return masks[once]
 

@@ -211,13 +211,12 @@ def keys_changed(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(s, v) + k
 
 
-def values_changed_through_a_view(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    v = v * 1.0
-    first, _ = v.split(N // 2, dim=2)
+def query_changed_through_a_view(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = q * 1.0
+    first, _ = q.split(N // 2, dim=2)
     s = scores(q, k)
-    p = s.masked_fill(~causal(), NEG).softmax(-1)
     first.add_(1.0)
-    return p @ v
+    return attend(s, v)
 
 
 def packed_qkv_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -326,7 +325,7 @@ LOOKALIKES: list[Row] = [
     ("triu_ of the wrong side", built_in_place, "sliding window"),
     ("read before triu_", read_then_changed, IN_PLACE),
     ("keys changed", keys_changed, "key is written to in place"),
-    ("values changed", values_changed_through_a_view, "value is written to in place"),
+    ("query changed", query_changed_through_a_view, "query is written to in place"),
     ("batch made by the mask", batch_made_by_the_mask, "broadcast the query"),
     ("rows made by the mask", rows_made_by_the_mask, "broadcast the query"),
     ("linear attention", linear_attention, None),

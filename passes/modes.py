@@ -1,0 +1,44 @@
+"""The modes that each node of a graph runs under: gradients on or off, and the autocasts it is in.
+
+Dynamo writes entering and leaving a mode as nodes of their own, in order:
+
+    _set_grad_enabled(False); softmax; _set_grad_enabled(True)      with torch.no_grad(): softmax
+    a = _enter_autocast(...); matmul; _exit_autocast(a)             with torch.autocast(...): matmul
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What holds at a node.
+
+    Args:
+        gradients: whether autograd records.
+        autocast: the nodes that entered an autocast or inference mode which is not yet left.
+    """
+
+    gradients: bool
+    autocast: tuple[fx.Node, ...] = ()
+
+
+_ENTER = ("_enter_autocast", "_enter_inference_mode")
+_EXIT = ("_exit_autocast", "_exit_inference_mode")
+
+
+def modes(graph: fx.Graph, start: Mode) -> dict[fx.Node, Mode]:
+    """The mode of each node, where the graph is entered with `start`."""
+    found: dict[fx.Node, Mode] = {}
+    now = start
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name == "_set_grad_enabled":
+            now = replace(now, gradients=bool(node.args[0]))
+        elif name in _ENTER:
+            now = replace(now, autocast=(*now.autocast, node))
+        elif name in _EXIT:
+            now = replace(now, autocast=tuple(n for n in now.autocast if n is not node.args[0]))
+        found[node] = now
+    return found
