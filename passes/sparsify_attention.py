@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from moonfx.capture import Size, expression, fake_values, same_size
+from moonfx.passes import layout
 from moonfx.passes.classify_mask import BATCH, KEY, heads_of
 from moonfx.passes.context import Context
 from moonfx.passes.expressions import is_load, loads
@@ -57,7 +58,7 @@ def run(graph: fx.Graph, context: Context) -> int:
         context.rest_on_constants(site)
         try:
             rewrite(site, policy, masks, context)
-        except CannotWrite as reason:
+        except (CannotWrite, layout.CannotKeep) as reason:
             context.decline(site, Reject(str(reason), site.output))
             continue
         site.action, rewritten = "sparse", rewritten + 1
@@ -87,11 +88,13 @@ def rewrite(site: AttentionSite, policy: LayerPolicy, masks: Masks, context: Con
         new = _call(operator.getitem, both, 0)
         if site.folded:
             new = _call(aten.squeeze.dim, new, 1)
+        new = layout.keep(old, new, context)
     for node in (both, new):
         node.meta.update(
             {k: old.meta[k] for k in ("stack_trace", "nn_module_stack") if k in old.meta}
         )
     old.replace_all_uses_with(new)
+    context.changed(graph)
     site.output = new
 
 
