@@ -19,10 +19,11 @@ from moonfx.passes.context import Context
 from moonfx.passes.groups import fold_groups, untranspose
 from moonfx.passes.mutation import remove_dead_code
 from moonfx.passes.nodes import argument
-from moonfx.passes.probabilities import product_of
+from moonfx.passes.probabilities import product_beyond, product_of
 from moonfx.passes.scores import (
     out_of_place,
     parse_scores,
+    reaches_product,
     token_major,
     used_elsewhere,
 )
@@ -37,6 +38,8 @@ SOFTMAX = {
     aten._safe_softmax.default,
     aten.special_softmax.default,
 }
+EXP = {aten.exp.default, aten.exp_.default}
+LOG_SOFTMAX = {aten.log_softmax.int, aten._log_softmax.default}
 
 
 def run(graph: fx.Graph, context: Context) -> int:
@@ -51,6 +54,8 @@ def run(graph: fx.Graph, context: Context) -> int:
             site = parse_sdpa(node, context)
         elif node.target in SOFTMAX:
             site = parse_softmax(node, context)
+        elif node.target in EXP:
+            site = _by_exponentials(node, context)
         elif is_higher_order(node):
             site = _opaque(node, context)
         else:
@@ -127,6 +132,20 @@ def parse_softmax(node: fx.Node, context: Context) -> AttentionSite | None:
         site.folded = len(scores.node.meta["val"].shape) == 3
         site.heads = scores.heads or product.heads
         untranspose(site)
+    return site
+
+
+def _by_exponentials(node: fx.Node, context: Context) -> AttentionSite | None:
+    """A declined site for exp() between query @ key^T and a product: a softmax in other words."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    logarithm = source.target in LOG_SOFTMAX
+    scores = source.args[0] if logarithm else source
+    if product_beyond(node) is None or not reaches_product(scores):
+        return None
+    what = "log_softmax().exp()" if logarithm else "a softmax written with exp() and a sum"
+    site = _site(node, context, "exp")
+    site.reject = Reject(f"{what} is not read: write softmax(x, dim=-1)", node)
     return site
 
 

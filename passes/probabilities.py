@@ -45,7 +45,7 @@ def product_of(softmax: fx.Node, context: Context) -> Product | None:
         product = next((u for u in node.users if _probabilities(u) is node), None)
         step = product or next((u for u in node.users if _passes(u)), None)
         if step is None:
-            far = _product_beyond(node)
+            far = product_beyond(node)
             if far is None:
                 return None
             reason = f"'{short(far)}' stands between the softmax and its product with the values"
@@ -95,7 +95,7 @@ def _passes(node: fx.Node) -> bool:
     return node.target in CASTS | COPIES | DROPOUT
 
 
-def _product_beyond(node: fx.Node) -> fx.Node | None:
+def product_beyond(node: fx.Node) -> fx.Node | None:
     """The first operator in the way, if an elementwise path leads from node to a product."""
     through = SCORES_PASS | DROPOUT | {DETACH, aten.slice.Tensor, aten.expand.default}
     for user in node.users:

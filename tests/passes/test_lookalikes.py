@@ -251,6 +251,40 @@ def loss(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return -(logits.softmax(-1).log()[:, 0]).mean()
 
 
+def masked(q: Tensor, k: Tensor) -> Tensor:
+    return scores(q, k).masked_fill(~causal(), NEG)
+
+
+def detached_in_float32(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return masked(q, k).softmax(-1).double().detach().float() @ v
+
+
+def log_softmax_exp(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return masked(q, k).log_softmax(-1).exp() @ v
+
+
+def exp_over_sum(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = masked(q, k)
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def exp_divided_last(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = masked(q, k)
+    e = torch.exp(s - s.max(-1, keepdim=True).values)
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+def exp_feature_map(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Linear attention: exp() of queries and keys, not of their product."""
+    return q.exp() @ (k.exp().transpose(2, 3) @ v)
+
+
+def log_likelihood(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Perplexity: exp() of scores that enters no product."""
+    return scores(q, k).log_softmax(-1).mean().neg().exp() + v
+
+
 NOT_CAUSAL = "the mask is not causal"
 IN_PLACE = "the mask is written to in place"
 BIAS = "additive bias"
@@ -328,6 +362,12 @@ LOOKALIKES: list[Row] = [
     ("query changed", query_changed_through_a_view, "query is written to in place"),
     ("batch made by the mask", batch_made_by_the_mask, "broadcast the query"),
     ("rows made by the mask", rows_made_by_the_mask, "broadcast the query"),
+    ("detached", detached_in_float32, "the probabilities are detached"),
+    ("log_softmax and exp", log_softmax_exp, "log_softmax().exp() is not read"),
+    ("exp over its sum", exp_over_sum, "a softmax written with exp() and a sum is not read"),
+    ("exp, divided last", exp_divided_last, "a softmax written with exp() and a sum is not read"),
+    ("exp as a feature map", exp_feature_map, None),
+    ("perplexity", log_likelihood, None),
     ("linear attention", linear_attention, None),
     ("router", router, None),
     ("loss", loss, None),
