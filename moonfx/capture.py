@@ -160,6 +160,22 @@ def buffer_value(node: fx.Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def input_name(node: fx.Node) -> tuple[bool, str] | None:
+    """Whether an input of the graph is part of the module that it starts in, and its name there.
+
+    None if the node is no input, or Dynamo does not say where it came from.
+    """
+    if node.op != "placeholder":
+        return None
+    source = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
+    text = str(source() if callable(source) else source)
+    first, *rest = re.findall(r"\['([^']+)'\]", text) or [""]
+    if first == "self" and rest:
+        return True, ".".join(rest)
+    name = [first, *rest][-1]
+    return (False, name) if name else None
+
+
 def nested_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """The graph itself, then each captured body inside it, depth first."""
     yield gm

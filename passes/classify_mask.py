@@ -22,6 +22,7 @@ from moonfx.passes.expressions import (
     describe,
     head_symbol,
     loads,
+    name_of,
     to_bool,
     to_number,
 )
@@ -38,6 +39,10 @@ _LOOK_THROUGH = {
 BATCH, HEAD, QUERY, KEY = (
     sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "i", "j")
 )
+
+
+WINDOW = "sliding window"
+ANTI_CAUSAL = "anti-causal: a query sees keys behind it, and those before it are hidden"
 
 
 class NotAMask(Exception):
@@ -77,7 +82,7 @@ def classify(site: AttentionSite, context: Context) -> Mask | Reject:
         value = context.reader.broadcast(node, index).subs(head_symbol(site.heads or 1), HEAD)
         written = [x for x in loads(value) if context.mutated(context.reader.leaf(x))]
         if written:
-            name = context.reader.leaf(written[0]).name
+            name = name_of(written[0])
             if not written[0].has(QUERY, KEY):
                 return Reject(
                     f"the mask compares positions with '{name}', which is written to in place "
@@ -199,8 +204,12 @@ def _appended(key: fx.Node, dim: int) -> bool:
 
 def _support(atoms: tuple[Expr, ...], site: AttentionSite) -> Mask | Reject:
     causal, padding = False, []
-    for atom in atoms:
-        kind = classify_atom(atom, site)
+    kinds = [classify_atom(atom, site) for atom in atoms]
+    if "causal" not in kinds and any(k.startswith(WINDOW) for k in kinds):
+        one = same_size(site.query.meta["val"].shape[-2], 1)
+        if not one and not any(k.startswith("causal with") for k in kinds):
+            kinds = [ANTI_CAUSAL if k.startswith(WINDOW) else k for k in kinds]
+    for atom, kind in zip(atoms, kinds, strict=True):
         if kind == "causal":
             causal = True
         elif kind == "padding":
@@ -225,7 +234,7 @@ def classify_atom(atom: Expr, site: AttentionSite) -> str:
     if atom == False:  # noqa: E712
         return "the mask hides every key"
     unknown = loads(atom)
-    names = ", ".join(sorted({x.func.__name__.removeprefix("load_") for x in unknown}))
+    names = ", ".join(sorted({name_of(x) for x in unknown}))
     if unknown:
         by_query = any(x.has(QUERY) for x in unknown)
         by_key = any(x.has(KEY) for x in unknown)
@@ -234,7 +243,12 @@ def classify_atom(atom: Expr, site: AttentionSite) -> str:
         if any(x.has(QUERY) and x.has(KEY) for x in unknown):
             return f"the values of the mask '{names}' are not known"
         if by_query and by_key:
-            return f"packed sequences: queries and keys are compared by '{names}'"
+            if "floor_divide" in names:
+                return f"chunked attention: queries and keys are compared by '{names}'"
+            return (
+                f"packed sequences: queries and keys are compared by '{names}'; "
+                "pass attention_mask to prove that it is one sequence"
+            )
         if by_query:
             return f"whole queries are masked by '{names}'"
         if not by_key:
@@ -263,7 +277,12 @@ def classify_atom(atom: Expr, site: AttentionSite) -> str:
             return "causal"
         return f"causal with offset {-rest}, where the last query sees the last key at {known[0]}"
     if (by_key, by_query) == (-1, 1):
-        return f"sliding window of {sympy.expand(1 + offsets(site)[0] - rest)} tokens"
+        return f"{WINDOW} of {sympy.expand(1 + offsets(site)[0] - rest)} tokens"
+    # torch's own Max, of the first token that the cache still holds
+    if not by_query and any(type(x).__name__ == "Max" for x in sympy.preorder_traversal(rest)):
+        return f"{WINDOW}, of a cache that holds no more than it: {describe(atom)}"
+    if (by_key, by_query) == (-1, 0) and same_size(site.query.meta["val"].shape[-2], 1):
+        return f"{WINDOW} of {sympy.expand(lengths(site, KEY)[0] - rest)} tokens"
     return f"unsupported mask condition {describe(atom)}"
 
 

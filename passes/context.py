@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from moonfx.capture import nested_graphs
+from moonfx.capture import input_name, nested_graphs
 from moonfx.passes.index_algebra import Reader
 from moonfx.passes.modes import Mode, modes
 from moonfx.passes.mutation import last_writes
@@ -49,7 +49,7 @@ class Context:
             for node in gm.graph.nodes:
                 if (body := body_of(node)) is not None:
                     self._outer[body.graph] = node
-        self.reader = Reader(self.outer, self.mutated)
+        self.reader = Reader(self.outer, self.mutated, self.name_of)
 
     def graphs(self) -> Iterator[fx.GraphModule]:
         yield from nested_graphs(self.gm)
@@ -64,6 +64,14 @@ class Context:
             self._inputs[node.graph] = {n: i for i, n in enumerate(placeholders)}
         operand = call.args[1 + self._inputs[node.graph][node]]
         return operand if isinstance(operand, fx.Node) else None
+
+    def name_of(self, node: fx.Node) -> str:
+        """The user's name for an input of the graph, as model.layers.0.bias; else the node's."""
+        known = input_name(node)
+        if known is None:
+            return node.name
+        inside, name = known
+        return f"{self.root}.{name}" if inside and self.root else name
 
     def call_of(self, graph: fx.Graph) -> fx.Node | None:
         """The node that calls the nested body with this graph, None for the outermost."""

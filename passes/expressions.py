@@ -51,6 +51,11 @@ def is_load(expr: Expr) -> bool:
     return getattr(getattr(expr, "func", None), "__name__", "").startswith("load_")
 
 
+def name_of(load: Expr) -> str:
+    """The name of the unknown tensor behind a load."""
+    return str(load.func.__name__).removeprefix("load_")
+
+
 def loads(expr: Expr) -> list[Expr]:
     """The unknown values in an expression."""
     if is_load(expr):

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from moonfx.capture import buffer_value, expression
-from moonfx.passes.expressions import Expr, choose, constant, load_symbol, stored
+from moonfx.passes.expressions import Expr, choose, constant, load_symbol, name_of, stored
 from moonfx.passes.index_rules import RULES, Index
 from moonfx.passes.nodes import dtype, shape
 
@@ -26,14 +26,19 @@ class Reader:
 
     Args:
         outer: maps a placeholder of a nested body to the node it is called with, or None.
+        name: what to call a node in a reason.
         mutated: whether some operator of the graph writes into the node's memory. Its values then
             depend on when it is read, so it is a leaf.
     """
 
     def __init__(
-        self, outer: Callable[[fx.Node], fx.Node | None], mutated: Callable[[fx.Node], bool]
+        self,
+        outer: Callable[[fx.Node], fx.Node | None],
+        mutated: Callable[[fx.Node], bool],
+        name: Callable[[fx.Node], str],
     ) -> None:
         self.outer = outer
+        self.name = name
         self.mutated = mutated
         self.leaves: dict[str, fx.Node] = {}
         self.constants: dict[fx.Node, tuple[float, float]] = {}
@@ -60,7 +65,7 @@ class Reader:
     def load(self, node: fx.Node, index: Index) -> Expr:
         """`node` as an unknown tensor, under a name that no node of another graph shares."""
         if node not in self._names:
-            name = node.name
+            name = self.name(node)
             while name in self.leaves:
                 name += "_"
             self._names[node], self.leaves[name] = name, node
@@ -71,7 +76,7 @@ class Reader:
 
     def leaf(self, load: Expr) -> fx.Node:
         """The node behind a load."""
-        return self.leaves[load.func.__name__.removeprefix("load_")]
+        return self.leaves[name_of(load)]
 
     def _read(self, node: fx.Node, index: Index) -> Expr:
         value = node.meta.get("val")

@@ -164,7 +164,23 @@ def _step(node: fx.Node, walk: _Walk) -> Step:
             return walk.reject(node, "masked_fill() with a value that is no mask")
         walk.masks.append((node.args[1], "drop"))  # type: ignore[arg-type]
         return node.args[0]  # type: ignore[return-value]
+    if target is aten.tanh.default:
+        return walk.reject(node, "softcap (tanh) stands between query @ key^T and the softmax")
+    if sinks := _joined_to_scores(node):
+        return walk.reject(sinks, "attention sink logits are joined to the scores (cat)")
     return walk.reject(node, f"'{short(node)}' stands between query @ key^T and the softmax")
+
+
+def _joined_to_scores(node: fx.Node) -> fx.Node | None:
+    """A cat of query @ key^T with something else, at the node or behind elementwise operators."""
+    while node.target is not aten.cat.default:
+        source = node.args[0] if node.target in SCORES_PASS else None
+        if not isinstance(source, fx.Node):
+            return None
+        node = source
+    parts = node.args[0]
+    assert isinstance(parts, list | tuple)
+    return node if any(map(reaches_product, parts)) else None
 
 
 def _scaled(node: fx.Node, walk: _Walk) -> Step:

@@ -331,11 +331,12 @@ def test_packed_position_ids_are_declined_by_name() -> None:
     rows = moonfx.report(model).rows
     assert {r.action for r in rows} == {"declined"}
     assert all(r.reason.startswith("packed sequences") for r in rows)
+    assert all("pass attention_mask to prove" in r.reason for r in rows)
     moonfx.restore(model)
     torch.testing.assert_close(got, model(ids, position_ids=positions, use_cache=False).logits)
 
 
-def test_a_sliding_window_model_is_declined_by_name() -> None:
+def mistral() -> Any:
     config = transformers.MistralConfig(
         vocab_size=100,
         hidden_size=64,
@@ -345,11 +346,29 @@ def test_a_sliding_window_model_is_declined_by_name() -> None:
         num_key_value_heads=2,
         sliding_window=16,
     )
-    model = transformers.MistralForCausalLM(config).eval()
-    ids = torch.arange(2, 50)[None]
+    return transformers.MistralForCausalLM(config).eval()
+
+
+def test_a_sliding_window_model_is_declined_by_name() -> None:
+    model, ids = mistral(), torch.arange(2, 50)[None]
     dense = model(ids, use_cache=False).logits
     moonfx.sparsify(model, 8, 3, compiler="eager", on_miss="ignore")
     assert torch.equal(model(ids, use_cache=False).logits, dense)
     assert {r.reason.split(" (node")[0] for r in moonfx.report(model).rows} == {
         "sliding window of 16 tokens"
     }
+
+
+@pytest.mark.parametrize("windowed_cache", [False, True])
+def test_a_step_of_a_sliding_window_model_is_declined_by_name(windowed_cache: bool) -> None:
+    model, ids = mistral(), torch.arange(2, 50)[None]
+    moonfx.sparsify(model, 8, 3, compiler="eager", on_miss="ignore")
+    config = {"config": model.config} if windowed_cache else {}
+    cache = transformers.DynamicCache(**config)
+    with moonfx.full_attention(model):
+        model(ids, past_key_values=cache)
+    for _ in range(3):
+        model(ids[:, -1:].contiguous(), past_key_values=cache)
+    declined = [r.reason for r in moonfx.report(model).rows if r.action == "declined"]
+    assert declined
+    assert all(reason.startswith("sliding window") for reason in declined), declined

@@ -135,6 +135,12 @@ def attention_sink(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return s.softmax(-1)[..., :-1] @ v
 
 
+def attention_sink_less_max(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k).masked_fill(~causal(), NEG)
+    s = torch.cat([s, self.sink.expand(B, H, N, 1)], -1)
+    return (s - s.amax(-1, keepdim=True)).softmax(-1)[..., :-1] @ v
+
+
 def talking_heads(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(torch.einsum("bhij,hg->bgij", scores(q, k), self.mix), v)
 
@@ -219,7 +225,7 @@ def query_changed_through_a_view(self: Model, q: Tensor, k: Tensor, v: Tensor) -
     return attend(s, v)
 
 
-def packed_qkv_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def chunks_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     segment = torch.arange(N) // 5
     keep = causal() & (segment[:, None] == segment[None])
     return F.scaled_dot_product_attention(q, k, v, keep)
@@ -314,8 +320,9 @@ LOOKALIKES: list[Row] = [
     ("filled with +inf", filled_with(torch.inf), "masked_fill() with a value that is no mask"),
     ("filled with NaN", filled_with(torch.nan), "masked_fill() with a value that is no mask"),
     ("where two scores", where_with_other_scores, "where() fills in a value that is no mask"),
-    ("softcap", softcap, "'tanh' stands between"),
-    ("attention sink", attention_sink, "'cat' stands between"),
+    ("softcap", softcap, "softcap (tanh) stands between"),
+    ("attention sink", attention_sink, "attention sink logits"),
+    ("attention sink, stabilised", attention_sink_less_max, "attention sink logits"),
     ("talking heads", talking_heads, "einsum 'bhij,hg->bgij' is not query @ key^T"),
     ("negative scale", negative_scale, "the scores are scaled by -1.0"),
     ("negative scale, sdpa", negative_scale_sdpa, "the scores are scaled by -0.3"),
@@ -326,15 +333,17 @@ LOOKALIKES: list[Row] = [
     ("dropout, sdpa", dropout_sdpa, "dropout p=0.5 is active"),
     ("strictly causal", masked_by(lambda m, i, j: j < i), "causal with offset -1"),
     ("one ahead", masked_by(lambda m, i, j: j <= i + 1), "causal with offset 1"),
-    ("anti-causal", masked_by(lambda m, i, j: j >= i), "sliding window of 1 tokens"),
-    ("triu of the wrong side", masked_by(lambda m, i, j: (i >= 0).expand(N, N).triu()), "sliding"),
+    ("anti-causal", masked_by(lambda m, i, j: j >= i), "anti-causal"),
+    ("triu of the wrong side", masked_by(lambda m, i, j: (i >= 0).expand(N, N).triu()), "anti-"),
     ("sliding", masked_by(lambda m, i, j: (j <= i) & (i - j < 5)), "sliding window of 5 tokens"),
     ("prefix", masked_by(lambda m, i, j: (j <= i) | (j < 6)), "a choice between masks"),
     ("doubled", masked_by(lambda m, i, j: 2 * j <= i), "unsupported mask condition"),
     ("tokens shifted", masked_by(lambda m, i, j: (j <= i) & (j < 9)), "unsupported mask condition"),
     ("top-left, Nq < Nk", masked_by(lambda m, i, j: j <= i, 9), "causal with offset 0"),
     ("wrong offset, Nq < Nk", masked_by(lambda m, i, j: j <= i + 3, 9), "causal with offset 3"),
-    ("packed", packed_qkv_sdpa, "packed sequences: queries and keys are compared"),
+    ("chunks", chunks_sdpa, "chunked attention: queries and keys are compared"),
+    ("packed", masked_by(lambda m, i, j: (j <= i) & (m.row_id[i] == m.row_id[j])), "packed seq"),
+    ("mask in a buffer", masked_by(lambda m, i, j: m.holed), "of the mask 'holed' are not known"),
     ("mask by head", masked_by(lambda m, i, j: m.by_head & (j <= i)), "differs by head"),
     ("not a triangle", masked_by(lambda m, i, j: m.holed), "the values of the mask"),
     (
@@ -354,9 +363,9 @@ LOOKALIKES: list[Row] = [
     ),
     ("mask[:, 0] = False", changed_in_place(lambda m: m[:, 0].fill_(False)), IN_PLACE),
     ("mask[0] = True", changed_in_place(lambda m: m.__setitem__(0, True)), IN_PLACE),
-    ("logical_not_", changed_in_place(lambda m: m.logical_not_()), "sliding window of 0 tokens"),
+    ("logical_not_", changed_in_place(lambda m: m.logical_not_()), "anti-causal"),
     ("changed through unbind", changed_through_unbind, IN_PLACE),
-    ("triu_ of the wrong side", built_in_place, "sliding window"),
+    ("triu_ of the wrong side", built_in_place, "anti-causal"),
     ("read before triu_", read_then_changed, IN_PLACE),
     ("keys changed", keys_changed, "key is written to in place"),
     ("query changed", query_changed_through_a_view, "query is written to in place"),
@@ -388,6 +397,7 @@ def model_of(body: Body) -> Model:
         by_head=torch.rand(1, H, 1, N, generator=generator) < 0.9,
         row=torch.full((1, N), torch.nan),
         holed=holed,
+        row_id=torch.arange(N) % 5,
     )
 
 
@@ -516,6 +526,18 @@ def test_a_buffer_that_no_rewrite_rests_on_may_change() -> None:
     assert [r.action for r in moonfx.report(model).rows] == ["sparse", "declined"]
     model.bias[2, 3] = 1.0
     torch.testing.assert_close(model(*inputs()), body(model, *inputs()), atol=2e-6, rtol=1e-5)
+
+
+def test_a_reason_names_a_buffer_as_the_model_does() -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.inner(q, k, v)
+
+    inner = Model(masked_by(lambda m, i, j: m.holed), holed=causal())
+    inner.holed[3, 1] = False
+    model = Model(body)
+    model.inner = inner
+    _, report = run(model, *inputs())
+    assert outcome(report) == ["the values of the mask 'inner.holed' are not known"]
 
 
 def test_a_router_beside_attention_is_passed_over() -> None:
