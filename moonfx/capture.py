@@ -13,7 +13,6 @@ import re
 import shutil
 import threading
 import types
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,8 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
+
+from moonfx.fallback import warn_slow
 
 Size = int | torch.SymInt
 
@@ -365,17 +366,11 @@ def _inductor_lacks_compiler(example_inputs: Sequence[Any]) -> bool:
     on_cpu = any(t.device.type == "cpu" for t in tensors)
     if not on_cpu or cpp_compiler() is not None:
         return False
-    _warn_no_compiler()
-    return True
-
-
-@functools.cache
-def _warn_no_compiler() -> None:
-    warnings.warn(
-        "moonfx: no C++ compiler found, so the rewritten graph runs in eager mode, right but "
-        "slower; install one (apt-get install g++) or name it in CXX to get Inductor's speed",
-        stacklevel=2,
+    warn_slow(
+        "no C++ compiler found, so the rewritten graph runs in eager mode, right but slower",
+        "install one (apt-get install g++) or name it in CXX to get Inductor's speed",
     )
+    return True
 
 
 def _compile_options(backend: Callable[..., Any]) -> dict[str, Any]:

@@ -8,8 +8,6 @@ Dv value dim. Outputs lie token-major in memory, [B, N, H, D] seen as [B, H, N, 
 """
 
 import math
-import warnings
-from functools import cache
 from types import ModuleType
 from typing import Any, Literal, overload
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moonfx.fallback import warn_slow
 from moonfx.kernels import cpu, tiled
 from moonfx.policy import check_block_topk_sinks
 
@@ -195,19 +194,11 @@ def kernel_for(device: torch.device) -> ModuleType:
     reason = cpu.available()
     if reason is None:
         return cpu
-    warn_slow(reason)
-    return tiled
-
-
-@cache
-def warn_slow(reason: str) -> None:
-    """Once per process: the CPU kernel is missing, and how to get it."""
-    warnings.warn(
-        f"moonfx: attention on the CPU runs as torch operations, several times slower than the "
-        f"C++ kernel, which is not available: {reason}. `moonfx doctor` checks the set-up.",
-        RuntimeWarning,
-        stacklevel=2,
+    warn_slow(
+        "attention on the CPU runs as torch operations, several times slower than the C++ kernel",
+        reason,
     )
+    return tiled
 
 
 def default_scale(scale: float | None, query: Tensor) -> float:

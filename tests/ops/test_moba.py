@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from moonfx import moba_attention
+from moonfx import fallback, moba_attention
 from moonfx.kernels import cpu, reference, tiled
 from moonfx.ops import moba
 from tests.moba_cases import Case, cases
@@ -37,12 +37,12 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Runs a test on each kernel that a CPU tensor can get."""
     if request.param == "torch kernel":
         monkeypatch.setattr(cpu, "available", lambda: "switched off by a test")
-        moba.warn_slow.cache_clear()
+        fallback.forget()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            moba.warn_slow("switched off by a test")
+            fallback.warn_slow("the kernel", "switched off by a test")
             yield
-        moba.warn_slow.cache_clear()
+        fallback.forget()
     elif (reason := cpu.available()) is not None:
         pytest.skip(reason)
     else:

@@ -1,0 +1,28 @@
+"""The one warning that something runs slower than it could, and what to install."""
+
+import warnings
+
+_said = False
+
+
+def warn_slow(what: str, reason: str) -> None:
+    """Warns once per process, whichever part falls back first.
+
+    A missing C++ compiler stops both Inductor and the attention kernel: that is one thing to mend.
+
+    Args:
+        what: what runs slower, and how.
+        reason: what is missing, and how to get it.
+    """
+    global _said
+    if _said:
+        return
+    _said = True
+    message = f"moonfx: {what}: {reason}. `moonfx doctor` checks the set-up."
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def forget() -> None:
+    """Lets the next fallback warn again."""
+    global _said
+    _said = False
