@@ -46,7 +46,6 @@ class AttentionSite:
         factors: scalars unknown to the graph that scale the query, as (node, "mul" | "div").
         masks: nodes of the masks, as (node, how) with how one of "additive", "keep", "drop".
         causal: the operator itself was told to be causal (is_causal=True, top-left aligned).
-        dtype: output dtype.
         form: which surface form was found, for the report.
         layer, line: module name and source line.
         ordinal: which attention of its layer this is, from 0.
