@@ -94,6 +94,14 @@ class _Retrace(fx.Interpreter):
     """Runs a graph under make_fx, keeping higher-order operators as single nodes."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # make_fx records these two as they are called; only the context manager also obeys them.
+        if target is torch.amp.autocast_mode._enter_autocast:
+            region = torch.autocast(*args)
+            region.__enter__()
+            return region
+        if target is torch.amp.autocast_mode._exit_autocast:
+            args[0].__exit__(None, None, None)
+            return None
         if not isinstance(target, HigherOrderOperator):
             return super().call_function(target, args, kwargs)
         proxy_mode = get_proxy_mode()
