@@ -2,6 +2,8 @@
 # It runs again only when the requirements change. PYTHON picks the interpreter, 3.11 or later.
 
 PYTHON ?= python3
+# Test processes at a time; each takes about 2 GB.
+JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 READY := .venv/ready
@@ -9,7 +11,7 @@ READY := .venv/ready
 .PHONY: test lint types demo bench setup clean
 
 test: lint types
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=15
 
 lint: $(READY)
 	$(BIN)/ruff check .

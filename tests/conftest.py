@@ -21,7 +21,8 @@ hypothesis.settings.load_profile("moonfx")
 
 # More threads than cores only add noise, and the rounding of a sum must not depend on the machine.
 if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _workers)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

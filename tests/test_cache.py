@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("cache")  # one process compiles the first artifact
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Prints the result, a gradient, and whether the artifact came from the cache.

@@ -16,6 +16,8 @@ import pytest
 
 from moonfx import doctor
 
+pytestmark = pytest.mark.xdist_group("packaging")  # one process makes the environments
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = {"moonfx": "moonfx", "passes": "moonfx/passes", "kernels": "moonfx/kernels"}
 MODES = ["wheel", "editable", "bare checkout"]

