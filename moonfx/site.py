@@ -46,6 +46,9 @@ class AttentionSite:
         factors: scalars unknown to the graph that scale the query, as (node, "mul" | "div").
         masks: nodes of the masks, as (node, how) with how one of "additive", "keep", "drop".
         causal: the operator itself was told to be causal (is_causal=True, top-left aligned).
+        softcap: c where the scores are c * tanh(scaled scores / c) before any mask, 0.0 for none.
+        sink_logits: a node with one logit per query head (every other dim is 1), which joins the
+            softmax's denominator and no value; None for none.
         form: which surface form was found, for the report.
         layer, line: module name and source line.
         ordinal: which attention of its layer this is, from 0.
@@ -62,6 +65,8 @@ class AttentionSite:
     factors: list[tuple[fx.Node, str]] = field(default_factory=list)
     masks: list[tuple[fx.Node, str]] = field(default_factory=list)
     causal: bool = False
+    softcap: float = 0.0
+    sink_logits: fx.Node | None = None
     key_transposed: bool = False
     folded: bool = False
     ordinal: int = 0
@@ -74,3 +79,13 @@ class AttentionSite:
     reject: Reject | None = None
     action: str = "declined"
     policy: LayerPolicy | None = None
+
+    @property
+    def modifiers(self) -> str:
+        """What acts on the scores beside scale and mask, for the report: "softcap 50, ALiBi"."""
+        found = [f"softcap {self.softcap:g}"] if self.softcap else []
+        if self.sink_logits is not None:
+            found.append("sink logits")
+        if getattr(self.mask, "bias", None) is not None:
+            found.append("ALiBi")
+        return ", ".join(found)
