@@ -29,7 +29,7 @@ from moonfx.capture import (
 from moonfx.passes.context import Context
 from moonfx.passes.index_algebra import summary
 from moonfx.passes.order import run_passes
-from moonfx.policy import LayerPolicy, Policies
+from moonfx.policy import LayerPolicy, Policies, check_flag
 from moonfx.report import Report, Row, row_of
 from moonfx.site import AttentionSite
 
@@ -124,7 +124,7 @@ class Backend:
             log.warning("a graph could not be captured and runs as it was: %s", error)
             return gm, {}
         root = graph_root(gm, example_inputs, self.parameter_names)
-        context = Context(captured, self.policy_of, self.names, root)
+        context = Context(captured, self.policy_of, self.names, root, self.policies.causal_only)
         before = _code(captured)
         try:
             rewritten = run_passes(context)
@@ -224,6 +224,7 @@ DEFAULTS: dict[str, Any] = {
     "block": 4096,
     "topk": 12,
     "sinks": 1,
+    "causal_only": True,
     "on_miss": "warn",
     "compiler": "inductor",
     "inductor": None,
@@ -251,6 +252,7 @@ def check_options(options: dict[str, Any] | None) -> dict[str, Any]:
                 f"unknown option {name!r} of backend 'moonfx'{hint}; known: {', '.join(DEFAULTS)}"
             )
     known = {**DEFAULTS, **(options or {})}
+    check_flag("causal_only", known["causal_only"])
     check_choice("on_miss", known["on_miss"], ON_MISS)
     check_choice("compiler", known["compiler"], COMPILERS)
     if known["inductor"] is not None and not isinstance(known["inductor"], dict):
@@ -277,13 +279,14 @@ def compile(
 
     Args:
         mode: a mode of Inductor, as torch.compile takes it.
-        options: block, topk, sinks, on_miss and compiler as for moonfx.sparsify; "inductor": a
-            dict of Inductor options. on_miss counts for a graph that holds attention, or that is
-            not a piece left by a graph break.
+        options: block, topk, sinks, causal_only, on_miss and compiler as for moonfx.sparsify;
+            "inductor": a dict of Inductor options. on_miss counts for a graph that holds attention,
+            or that is not a piece left by a graph break.
     """
     known = check_options(options)
     config = {**mode_options(mode), **(known["inductor"] or {})}
-    policies = Policies(LayerPolicy(known["block"], known["topk"], known["sinks"]))
+    default = LayerPolicy(known["block"], known["topk"], known["sinks"])
+    policies = Policies(default, causal_only=known["causal_only"])
     backend = Backend(policies, known["compiler"], config=config)
     compiled = backend(gm, example_inputs)
     _records[:] = [r for r in _records if any(p() is not None for p in r.parameters)]

@@ -28,6 +28,16 @@ def check_block_topk_sinks(block: int, topk: int, sinks: int) -> None:
         )
 
 
+def check_flag(name: str, given: object) -> None:
+    """Checks that an argument is True or False.
+
+    Raises:
+        TypeError: if it is not a bool.
+    """
+    if not isinstance(given, bool):
+        raise TypeError(f"{name} must be True or False, got {given!r} ({type(given).__name__})")
+
+
 @dataclass(frozen=True)
 class LayerPolicy:
     """MoBA settings of one attention layer.
@@ -70,12 +80,17 @@ class Policies:
         layers: {module name | "re:<regex>" | attention index: LayerPolicy | None}; None keeps the
             layer dense. Indices count the attentions in the order in which the model runs them.
         dense_last: how many attentions at the end stay dense (the paper's layer-wise hybrid).
+        causal_only: whether bidirectional self-attention stays dense.
     """
 
     def __init__(
-        self, default: LayerPolicy, layers: Layers | None = None, dense_last: int = 0
+        self,
+        default: LayerPolicy,
+        layers: Layers | None = None,
+        dense_last: int = 0,
+        causal_only: bool = True,
     ) -> None:
-        self.default, self.dense_last = default, dense_last
+        self.default, self.dense_last, self.causal_only = default, dense_last, causal_only
         self.names: dict[str, LayerPolicy | None] = {}
         self.patterns: list[tuple[re.Pattern[str], LayerPolicy | None]] = []
         self.indices: dict[int, LayerPolicy | None] = {}
@@ -83,6 +98,7 @@ class Policies:
             raise TypeError(f"dense_last must be an int, at least 0, got {dense_last!r}")
         if dense_last < 0:
             raise ValueError(f"dense_last must be at least 0, got {dense_last}")
+        check_flag("causal_only", causal_only)
         if layers is not None and not isinstance(layers, Mapping):
             raise TypeError(
                 "layers must be a mapping {module name | 're:<regex>' | index: LayerPolicy | None}"
@@ -156,7 +172,11 @@ class Policies:
         return names + patterns + [str(i) for i in self.indices if i >= len(layers)]
 
     def __str__(self) -> str:
-        parts = [str(self.default), f"dense_last={self.dense_last}"]
+        parts = [
+            str(self.default),
+            f"dense_last={self.dense_last}",
+            f"causal_only={self.causal_only}",
+        ]
         parts += [f"{k}:{v}" for k, v in sorted(self.names.items())]
         parts += [f"re:{p.pattern}:{v}" for p, v in self.patterns]
         parts += [f"{k}:{v}" for k, v in sorted(self.indices.items())]

@@ -10,6 +10,8 @@ from tabulate import tabulate
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite
 
+_LAST = "block/topk/sinks, or why not"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -19,6 +21,7 @@ class Row:
         layer, line: module name and source line.
         form: how the attention was written.
         mask: what its mask was proved to be, "" if it was not.
+        modifiers: what else acts on the scores and is kept: softcap, sink logits, ALiBi.
         heads, kv_heads, head_dim: None where they are not known.
         action: "sparse", "declined", or "kept dense" when the policy says so.
         block, topk, sinks: the policy of a sparse site.
@@ -30,6 +33,7 @@ class Row:
     line: str
     form: str
     mask: str
+    modifiers: str
     heads: int | None
     kv_heads: int | None
     head_dim: int | None
@@ -61,6 +65,7 @@ def row_of(site: AttentionSite) -> Row:
         line=site.line,
         form=site.form,
         mask=site.mask.kind if site.mask else "",
+        modifiers=site.modifiers,
         heads=site.heads,
         kv_heads=site.kv_heads,
         head_dim=site.head_dim,
@@ -156,26 +161,22 @@ class Report:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        table = [
-            [
-                r.layer,
-                r.line,
-                r.form,
-                r.mask,
-                _heads(r),
-                r.head_dim,
-                r.action,
-                str(r.policy) if r.policy else r.reason,
-            ]
-            for r in self.rows
-        ]
-        headers = ["layer", "line", "form", "mask", "heads", "head_dim", "action"]
-        text = tabulate(
-            table,
-            headers=[*headers, "block/topk/sinks, or why not"],
-            maxcolwidths=[None] * len(headers) + [60],
-        )
-        return f"{text}\n{self.footer()}" if table else self.footer()
+        columns: dict[str, list[Any]] = {
+            "layer": [r.layer for r in self.rows],
+            "line": [r.line for r in self.rows],
+            "form": [r.form for r in self.rows],
+            "mask": [r.mask for r in self.rows],
+            "modifiers": [r.modifiers for r in self.rows],
+            "heads": [_heads(r) for r in self.rows],
+            "head_dim": [r.head_dim for r in self.rows],
+            "action": [r.action for r in self.rows],
+            _LAST: [str(r.policy) if r.policy else r.reason for r in self.rows],
+        }
+        if not any(columns["modifiers"]):
+            del columns["modifiers"]
+        widths = [60 if name == _LAST else None for name in columns]
+        text = tabulate(columns, headers="keys", maxcolwidths=widths)
+        return f"{text}\n{self.footer()}" if self.rows else self.footer()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -200,4 +201,4 @@ def _heads(row: Row) -> str:
 def _outcome(row: Row) -> tuple[Any, ...]:
     """What makes two compilations of one site the same row."""
     reason = row.reason.split(" (node")[0]
-    return (row.layer, row.line, row.form, row.mask, row.action, row.policy, reason)
+    return (row.layer, row.line, row.form, row.mask, row.modifiers, row.action, row.policy, reason)

@@ -23,12 +23,22 @@ class Mask:
     """What a mask was proved to be, for every shape.
 
     Args:
-        kind: "causal", or "causal & padding".
+        kind: "causal" or "all" (bidirectional), then " & padding" and " & packed" where they hold.
         padding: the proved predicate over (row, key) that says which keys are real, or None.
+        segments: what, over (row, key), tells the packed sequences of a row apart: a query sees the
+            keys where it is what it is at the query's own token. None where nothing is packed.
+        bias: what is added to the scores, over (row, head, key), the same for every query up to a
+            constant that softmax does not see. None for none.
     """
 
     kind: str
     padding: object | None = None
+    segments: object | None = None
+    bias: object | None = None
+
+    @property
+    def causal(self) -> bool:
+        return self.kind.startswith("causal")
 
 
 @dataclass
@@ -86,6 +96,6 @@ class AttentionSite:
         found = [f"softcap {self.softcap:g}"] if self.softcap else []
         if self.sink_logits is not None:
             found.append("sink logits")
-        if getattr(self.mask, "bias", None) is not None:
+        if self.mask is not None and self.mask.bias is not None:
             found.append("ALiBi")
         return ", ".join(found)

@@ -62,6 +62,7 @@ def sparsify(
     sinks: int = 1,
     layers: Layers | None = None,
     dense_last: int = 0,
+    causal_only: bool = True,
     on_miss: str = "warn",
     compiler: str = "inductor",
 ) -> Model:
@@ -83,6 +84,7 @@ def sparsify(
         layers: {module name | "re:<regex>" | attention index: LayerPolicy | None}; None keeps a
             layer dense. The first that fits wins: name, regex, index, then block/topk/sinks.
         dense_last: how many attentions at the end of the model stay dense.
+        causal_only: False makes bidirectional self-attention (encoders, ViTs) sparse as well.
         on_miss: "warn", "raise" or "ignore" when the first call finds nothing to rewrite.
         compiler: "inductor", "aot_eager" or "eager": what runs the rewritten graph.
     Returns:
@@ -92,7 +94,7 @@ def sparsify(
         NothingRewritten: from the first call, with on_miss="raise"; the model is then as before.
     """
     _check_model(model)
-    policies = Policies(LayerPolicy(block, topk, sinks), layers, dense_last)
+    policies = Policies(LayerPolicy(block, topk, sinks), layers, dense_last, causal_only)
     policies.check_names(_canonical_names(model))
     check_choice("on_miss", on_miss, ON_MISS)
     check_choice("compiler", compiler, COMPILERS)
@@ -224,6 +226,7 @@ def explain(
     sinks: int = 1,
     layers: Layers | None = None,
     dense_last: int = 0,
+    causal_only: bool = True,
     **kwargs: Any,
 ) -> Report:
     """Says what `sparsify` would do for one call, and changes nothing.
@@ -234,12 +237,12 @@ def explain(
     Args:
         model: as for `sparsify`.
         *args, **kwargs: what the model is called with.
-        block, topk, sinks, layers, dense_last: the policy, as for `sparsify`.
+        block, topk, sinks, layers, dense_last, causal_only: the policy, as for `sparsify`.
     Raises:
         TypeError, ValueError: for a bad argument.
     """
     _check_model(model)
-    policies = Policies(LayerPolicy(block, topk, sinks), layers, dense_last)
+    policies = Policies(LayerPolicy(block, topk, sinks), layers, dense_last, causal_only)
     policies.check_names(_canonical_names(model))
     backend = Backend(policies, "eager", model)
 

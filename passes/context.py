@@ -29,6 +29,7 @@ class Context:
         names: id of each module of the user's model -> its qualified name.
         root: name of the module that the graph starts in, "" for the model itself, None if that is
             not known.
+        causal_only: whether bidirectional self-attention stays dense.
         proofs: constants of the graph that a rewrite rests on -> their values.
     """
 
@@ -36,6 +37,7 @@ class Context:
     policy: Callable[[AttentionSite, list[AttentionSite], str | None], LayerPolicy | str]
     names: dict[int, str] = field(default_factory=dict)
     root: str | None = ""
+    causal_only: bool = True
     sites: list[AttentionSite] = field(default_factory=list)
     proofs: dict[fx.Node, tuple[float, float]] = field(default_factory=dict)
 

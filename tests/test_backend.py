@@ -70,6 +70,7 @@ OPTIONS = [
     (dict(topk=2, sinks=5), "sinks must be"),
     (dict(compiler="tvm"), "compiler must be one of inductor, aot_eager, eager, got 'tvm'"),
     (dict(on_miss="x"), "on_miss must be one of warn, raise, ignore"),
+    (dict(causal_only="yes"), "causal_only must be True or False, got 'yes'"),
     (dict(inductor="max-autotune"), "inductor must be a dict of Inductor options"),
 ]
 

@@ -95,6 +95,12 @@ def test_dense_last_must_be_a_count(given: Any, error: type[Exception]) -> None:
         Policies(DEFAULT, dense_last=given)
 
 
+@pytest.mark.parametrize("given", [0, None, "False"])
+def test_causal_only_must_be_a_flag(given: Any) -> None:
+    with pytest.raises(TypeError, match="causal_only must be True or False, got"):
+        Policies(DEFAULT, causal_only=given)
+
+
 def test_an_unknown_name_is_an_error_that_lists_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no module of that name.*model\.layers\.3\.self_attn"):
         Policies(DEFAULT, {"model.layers.3.attn": None}).check_names(
@@ -124,6 +130,7 @@ def test_policies_that_differ_are_written_differently() -> None:
             (DEFAULT, {LAYERS[3]: OTHER}),
             (DEFAULT, {"re:3": OTHER}),
             (DEFAULT, None, 2),
+            (DEFAULT, None, 0, False),
         ]
     }
-    assert len(texts) == 7
+    assert len(texts) == 8

@@ -15,6 +15,7 @@ SPARSE = Row(
     line="model.py:12",
     form="sdpa",
     mask="causal",
+    modifiers="",
     heads=8,
     kv_heads=2,
     head_dim=64,
@@ -121,6 +122,14 @@ def test_text_has_one_line_per_site_with_policy_or_reason() -> None:
     ]
     assert "kept dense" in lines[3]
     assert "one of the last 1 (dense_last)" in lines[3]
+
+
+def test_modifiers_have_a_column_where_there_are_any() -> None:
+    capped = changed(modifiers="softcap 50, ALiBi")
+    lines = str(Report([SPARSE, capped], graphs=1)).splitlines()
+    assert lines[0].split()[:5] == ["layer", "line", "form", "mask", "modifiers"]
+    assert "softcap 50, ALiBi" in lines[3]
+    assert "modifiers" not in str(Report([SPARSE], graphs=1))
 
 
 def test_dict_and_json_carry_everything() -> None:
