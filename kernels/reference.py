@@ -1,7 +1,7 @@
 """MoBA by its definition: the oracle of every test, never on a hot path (arXiv 2502.13189).
 
-    eq. 6   s_i = <q, mean(K[block i])>                       the gate: one score per earlier block
-    eq. 5   g_i = 1 for the query's own block and the best-scored earlier blocks, topk in all
+    eq. 6   s_i = <q, mean(K[block i])>                       the gate: one score per other block
+    eq. 5   g_i = 1 for the query's own block and the best-scored others, topk in all
     eq. 4   I   = union of the chosen blocks' keys
     eq. 2   out = softmax(scale * q K[I]^T) V[I]              causal inside the own block
 
@@ -9,9 +9,15 @@ Shape letters: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys
 Dv value dim, n blocks.
 
 Query i stands at key index Nk - Nq + i. With a `key_mask` a key's position is its rank among the
-real keys of its row, so that padding neither counts nor shifts a block. `sinks` (0 in the paper) is
-how many first blocks are always chosen; they count in topk. Every product and sum is in float32
-(float64 for float64 inputs).
+real keys of its row, so that padding neither counts nor shifts a block. Beyond the paper:
+
+    sinks       that many first blocks are always chosen; they count in topk
+    causal      False: every real key is visible and later blocks are candidates too (Nq = Nk)
+    softcap c   the softmax's scores are c tanh(scale q.k / c); the gate's are not capped
+    key_bias b  is added to the softmax's scores, mean(b[block i]) / scale to the gate's
+    segments    a row of packed sequences: each is computed as if the others were padding
+
+Every product and sum is in float32 (float64 for float64 inputs).
 """
 
 import torch
@@ -46,6 +52,12 @@ def block_means(key: Tensor, block: int, real: Tensor, rank: Tensor) -> Tensor:
     return total / weight.sum(-1).clamp(min=1)[:, None, :, None]
 
 
+def last_positions(rank: Tensor, queries: int, causal: bool) -> Tensor:
+    """The position of the last key that each query sees, [B, 1, Nq, 1]; -1 for none."""
+    last = rank[:, rank.shape[1] - queries :] if causal else rank[:, -1:].expand(-1, queries)
+    return last[:, None, :, None]
+
+
 def select_blocks(
     query: Tensor,
     key: Tensor,
@@ -53,7 +65,10 @@ def select_blocks(
     topk: int,
     *,
     sinks: int = 0,
+    scale: float | None = None,
     key_mask: Tensor | None = None,
+    causal: bool = True,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Which blocks each query attends (eq. 5 and 6).
 
@@ -63,27 +78,32 @@ def select_blocks(
         block: tokens in a block, >= 1.
         topk: blocks per query, the own block and the sinks counted, >= 1.
         sinks: first blocks that are always chosen, < topk.
+        scale: the softmax's factor, D**-0.5 by default; it matters here only beside a key_bias.
         key_mask: bool [B, Nk], True for a real token; None when all are.
+        causal: whether a query sees only the keys at or before its own position.
+        key_bias: float [B or 1, Hq or 1, Nk], added to the scaled scores; None for zero.
     Returns:
         bool [B, Hq, Nq, n] with n = ceil(Nk / block); all False for a query that sees no real key.
     """
-    batch, heads, queries, _ = query.shape
+    batch, heads, queries, dim = query.shape
     length = key.shape[2]
     real, rank = key_positions(batch, length, key_mask, key.device)
     means = block_means(key, block, real, rank).repeat_interleave(heads // key.shape[1], 1)
     score = query.to(means.dtype) @ means.transpose(-1, -2)  # eq. 6, no softmax scale
+    if key_bias is not None:
+        bias = block_means(key_bias.expand(batch, -1, -1)[..., None], block, real, rank)
+        score = score + bias.transpose(-1, -2) / (dim**-0.5 if scale is None else scale)
 
-    position = rank[:, None, length - queries :, None]  # [B, 1, Nq, 1], -1: sees no real key
-    own = position.div(block, rounding_mode="floor")
+    own = rank[:, None, length - queries :, None].clamp(min=0) // block  # [B, 1, Nq, 1]
     index = torch.arange(means.shape[2], device=key.device)
-    candidate = (index >= sinks) & (index < own)
+    there = index * block <= last_positions(rank, queries, causal)
+    fixed = there & (index.eq(own) | (index < sinks))
+    candidate = there & ~fixed
     # A stable sort keeps the lower of two equal blocks first.
     score = score.masked_fill(~candidate, -torch.inf)
     order = score.sort(dim=-1, descending=True, stable=True).indices
     place = order.argsort(-1)  # the block's place among the candidates, 0 is best
-    best = candidate & (place < topk - 1 - sinks)
-    chosen = index.eq(own) | (index < sinks) | best
-    return torch.where(own < topk, index <= own, chosen) & (position >= 0)
+    return fixed | (candidate & (place < topk - fixed.sum(-1, keepdim=True)))
 
 
 def moba_attention(
@@ -96,6 +116,10 @@ def moba_attention(
     sinks: int = 0,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    causal: bool = True,
+    softcap: float = 0.0,
+    key_bias: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the selected blocks (eq. 2), differentiable by autograd, the gate excepted.
 
@@ -104,6 +128,8 @@ def moba_attention(
         key: [B, Hkv, Nk, D].
         value: [B, Hkv, Nk, Dv].
         scale: factor on q.k in the softmax, D**-0.5 by default; the gate has none.
+        softcap: bound on the scaled scores; 0 for none.
+        segments: integers [B, Nk], the sequence that each token is of; None for one per row.
         The rest as in `select_blocks`.
     Returns:
         out [B, Hq, Nq, Dv] in query's dtype, and lse [B, Hq, Nq], the natural logarithm of the
@@ -114,16 +140,45 @@ def moba_attention(
     group, length = heads // key.shape[1], key.shape[2]
     scale = dim**-0.5 if scale is None else scale
     real, rank = key_positions(batch, length, key_mask, key.device)
+    if segments is not None:
+        mine = segments[:, None, length - queries :]
+        out = query.new_zeros(*query.shape[:3], value.shape[3])
+        lse = torch.full_like(query[..., 0], -torch.inf, dtype=accumulation_dtype(query))
+        for sequence in segments.unique():
+            alone, alone_lse = moba_attention(
+                *(query, key, value, block, topk),
+                sinks=sinks,
+                scale=scale,
+                key_mask=real & segments.eq(sequence),
+                causal=causal,
+                softcap=softcap,
+                key_bias=key_bias,
+            )
+            out = torch.where(mine.eq(sequence)[..., None], alone, out)
+            lse = torch.where(mine.eq(sequence), alone_lse, lse)
+        return out, lse
+
     with torch.no_grad():
-        chosen = select_blocks(query, key, block, topk, sinks=sinks, key_mask=key_mask)
+        chosen = select_blocks(
+            *(query, key, block, topk),
+            sinks=sinks,
+            scale=scale,
+            key_mask=key_mask,
+            causal=causal,
+            key_bias=key_bias,
+        )
         key_block = rank.clamp(min=0)[:, None, None, :] // block
         visible = chosen.gather(-1, key_block.expand(batch, heads, queries, length))
         visible &= real[:, None, None, :]
-        visible &= rank[:, None, None, :] <= rank[:, None, length - queries :, None]
+        visible &= rank[:, None, None, :] <= last_positions(rank, queries, causal)
 
     key = only_real(key, real).repeat_interleave(group, 1)
     value = only_real(value, real).repeat_interleave(group, 1)
     score = scale * (query.to(key.dtype) @ key.transpose(-1, -2))
+    if softcap > 0:
+        score = softcap * (score / softcap).tanh()
+    if key_bias is not None:
+        score = score + key_bias.masked_fill(~real[:, None, :], 0.0)[:, :, None, :]
     score = score.masked_fill(~visible, -torch.inf)
     lse = score.logsumexp(-1)
     probability = (score - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()

@@ -122,7 +122,7 @@ class Report:
 
     def savings(self) -> dict[str, Any]:
         """Share of key tokens attended and the FLOP-ideal speedup of attention, as traced."""
-        from moonfx.ops.moba import attended_keys
+        from moonfx.ops.flops import attended_keys
 
         dense = sparse = longest = 0
         for row in self.rewritten:

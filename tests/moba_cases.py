@@ -2,16 +2,20 @@
 
 Inputs are multiples of 1/8 in [-1, 1] and blocks powers of two: block means, and their products
 with a query, are then exact in float32 in any order of summation. A tie is a tie everywhere and
-no near-tie can flip, so that outputs differ by the rounding of softmax and sums alone.
+no near-tie can flip, so that outputs differ by the rounding of softmax and sums alone. With a bias
+that holds where a scale is a power of two, which the gate divides by.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 PADDINGS = ("none", "left", "right", "holes", "one row empty")
+PACKINGS = ("none", "runs", "interleaved", "one token each", "one row whole")
+BIASES = ("none", "all", "by head", "by row", "by key", "alibi")
 LAYOUTS = ("contiguous", "by token", "expanded", "strided")
 
 
@@ -31,6 +35,10 @@ class Case:
     sinks: int = 0
     scale: float | None = None
     padding: str = "none"
+    causal: bool = True
+    softcap: float = 0.0
+    bias: str = "none"
+    packing: str = "none"
     layout: str = "contiguous"
     dtype: torch.dtype = torch.float32
     seed: int = 0
@@ -68,13 +76,54 @@ class Case:
             mask[0] = False
         return mask
 
-    def policy(self) -> tuple[int, int, int, float | None, Tensor | None]:
-        """The arguments after the tensors, in a kernel's order."""
-        return self.block, self.topk, self.sinks, self.scale, self.key_mask()
+    def segments(self) -> Tensor | None:
+        """int64 [batch, length], different in every row; ids are neither ordered nor small."""
+        if self.packing == "none":
+            return None
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        shape = self.batch, self.length
+        if self.packing == "runs":
+            ends = torch.rand(shape, generator=generator) < 3 / max(3, self.length)
+            return 7 - 5 * ends.long().cumsum(-1)
+        if self.packing == "interleaved":
+            return torch.randint(-1, 2, shape, generator=generator) * 10**12
+        if self.packing == "one token each":
+            return torch.arange(self.length).flip(0).repeat(self.batch, 1)
+        ids = torch.arange(self.length).expand(shape) // 11
+        return ids * (torch.arange(self.batch)[:, None] > 0)
 
-    def named(self) -> dict[str, object]:
+    def key_bias(self) -> Tensor | None:
+        """float32 [batch or 1, heads or 1, length], multiples of 1/8; NaN under the padding."""
+        if self.bias == "none":
+            return None
+        heads = self.kv_heads * self.group
+        if self.bias == "alibi":
+            slope = 0.5 ** torch.arange(heads).fmod(4)
+            return (slope[:, None] * torch.arange(self.length)).unsqueeze(0)
+        rows = self.batch if self.bias in ("all", "by row") else 1
+        heads = heads if self.bias in ("all", "by head") else 1
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        drawn = torch.randint(-16, 17, (rows, heads, self.length), generator=generator) / 8
+        mask = self.key_mask()
+        return drawn if mask is None or rows == 1 else drawn.masked_fill(~mask[:, None], torch.nan)
+
+    def policy(self) -> tuple[Any, ...]:
+        """The arguments after the tensors, in a kernel's order."""
+        old = self.block, self.topk, self.sinks, self.scale, self.key_mask()
+        new = self.causal, self.softcap, self.key_bias(), self.segments()
+        return old if new == (True, 0.0, None, None) else (*old, *new)
+
+    def named(self) -> dict[str, Any]:
         """The named arguments of the reference and of the public function."""
-        return {"sinks": self.sinks, "scale": self.scale, "key_mask": self.key_mask()}
+        return {
+            "sinks": self.sinks,
+            "scale": self.scale,
+            "key_mask": self.key_mask(),
+            "causal": self.causal,
+            "softcap": self.softcap,
+            "key_bias": self.key_bias(),
+            "segments": self.segments(),
+        }
 
     def _grid(self, generator: torch.Generator, heads: int, length: int, dim: int) -> Tensor:
         shape = (self.batch, heads, length, dim)
@@ -114,3 +163,52 @@ def cases(draw: st.DrawFn) -> Case:
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         seed=draw(st.integers(0, 1000)),
     )
+
+
+@st.composite
+def feature_cases(draw: st.DrawFn) -> Case:
+    """`cases` with everything beyond plain causal attention drawn as well."""
+    case = draw(cases())
+    bias = draw(st.sampled_from(BIASES))
+    causal = draw(st.booleans())
+    return case.but(
+        queries=case.queries if causal else case.length,
+        causal=causal,
+        softcap=draw(st.sampled_from([0.0, 0.0, 0.5, 2.0])),
+        bias=bias,
+        scale=case.scale if bias == "none" else draw(st.sampled_from([0.25, 1.0])),
+        packing=draw(st.sampled_from(PACKINGS)),
+    )
+
+
+FEATURES = [
+    ("bidirectional", Case(causal=False, topk=3)),
+    ("bidirectional, sinks", Case(causal=False, topk=3, sinks=2, length=45, queries=45)),
+    ("bidirectional, only the own block", Case(causal=False, topk=1)),
+    ("bidirectional, dense", Case(causal=False, topk=9)),
+    *((f"bidirectional, padding: {p}", Case(causal=False, topk=3, sinks=1, padding=p))
+      for p in ("left", "right", "holes", "one row empty")),
+    ("softcap", Case(softcap=0.5)),
+    ("softcap, own scale, sinks", Case(softcap=2.0, scale=1.5, topk=3, sinks=1)),
+    *((f"bias: {b}", Case(bias=b, scale=0.25, topk=3)) for b in BIASES[1:]),
+    *((f"bias, padding: {p}", Case(bias="all", scale=0.25, topk=3, padding=p))
+      for p in ("left", "right", "holes", "one row empty")),
+    ("bias, fewer queries", Case(bias="all", scale=0.5, topk=3, queries=9)),
+    ("bias, one query", Case(bias="by head", scale=0.5, topk=3, queries=1)),
+    *((f"packing: {p}", Case(packing=p, topk=3, sinks=1, length=90, queries=90))
+      for p in PACKINGS[1:]),
+    *((f"packing and padding: {p}", Case(packing="runs", padding=p, length=90, queries=90))
+      for p in ("left", "right", "holes", "one row empty")),
+    ("packing, fewer queries", Case(packing="runs", length=90, queries=20)),
+    ("packing, one query", Case(packing="interleaved", length=90, queries=1)),
+    ("packing, blocks of one key", Case(packing="interleaved", length=50, queries=50, block=1)),
+    ("packing, dense", Case(packing="interleaved", topk=6)),
+    *((f"packing, bidirectional: {p}",
+       Case(packing=p, causal=False, topk=3, length=90, queries=90, padding="holes"))
+      for p in PACKINGS[1:]),
+    ("everything", Case(causal=False, softcap=2.0, bias="all", scale=0.25, packing="runs",
+                        padding="holes", topk=3, sinks=1, length=130, queries=130)),
+    ("everything, causal, value wider, by token",
+     Case(softcap=2.0, bias="by head", scale=0.25, packing="interleaved", padding="left", topk=3,
+          length=130, queries=100, value_dim=24, layout="by token", group=3)),
+]  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 
 from moonfx import cli
 from moonfx.bench import attention, compile_time, machine
-from moonfx.ops.moba import attended_keys
+from moonfx.ops.flops import attended_keys
 
 SMALL = ["--length", "256", "--dim", "16", "--block", "32", "--topk", "2", "--repeats", "1"]
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moonfx.bench import machine
-from moonfx.ops.moba import attended_keys, moba_attention
+from moonfx.ops.flops import attended_keys
+from moonfx.ops.moba import moba_attention
 from moonfx.policy import check_block_topk_sinks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

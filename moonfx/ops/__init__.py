@@ -3,6 +3,6 @@
 Importing this package registers them as torch.ops.moonfx.*.
 """
 
-from moonfx.ops import moba
+from moonfx.ops import flops, moba
 
-__all__ = ["moba"]
+__all__ = ["flops", "moba"]

@@ -1,25 +1,24 @@
-"""The operator moonfx::moba_attention: contract, autograd, FLOP formula, and which kernel runs.
+"""The operator moonfx::moba_attention: contract, autograd, and which kernel runs.
 
-    moonfx::moba_attention(q, k, v, block, topk, sinks, scale, key_mask) -> (out, lse)
-    moonfx::moba_attention_backward(grad_out, grad_lse, q, k, v, out, lse, ...) -> (dq, dk, dv)
+    moonfx::moba_attention(q, k, v, block, topk, sinks, scale, key_mask,
+                           causal, softcap, key_bias, segments) -> (out, lse)
+    moonfx::moba_attention_backward(grad_out, grad_lse, q, k, v, out, lse, ...) -> (dq, dk, dv, db)
 
 Shape letters: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D head dim,
 Dv value dim. Outputs lie token-major in memory, [B, N, H, D] seen as [B, H, N, D].
 """
 
-import math
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from moonfx.fallback import warn_slow
-from moonfx.kernels import cpu, tiled
+from moonfx.kernels import cpu, reference, tiled
+from moonfx.ops import checks
 from moonfx.policy import check_block_topk_sinks
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @overload
@@ -33,6 +32,11 @@ def moba_attention(
     sinks: int = 0,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    causal: bool = True,
+    softcap: float = 0.0,
+    key_bias: Tensor | None = None,
+    segments: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -48,6 +52,11 @@ def moba_attention(
     sinks: int = 0,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    causal: bool = True,
+    softcap: float = 0.0,
+    key_bias: Tensor | None = None,
+    segments: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -62,13 +71,18 @@ def moba_attention(
     sinks: int = 0,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    causal: bool = True,
+    softcap: float = 0.0,
+    key_bias: Tensor | None = None,
+    segments: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mixture of Block Attention (Lu et al. 2025, arXiv 2502.13189, eq. 2-6), always causal.
+    """Mixture of Block Attention (Lu et al. 2025, arXiv 2502.13189, eq. 2-6).
 
     Each query attends `topk` blocks of `block` tokens: its own, the first `sinks`, and the earlier
     ones whose mean key has the largest product with it. Ties go to the lower block. With
-    Nk <= block * topk this is dense causal attention. No gradient flows through the choice.
+    Nk <= block * topk this is dense attention. No gradient flows through the choice.
     Under autocast the inputs are cast to its dtype, as F.scaled_dot_product_attention does.
 
     Args:
@@ -81,110 +95,67 @@ def moba_attention(
         scale: factor on the products in the softmax; D**-0.5 by default.
         key_mask: bool [B, Nk], False for padding, which never counts: blocks start at each row's
             first real token. A query that sees no real key gives 0 (and lse -inf).
+        causal: False lets a query see later keys as well, and choose later blocks; then Nq = Nk.
+        softcap: c > 0 bounds the softmax's scores, as c * tanh(score / c); 0.0 does not. The
+            choice of blocks does not see it.
+        key_bias: float32 [B or 1, Hq or 1, Nk], added to the scaled and capped scores of each key;
+            its block mean, over `scale`, to the score of a block. Differentiable. ALiBi is
+            slope[h] * j: it differs from -slope[h] * (i - j) by what softmax does not see.
+        segments: integers [B, Nk], the packed sequence that each token is of, in any order: each
+            sequence is computed as if it were alone, with blocks of its own.
+        sink_logits: [Hq], float32, bfloat16 or float16, one more logit in each head's softmax, of a
+            key whose value is 0 (as in GPT-OSS). Differentiable; `sinks` are something else.
         return_lse: also return the logarithm of the softmax's denominator.
     Returns:
         [B, Hq, Nq, Dv] in query's dtype; with `return_lse` also float32 [B, Hq, Nq].
     Raises:
-        TypeError: if block, topk or sinks is not an int, scale not a number, an input not a
-            tensor, or a dtype is not one of those above or not the same for all three.
-        ValueError: if block or topk < 1, sinks < 0 or >= topk, scale is not finite, or shapes or
-            devices do not fit.
+        TypeError: if block, topk or sinks is not an int, causal not a bool, scale or softcap not a
+            number, an input not a tensor, or a dtype is not one of those above or not the same
+            for query, key and value.
+        ValueError: if block or topk < 1, sinks < 0 or >= topk, softcap < 0, scale or softcap is not
+            finite, scale <= 0 with a key_bias, Nq != Nk without causal, or shapes or devices do
+            not fit.
     """
     check_block_topk_sinks(block, topk, sinks)
-    check_tensors(query, key, value, key_mask)
+    check_inputs(query, key, value, scale, key_mask, causal, softcap, key_bias, segments)
+    checks.check_sink_logits(sink_logits, query)
     if scale is not None:
-        check_scale(scale)
         scale = float(scale)
     out, lse = torch.ops.moonfx.moba_attention(
-        query, key, value, block, topk, sinks, scale, key_mask
+        *(query, key, value, block, topk, sinks, scale, key_mask),
+        *(causal, float(softcap), key_bias, segments),
     )
+    if sink_logits is not None:
+        out, lse = with_sink(out, lse, sink_logits)
     return (out, lse) if return_lse else out
 
 
-def check_scale(scale: float) -> None:
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise TypeError(f"scale must be a number or None, got {scale!r} ({type(scale).__name__})")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+def with_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention whose denominator has exp(sink_logits[head]) more, from the one without."""
+    sink = sink_logits.float()[:, None]
+    kept = torch.sigmoid(lse - sink)
+    return (out * kept.unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, sink)
 
 
-def check_tensors(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
-    """Raises TypeError or ValueError, as in `moba_attention`, naming the tensor at fault."""
-    named = (("query", query), ("key", key), ("value", value))
-    for name, tensor in named:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{name} must have 4 dimensions [batch, heads, tokens, head_dim], "
-                f"got {tensor.dim()}: {shape(tensor)}"
-            )
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} must be float32, bfloat16 or float16, got {dtype_name(tensor.dtype)}"
-            )
-    for name, tensor in named[1:]:
-        # Autocast will make them one, as it does for F.scaled_dot_product_attention.
-        if tensor.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
-            raise TypeError(
-                f"{name} must have query's dtype, {dtype_name(query.dtype)}, "
-                f"got {dtype_name(tensor.dtype)}"
-            )
-        check_device(name, tensor, query)
-        if tensor.shape[0] != query.shape[0]:
-            raise ValueError(
-                f"{name} must have query's batch size, {query.shape[0]}, got {tensor.shape[0]}"
-            )
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise ValueError(
-            f"query's head count must be a multiple of key's, got {query.shape[1]} query heads "
-            f"and {key.shape[1]} key heads"
-        )
-    if value.shape[1] != key.shape[1]:
-        raise ValueError(
-            f"value must have as many heads as key, {key.shape[1]}, got {value.shape[1]}"
-        )
-    if key.shape[3] != query.shape[3]:
-        raise ValueError(f"key must have query's head_dim, {query.shape[3]}, got {key.shape[3]}")
-    if value.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"value must have as many tokens as key, {key.shape[2]}, got {value.shape[2]}"
-        )
-    if query.shape[2] > key.shape[2]:
-        raise ValueError(
-            f"query must have no more tokens than key, {key.shape[2]} (attention is causal and the "
-            f"last query is at the last key), got {query.shape[2]}"
-        )
-    if key_mask is not None:
-        check_key_mask(key_mask, key)
-
-
-def check_key_mask(key_mask: Tensor, key: Tensor) -> None:
-    if not isinstance(key_mask, Tensor):
-        raise TypeError(f"key_mask must be a tensor or None, got {type(key_mask).__name__}")
-    if key_mask.dtype != torch.bool:
-        raise TypeError(
-            f"key_mask must be bool, True for a real token, got {dtype_name(key_mask.dtype)}"
-        )
-    if key_mask.shape != (key.shape[0], key.shape[2]):
-        raise ValueError(
-            f"key_mask must be [batch, key tokens], [{key.shape[0]}, {key.shape[2]}], "
-            f"got {shape(key_mask)}"
-        )
-    check_device("key_mask", key_mask, key)
-
-
-def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.device != like.device:
-        raise ValueError(f"{name} must be on query's device, {like.device}, got {tensor.device}")
-
-
-def shape(tensor: Tensor) -> str:
-    return f"[{', '.join(str(size) for size in tensor.shape)}]"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def check_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    key_mask: Tensor | None,
+    causal: bool,
+    softcap: float,
+    key_bias: Tensor | None,
+    segments: Tensor | None,
+) -> None:
+    """Raises TypeError or ValueError as `moba_attention` says."""
+    checks.check_tensors(query, key, value)
+    checks.check_causal(causal, query, key)
+    checks.check_softcap(softcap)
+    checks.check_key_mask(key_mask, key)
+    checks.check_key_bias(key_bias, query, key)
+    checks.check_segments(segments, key)
+    checks.check_scale(scale, key_bias)
 
 
 def kernel_for(device: torch.device) -> ModuleType:
@@ -219,15 +190,24 @@ def _forward(
     sinks: int = 0,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    causal: bool = True,
+    softcap: float = 0.0,
+    key_bias: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     # Autocast off, or a kernel's own float32 products would be cast. A pass calls the operator
     # without `moba_attention`, and a kernel must never read out of bounds: hence the checks.
     with torch.autocast(query.device.type, enabled=False):
         check_block_topk_sinks(block, topk, sinks)
-        check_tensors(query, key, value, key_mask)
-        return kernel_for(query.device).forward(
-            query, key, value, block, topk, sinks, default_scale(scale, query), key_mask
-        )
+        check_inputs(query, key, value, scale, key_mask, causal, softcap, key_bias, segments)
+        kernel = kernel_for(query.device)
+        policy = (block, topk, sinks, default_scale(scale, query), key_mask)
+        extra = (causal, softcap, key_bias, segments)
+        if getattr(kernel, "FEATURES", False):
+            return kernel.forward(query, key, value, *policy, *extra)
+        if causal and softcap == 0 and key_bias is None and segments is None:
+            return kernel.forward(query, key, value, *policy)
+        return by_definition(None, query, key, value, policy, extra)
 
 
 @torch.library.custom_op("moonfx::moba_attention_backward", mutates_args=(), tags=TAGS)
@@ -244,14 +224,62 @@ def _backward(
     sinks: int = 0,
     scale: float | None = None,
     key_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    scale = default_scale(scale, query)
+    causal: bool = True,
+    softcap: float = 0.0,
+    key_bias: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
         check_block_topk_sinks(block, topk, sinks)
-        check_tensors(query, key, value, key_mask)
-        return kernel_for(query.device).backward(
-            grad_out, grad_lse, query, key, value, out, lse, block, topk, sinks, scale, key_mask
+        check_inputs(query, key, value, scale, key_mask, causal, softcap, key_bias, segments)
+        kernel = kernel_for(query.device)
+        policy = (block, topk, sinks, default_scale(scale, query), key_mask)
+        extra = (causal, softcap, key_bias, segments)
+        tensors = (grad_out, grad_lse, query, key, value, out, lse)
+        if getattr(kernel, "FEATURES", False):
+            *grads, grad_bias = kernel.backward(*tensors, *policy, *extra)
+        elif causal and softcap == 0 and key_bias is None and segments is None:
+            *grads, grad_bias = *kernel.backward(*tensors, *policy), None
+        else:
+            *grads, grad_bias = by_definition(
+                (grad_out, grad_lse), query, key, value, policy, extra
+            )
+    return *grads, query.new_empty(0, dtype=torch.float32) if grad_bias is None else grad_bias
+
+
+def by_definition(grads: Any, query: Any, key: Any, value: Any, policy: Any, extra: Any) -> Any:
+    """Stands in for a kernel that does not know the newer arguments: slow, and N x N."""
+
+    def work() -> Any:
+        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        bias = extra[2]
+        if bias is not None:
+            bias = bias.detach().expand(query.shape[0], query.shape[1], -1).clone()
+            leaves.append(bias.requires_grad_())
+        block, topk, sinks, scale, key_mask = policy
+        out, lse = reference.moba_attention(
+            *leaves[:3],
+            block,
+            topk,
+            sinks=sinks,
+            scale=scale,
+            key_mask=key_mask,
+            causal=extra[0],
+            softcap=extra[1],
+            key_bias=bias,
+            segments=extra[3],
         )
+        if grads is None:
+            token_major = by_token(query, value.shape[3])
+            return token_major.copy_(out.detach()), lse.detach().contiguous()
+        grad_lse = torch.zeros_like(lse) if grads[1] is None else grads[1]
+        got = torch.autograd.grad((out, lse), leaves, (grads[0], grad_lse))
+        first = [by_token(x, x.shape[3]).copy_(g) for x, g in zip(leaves[:3], got, strict=False)]
+        return *first, None if bias is None else got[3].contiguous()
+
+    # Below autograd, where an operator's kernel runs, nothing is recorded; a new thread is above.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
 
 
 def by_token(tensor: Tensor, width: int | torch.SymInt) -> Tensor:
@@ -261,34 +289,45 @@ def by_token(tensor: Tensor, width: int | torch.SymInt) -> Tensor:
 
 
 @_forward.register_fake
-def _(query, key, value, block, topk, sinks=0, scale=None, key_mask=None):  # type: ignore[no-untyped-def]
+def _(query, key, value, *rest, **named):  # type: ignore[no-untyped-def]
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     return by_token(query, value.shape[3]), lse
 
 
 @_backward.register_fake
-def _(grad_out, grad_lse, query, key, value, *rest, **named):  # type: ignore[no-untyped-def]
-    return tuple(by_token(tensor, tensor.shape[3]) for tensor in (query, key, value))
+def _(  # type: ignore[no-untyped-def]
+    grad_out, grad_lse, query, key, value, out, lse, block, topk, sinks=0, scale=None,
+    key_mask=None, causal=True, softcap=0.0, key_bias=None, segments=None,
+):  # fmt: skip
+    size = (0,) if key_bias is None else (query.shape[0], query.shape[1], key.shape[2])
+    grads = (by_token(tensor, tensor.shape[3]) for tensor in (query, key, value))
+    return *grads, query.new_empty(size, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *ctx.policy, key_mask = inputs
-    ctx.save_for_backward(query, key, value, *output, key_mask)
+    query, key, value, *numbers, key_mask, causal, softcap, key_bias, segments = inputs
+    ctx.numbers = numbers, causal, softcap
+    ctx.save_for_backward(query, key, value, *output, key_mask, key_bias, segments)
     ctx.set_materialize_grads(False)  # lse is seldom used: no zeros for its gradient
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    query, key, value, out, lse, key_mask = ctx.saved_tensors
-    constants = (None,) * 5
+    query, key, value, out, lse, key_mask, key_bias, segments = ctx.saved_tensors
+    numbers, causal, softcap = ctx.numbers
     if grad_out is None and grad_lse is None:
-        return None, None, None, *constants
+        return (None,) * 12
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = torch.ops.moonfx.moba_attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, *ctx.policy, key_mask
+    *grads, grad_bias = torch.ops.moonfx.moba_attention_backward(
+        *(grad_out, grad_lse, query, key, value, out, lse),
+        *(*numbers, key_mask, causal, softcap, key_bias, segments),
     )
+    if key_bias is not None:
+        grad_bias = grad_bias.sum_to_size(key_bias.shape)
+    grads += [None] * 7 + [grad_bias, None]  # in the order of the operator's inputs
+    # Last inputs that were left at their defaults are not in needs_input_grad.
     needed = zip(grads, ctx.needs_input_grad, strict=False)
-    return *(grad if need else None for grad, need in needed), *constants
+    return tuple(grad if need else None for grad, need in needed)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -300,7 +339,7 @@ _library = torch.library.Library("moonfx", "FRAGMENT")
 def _autocast(device_type: str) -> Any:
     def cast(query, key, value, *rest, **named):  # type: ignore[no-untyped-def]
         dtype = torch.get_autocast_dtype(device_type)
-        inputs = [x.to(dtype) if x.dtype in DTYPES else x for x in (query, key, value)]
+        inputs = [x.to(dtype) if x.dtype in checks.DTYPES else x for x in (query, key, value)]
         with torch.autocast(device_type, enabled=False):
             return torch.ops.moonfx.moba_attention(*inputs, *rest, **named)
 
@@ -309,34 +348,3 @@ def _autocast(device_type: str) -> Any:
 
 _library.impl("moba_attention", _autocast("cpu"), "AutocastCPU")
 _library.impl("moba_attention", _autocast("cuda"), "AutocastCUDA")
-
-
-def attended_keys(queries: int, keys: int, block: int, topk: int) -> int:
-    """Keys that `queries` last of `keys` tokens attend together, per head: the selected work."""
-
-    def before(position: int) -> int:
-        """Keys that the queries at positions 0 .. position - 1 attend."""
-        dense = min(position, block * topk)
-        full, part = divmod(position - dense, block)
-        own = full * block * (block + 1) // 2 + part * (part + 1) // 2
-        return dense * (dense + 1) // 2 + (position - dense) * (topk - 1) * block + own
-
-    return before(keys) - before(keys - queries)
-
-
-@register_flop_formula(torch.ops.moonfx.moba_attention)
-def forward_flops(query, key, value, block, topk, *rest, **named) -> int:  # type: ignore[no-untyped-def]
-    """Two products over the attended keys; without the gate, and as if nothing were padding."""
-    batch, heads, queries, dim = query
-    keys = attended_keys(queries, key[2], block, topk)
-    return batch * heads * keys * 2 * (dim + value[3])
-
-
-@register_flop_formula(torch.ops.moonfx.moba_attention_backward)
-def backward_flops(  # type: ignore[no-untyped-def]
-    grad_out, grad_lse, query, key, value, out, lse, block, topk, *rest, **named
-) -> int:
-    """Five products: scores, dP and dV, dQ, dK; 2.5 times the forward for D = Dv."""
-    batch, heads, queries, dim = query
-    keys = attended_keys(queries, key[2], block, topk)
-    return batch * heads * keys * 2 * (3 * dim + 2 * value[3])

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moonfx import fallback, moba_attention
 from moonfx.kernels import cpu, reference, tiled
-from moonfx.ops import moba
+from moonfx.ops import flops, moba
 from tests.moba_cases import Case, cases
 
 OPERATOR = torch.ops.moonfx.moba_attention
@@ -548,7 +548,7 @@ def test_flops_are_those_of_the_keys_attended(
     keys &= torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
     attended = int(keys.sum())
     heads = case.batch * case.kv_heads * case.group
-    assert moba.attended_keys(queries, length, block, topk) * heads == attended
+    assert flops.attended_keys(queries, length, block, topk) * heads == attended
 
     with FlopCounterMode(display=False) as forward:
         out = moba_attention(*leaves, block, topk)
@@ -560,6 +560,6 @@ def test_flops_are_those_of_the_keys_attended(
 
 def test_backward_flops_are_two_and_a_half_times_the_forward() -> None:
     shape = torch.Size((2, 4, 40, 8))
-    forward = moba.forward_flops(shape, shape, shape, 8, 2, out_val=None)
-    backward = moba.backward_flops(*[shape] * 7, 8, 2, out_val=None)
+    forward = flops.forward_flops(shape, shape, shape, 8, 2, out_val=None)
+    backward = flops.backward_flops(*[shape] * 7, 8, 2, out_val=None)
     assert backward * 2 == forward * 5
