@@ -36,8 +36,8 @@ print(f"{out.square().sum().item():.5f} {model.line.weight.grad.square().sum().i
 EDITS = [
     (
         "moonfx/ops/moba.py",
-        "return *(grad if need else None",
-        "return *(grad * 2 if need else None",
+        "return tuple(grad if need else None",
+        "return tuple(grad * 2 if need and grad is not None else None",
         (False, True),
     ),
     (
