@@ -16,9 +16,10 @@ from torch import fx
 
 from moonfx.capture import Size, expression, fake_values, same_size
 from moonfx.passes import layout
-from moonfx.passes.classify_mask import BATCH, KEY, heads_of
+from moonfx.passes.atoms import heads_of
 from moonfx.passes.context import Context
 from moonfx.passes.expressions import is_load, loads
+from moonfx.passes.symbols import BATCH, KEY
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, Reject
 
