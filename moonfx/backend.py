@@ -9,11 +9,12 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 
 import moonfx.ops  # noqa: F401  (registers the operators that the passes emit)
 from moonfx.capture import (
@@ -21,10 +22,14 @@ from moonfx.capture import (
     CaptureError,
     buffer_value,
     capture,
+    capture_exported,
     compile_graph,
+    exported_again,
     graph_root,
+    is_decomposed,
     is_piece,
     mode_options,
+    name_invoked_bodies,
 )
 from moonfx.passes.context import Context
 from moonfx.passes.index_algebra import summary
@@ -124,7 +129,47 @@ class Backend:
             log.warning("a graph could not be captured and runs as it was: %s", error)
             return gm, {}
         root = graph_root(gm, example_inputs, self.parameter_names)
-        context = Context(captured, self.policy_of, self.names, root, self.policies.causal_only)
+        context = self.run_passes(captured, root, record)
+        if context is None:
+            return gm, {}
+        name_invoked_bodies(captured)
+        placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
+        guards = {
+            placeholders.index(node): values
+            for node, values in context.proofs.items()
+            if node in placeholders and buffer_value(node) is not None
+        }
+        return captured, guards
+
+    def rewrite_exported(self, program: ExportedProgram) -> ExportedProgram:
+        """A new program with what the policies make sparse; the given one stays as it is.
+
+        What was proved of a buffer's values was proved of those that the program holds.
+        """
+        record = Record([], None, [])
+        self.records.append(record)
+        exported = capture_exported(program)
+        if self.run_passes(exported.gm, "", record) is None:
+            exported = capture_exported(program)
+        if is_decomposed(program):
+            hint = "; the program was decomposed: give the one before run_decompositions()"
+            record.rows = [
+                replace(row, reason=row.reason + hint) if row.action == "declined" else row
+                for row in record.rows
+            ]
+        return exported_again(exported)
+
+    def run_passes(
+        self, captured: fx.GraphModule, root: str | None, record: Record
+    ) -> Context | None:
+        """Runs the passes on a captured graph and records what they found.
+
+        Returns:
+            None if nothing became sparse.
+        """
+        assert self.policies is not None
+        causal_only = self.policies.causal_only
+        context = Context(captured, self.policy_of, self.names, root, causal_only)
         before = _code(captured)
         try:
             rewritten = run_passes(context)
@@ -135,18 +180,10 @@ class Backend:
                 raise
             record.failure = f"{type(error).__name__}: {error}"
             log.exception("a pass failed, and the graph runs as it was; please report this")
-            return gm, {}
+            return None
         record.rows += map(row_of, context.sites)
         log.debug("before:\n%s\nafter:\n%s", before, _code(captured))
-        if not rewritten:
-            return gm, {}
-        placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
-        guards = {
-            placeholders.index(node): values
-            for node, values in context.proofs.items()
-            if node in placeholders and buffer_value(node) is not None
-        }
-        return captured, guards
+        return context if rewritten else None
 
     def policy_of(
         self, site: AttentionSite, sites: list[AttentionSite], root: str | None

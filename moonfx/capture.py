@@ -6,6 +6,7 @@ nodes, symbolic shapes, and on each node the module and the source line that it 
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import inspect
@@ -13,7 +14,10 @@ import re
 import shutil
 import threading
 import types
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +26,14 @@ import torch
 import torch._dynamo
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.code_context import code_context
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._functorch._aot_autograd.frontend_utils import construct_fake_mode, process_inputs
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._ops import HigherOrderOperator
+from torch.export.exported_program import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -40,12 +47,20 @@ from moonfx.fallback import warn_slow
 
 Size = int | torch.SymInt
 
-# Higher-order operators whose first argument is a body called with the other arguments: the passes
-# look into these bodies. Every other one stays exactly as Dynamo wrote it.
-BODY_OPERATORS = frozenset({"tag_activation_checkpoint", "wrap"})
+# Higher-order operators that call a body with their last arguments: where among the arguments the
+# body is, and where its own begin. The passes look into these bodies. Every other one stays exactly
+# as it was written.
+BODY_OPERATORS = {
+    "tag_activation_checkpoint": (0, 1),
+    "wrap": (0, 1),
+    "invoke_subgraph": (0, 2),
+    "wrap_with_set_grad_enabled": (1, 2),
+    "wrap_with_autocast": (4, 5),
+}
 
 _CAPTURED = "moonfx_captured"
 _BUFFER = "moonfx_buffer"
+_INPUT = "moonfx_input"
 
 
 class CaptureError(Exception):
@@ -110,10 +125,12 @@ class _Retrace(fx.Interpreter):
         proxies = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
         with disable_proxy_modes_tracing():
             if target.name() in BODY_OPERATORS:
-                operands = list(args[1:])
-                body = _retrace(args[0], operands)
-                out = fx.Interpreter(args[0]).run(*operands)
-                modules = {id(args[0]): body}
+                at, first = BODY_OPERATORS[target.name()]
+                operands = list(args[first:])
+                with _modes_of_body(target.name(), args):
+                    body = _retrace(args[at], operands)
+                    out = fx.Interpreter(args[at]).run(*operands)
+                modules = {id(args[at]): body}
             else:
                 out = target(*args, **kwargs)
                 modules = {}
@@ -137,6 +154,19 @@ class _Retrace(fx.Interpreter):
         return track_tensor_tree(out, proxy, constant=None, tracer=tracer)
 
 
+@contextlib.contextmanager
+def _modes_of_body(name: str, args: Sequence[Any]) -> Iterator[None]:
+    """The mode that a higher-order operator runs its body under."""
+    if name == "wrap_with_set_grad_enabled":
+        with torch.set_grad_enabled(args[0]):
+            yield
+    elif name == "wrap_with_autocast":
+        with torch.autocast(*args[:4]):
+            yield
+    else:
+        yield
+
+
 def _keep_placeholders(
     gm: fx.GraphModule, captured: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> None:
@@ -153,6 +183,231 @@ def _keep_placeholders(
         if "_buffers" in source and isinstance(value, torch.Tensor):
             new.meta[_BUFFER] = value
     captured.recompile()
+
+
+# --- torch.export ---------------------------------------------------------------------------------
+
+# One operator that torch.export's decompositions make of scaled_dot_product_attention on CPU.
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_VIEWS = {
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.reshape.default,
+}
+_METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
+
+
+@dataclass
+class Exported:
+    """An ExportedProgram's graph in the form that the passes work on.
+
+    Args:
+        gm: a copy of the program's graph module.
+        checks: nodes -> the checks of their dtypes and devices, which `exported_again` puts back
+            where the node is still there. As nodes they would read, and keep, dense scores.
+    """
+
+    program: ExportedProgram
+    gm: fx.GraphModule
+    checks: list[tuple[fx.Node, dict[str, Any]]]
+
+
+def capture_exported(program: ExportedProgram) -> Exported:
+    """Brings a program to pre-dispatch ATen as the passes expect it; the program stays as it is."""
+    checks: list[tuple[fx.Node, dict[str, Any]]] = []
+    gm = _copy_for_passes(program.graph_module, checks)
+    signature = program.graph_signature
+    mutated = set(signature.buffers_to_mutate.values())
+    values = {**program.state_dict, **program.constants}
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+        inside = spec.target is not None
+        node.meta[_INPUT] = (inside, spec.target if inside else node.name)
+        value = None if spec.kind is InputKind.PARAMETER else values.get(str(spec.target))
+        if isinstance(value, torch.Tensor) and spec.target not in mutated:
+            node.meta[_BUFFER] = value
+    return Exported(program, gm, checks)
+
+
+def _copy_for_passes(
+    gm: fx.GraphModule, checks: list[tuple[fx.Node, dict[str, Any]]]
+) -> fx.GraphModule:
+    """A copy of a graph and of the bodies it calls, each call with a body of its own."""
+    with _copying_specs():
+        copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    copied.meta.update(gm.meta)
+    copied.meta[_CAPTURED] = True
+    for node in list(copied.graph.nodes):
+        if node.target is _METADATA_CHECK:
+            checks.append((node.args[0], {**node.kwargs}))
+            copied.graph.erase_node(node)
+        elif node.target is _FLASH:
+            _whole_attention(node)
+        elif node.target is torch.ops.aten.expand.default and _expands_nothing(node):
+            node.replace_all_uses_with(node.args[0])  # decompositions put one around each product
+            copied.graph.erase_node(node)
+        elif (position := body_position(node)) is not None:
+            held = node.args[position[0]]
+            body = getattr(gm, held.target)
+            with copied.graph.inserting_before(node):
+                name = f"{held.target}_{node.name}"
+                copied.add_submodule(name, _copy_for_passes(body, checks))
+                own = copied.graph.get_attr(name)
+            own.meta.update(held.meta)
+            node.update_arg(position[0], own)
+    for node in copied.graph.nodes:
+        if node.target is torch.ops.aten.bmm.default:
+            _whole_product(node)
+    copied.graph.eliminate_dead_code(lambda node: node.op != "get_attr" and node.is_impure())
+    copied.delete_all_unused_submodules()
+    copied.recompile()
+    return copied
+
+
+def _expands_nothing(node: fx.Node) -> bool:
+    before, after = (n.meta["val"].shape for n in (node.args[0], node))  # type: ignore[union-attr]
+    return len(before) == len(after) and all(map(same_size, before, after))
+
+
+def _whole_product(node: fx.Node) -> None:
+    """Writes view(bmm(view(a), view(b))), what decompositions make of a 4-D a @ b, as matmul."""
+    sides = [x.args[0] if x.target in _VIEWS else x for x in node.all_input_nodes]
+    out = next(iter(node.users), node)
+    if len(sides) != 2 or len(node.users) != 1 or out.target not in _VIEWS:
+        return
+    a, b, result = (n.meta["val"].shape for n in (*sides, out))
+    lead = a[:-2]
+    if not len(a) == len(b) == len(result) > 3 or not all(map(same_size, lead, b[:-2])):
+        return
+    if not all(map(same_size, result, (*lead, a[-2], b[-1]))) or not same_size(a[-1], b[-2]):
+        return
+    with node.graph.inserting_before(out):
+        whole = node.graph.call_function(torch.ops.aten.matmul.default, tuple(sides))
+    whole.meta.update(out.meta)
+    out.replace_all_uses_with(whole)
+
+
+def _whole_attention(node: fx.Node) -> None:
+    """Writes CPU flash attention whose logsumexp is not read as scaled_dot_product_attention."""
+    if [user.args[1] for user in node.users] != [0]:
+        return
+    (out,) = node.users
+    query, key, value, *rest = node.args
+    dropout, causal = (*rest, 0.0, False)[:2] if len(rest) < 2 else rest[:2]
+    dropout, causal = node.kwargs.get("dropout_p", dropout), node.kwargs.get("is_causal", causal)
+    arguments = (query, key, value, node.kwargs.get("attn_mask"), dropout, causal)
+    with node.graph.inserting_before(node):
+        whole = node.graph.call_function(
+            torch.ops.aten.scaled_dot_product_attention.default,
+            arguments,
+            {"scale": node.kwargs.get("scale")},
+        )
+    whole.meta.update(out.meta)
+    out.replace_all_uses_with(whole)
+    node.graph.erase_node(out)
+    node.graph.erase_node(node)
+
+
+def exported_again(exported: Exported) -> ExportedProgram:
+    """A new program with the rewritten graph; state, dynamic shapes and signature as before."""
+    program, gm = exported.program, exported.gm
+    graphs = {gm.graph: gm for gm in nested_graphs(gm)}
+    alive = {node for graph in graphs for node in graph.nodes}
+    for node, check in exported.checks:
+        if node in alive and (node.users or node.op == "placeholder"):
+            with node.graph.inserting_after(node):
+                node.graph.call_function(_METADATA_CHECK, (node,), check)
+    name_invoked_bodies(gm)
+    for graph, owner in graphs.items():
+        for node in graph.nodes:
+            for key in (_INPUT, _BUFFER):
+                node.meta.pop(key, None)
+        graph.lint()
+        owner.recompile()
+    signature = copy.deepcopy(program.graph_signature)
+    for spec, node in zip(signature.output_specs, _results(gm), strict=True):
+        if isinstance(node, fx.Node) and hasattr(spec.arg, "name"):
+            spec.arg.name = node.name
+    with _copying_specs():
+        return program._update(gm, signature)
+
+
+@contextlib.contextmanager
+def _copying_specs() -> Iterator[None]:
+    """torch's own specs of a program's inputs warn when they are copied."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _results(gm: fx.GraphModule) -> Sequence[Any]:
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    return output.args[0]  # type: ignore[return-value]
+
+
+def name_invoked_bodies(gm: fx.GraphModule) -> None:
+    """Gives the bodies of nested compile regions names by what they now hold.
+
+    Regions of one name are compiled once: those that were alike and are now different must not
+    share it, and those that are still alike should.
+    """
+    known: dict[tuple[Any, ...], str] = {}
+    for graph in nested_graphs(gm):
+        for node in graph.graph.nodes:
+            if node.op != "call_function" or str(node.target) != "invoke_subgraph":
+                continue
+            body = getattr(graph, str(node.args[0].target))
+            key = (node.args[1], _content(body))
+            same = sum(old == node.args[1] for old, _ in known)
+            node.update_arg(1, known.setdefault(key, f"{node.args[1]}_moonfx_{same}"))
+
+
+def _content(gm: fx.GraphModule) -> tuple[Any, ...]:
+    """What a graph computes: equal for two graphs only if they are interchangeable."""
+    held = [getattr(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"]
+    parts = [_content(x) if isinstance(x, fx.GraphModule) else id(x) for x in held]
+    return (str(gm.graph), *parts)
+
+
+def is_decomposed(program: ExportedProgram) -> bool:
+    """Whether run_decompositions has been called on it."""
+    return program.dialect != "TRAINING"
+
+
+def exported_modules(program: ExportedProgram) -> set[str]:
+    """The names of the modules that an exported program's nodes came from, "" for the model."""
+    stacks = [
+        node.meta.get("nn_module_stack") or {}
+        for module in program.graph_module.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+    ]
+    return {_path(path) for stack in stacks for path, _ in stack.values()} | {""}
+
+
+def _path(path: str) -> str:
+    return re.sub(r"^L\['\w+'\]\.?", "", str(path))
+
+
+# --- GraphModules ---------------------------------------------------------------------------------
+
+
+def copy_of_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A GraphModule of its own, of the same parameters and buffers.
+
+    Dynamo is told where the code came from, so that its graph keeps each node's module.
+    """
+    shared = {id(t): t for t in (*gm.parameters(), *gm.buffers())}
+    copied: fx.GraphModule = copy.deepcopy(gm, shared)
+    ours = [k for k, h in gm._forward_pre_hooks.items() if h is stay_out_of_outer_graphs]
+    for name, value in vars(gm).items():  # hooks and other attributes, which a deep copy loses
+        if re.fullmatch(r"_(forward|backward)(_pre)?_hooks\w*", name):
+            setattr(copied, name, type(value)((k, h) for k, h in value.items() if k not in ours))
+        elif name not in ("_moonfx", "_compiled_call_impl"):
+            vars(copied).setdefault(name, value)
+    context: Any = code_context.get_context(copied.forward.__code__)
+    context["orig_graphmodule"] = weakref.ref(copied)
+    return copied
 
 
 def is_captured(gm: torch.nn.Module) -> bool:
@@ -176,6 +431,9 @@ def input_name(node: fx.Node) -> tuple[bool, str] | None:
     """
     if node.op != "placeholder":
         return None
+    if _INPUT in node.meta:
+        inside, name = node.meta[_INPUT]
+        return bool(inside), str(name)
     source = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
     text = str(source() if callable(source) else source)
     first, *rest = re.findall(r"\['([^']+)'\]", text) or [""]
@@ -199,6 +457,16 @@ def is_higher_order(node: fx.Node) -> bool:
     return isinstance(node.target, HigherOrderOperator)
 
 
+def body_position(node: fx.Node) -> tuple[int, int] | None:
+    """Where a higher-order node's body is among its arguments, and where the body's own begin.
+
+    None if it calls no body, or one that the passes do not look into.
+    """
+    if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
+        return None
+    return BODY_OPERATORS.get(node.target.name())
+
+
 def module_path(node: fx.Node, names: dict[int, str], root: str | None) -> str:
     """The name of the innermost module that the node came from, "" for the model itself.
 
@@ -213,8 +481,7 @@ def module_path(node: fx.Node, names: dict[int, str], root: str | None) -> str:
     ident = str(key).split("@")[0]
     if ident.isdigit() and int(ident) in names:
         return names[int(ident)]
-    path = re.sub(r"^L\['\w+'\]\.?", "", str(path))
-    return f"{root or ''}.{path}".strip(".")
+    return f"{root or ''}.{_path(path)}".strip(".")
 
 
 def graph_root(
@@ -244,12 +511,16 @@ def graph_root(
 
 def source_line(node: fx.Node) -> str:
     """file.py:line in the user's code, innermost frame; "unknown" if the trace has none."""
-    frames = [s.strip() for s in (node.stack_trace or "").splitlines() if " line " in s]
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
     if not frames:
         return "unknown"
-    where = frames[-1].split('"')
-    name, number = where[1], where[2].split("line ")[1].split(",")[0]
-    return f"{Path(name).name}:{number}"
+    name, number = frames[-1]
+    generated = re.fullmatch(r"<eval_with_key>\.\d+(?: from (\S+) in .*)?", name)
+    if generated is None:
+        return f"{Path(name).name}:{number}"
+    # A GraphModule's own code: where its model was written, if that is known, and the graph's line.
+    where = f"{Path(generated[1]).name}, " if generated[1] else ""
+    return f"{where}graph line {number}"
 
 
 def expression(size: Size | torch.SymFloat | float) -> sympy.Expr:

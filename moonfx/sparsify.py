@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
@@ -25,16 +26,19 @@ from moonfx.capture import (
     compile_call,
     compile_in_place,
     compiled_call,
+    copy_of_graph_module,
     empty_results,
     is_compiled_module,
     plain_call,
     set_compiled_call,
     stay_out_of_outer_graphs,
 )
+from moonfx.exported import explain_exported, report_exported, sparsify_exported
 from moonfx.policy import LayerPolicy, Layers, Policies
 from moonfx.report import Report
 
-Model = TypeVar("Model", bound=torch.nn.Module)
+Module = TypeVar("Module", bound=torch.nn.Module)
+Model = TypeVar("Model", bound=torch.nn.Module | ExportedProgram)
 
 _STATE = "_moonfx"
 
@@ -75,8 +79,12 @@ def sparsify(
     What calls `model.forward` goes past it, as past nn.Module.compile: sparsify the outermost
     module (a PEFT wrapper, say).
 
+    A torch.export.ExportedProgram is rewritten at once, into a new program with the same state:
+    the given one is unchanged. So is an fx.GraphModule, of which a copy that shares its parameters
+    is returned. `restore` has nothing to undo there: keep what you gave.
+
     Args:
-        model: any nn.Module that torch.compile takes.
+        model: any nn.Module that torch.compile takes, an fx.GraphModule or an ExportedProgram.
         block: tokens per block.
         topk: blocks that each query attends, its own and the sinks counted.
         sinks: first blocks that are always attended. A model trained with dense attention parks
@@ -86,19 +94,29 @@ def sparsify(
         dense_last: how many attentions at the end of the model stay dense.
         causal_only: False makes bidirectional self-attention (encoders, ViTs) sparse as well.
         on_miss: "warn", "raise" or "ignore" when the first call finds nothing to rewrite.
-        compiler: "inductor", "aot_eager" or "eager": what runs the rewritten graph.
+        compiler: "inductor", "aot_eager" or "eager": what runs the rewritten graph. Not for an
+            ExportedProgram, which runs as its user runs it.
     Returns:
-        The same object.
+        The same object; for a GraphModule or an ExportedProgram a new one.
     Raises:
         TypeError, ValueError: for a bad argument, before anything is changed.
         NothingRewritten: from the first call, with on_miss="raise"; the model is then as before.
     """
-    _check_model(model)
     policies = Policies(LayerPolicy(block, topk, sinks), layers, dense_last, causal_only)
-    policies.check_names(_canonical_names(model))
     check_choice("on_miss", on_miss, ON_MISS)
     check_choice("compiler", compiler, COMPILERS)
+    if isinstance(model, ExportedProgram):
+        if compiler != "inductor":
+            raise ValueError(
+                f"compiler={compiler!r} is not for an ExportedProgram, which is rewritten and not "
+                "compiled: call its module() as it is, or give that to torch.compile"
+            )
+        return sparsify_exported(model, policies, on_miss)
+    _check_model(model)
+    policies.check_names(_canonical_names(model))
     _check_submodules(model)
+    if isinstance(model, fx.GraphModule):
+        model = copy_of_graph_module(model)
     old = _state(model)
     before = old.before if old is not None else compiled_call(model)
     state = _State(before, Backend(policies, compiler, model), on_miss)
@@ -147,7 +165,7 @@ def _judge(model: torch.nn.Module, state: _State, new: Sequence[Record], first_c
         raise
 
 
-def restore(model: Model) -> Model:
+def restore(model: Module) -> Module:
     """Undoes `sparsify`: the model runs as it did before, bit for bit.
 
     Raises:
@@ -197,12 +215,16 @@ class full_attention:  # noqa: N801 (a verb to its callers)
         self.off()
 
 
-def report(model: torch.nn.Module) -> Report:
+def report(model: torch.nn.Module | ExportedProgram) -> Report:
     """What was compiled so far for a model under `sparsify` or torch.compile(backend="moonfx").
+
+    Of an ExportedProgram: what `sparsify` did to make it.
 
     Raises:
         ValueError: if moonfx knows nothing of the model.
     """
+    if isinstance(model, ExportedProgram):
+        return report_exported(model)
     state = _state(model)
     if state is not None:
         own = state.backend.report
@@ -219,7 +241,7 @@ def report(model: torch.nn.Module) -> Report:
 
 
 def explain(
-    model: torch.nn.Module,
+    model: torch.nn.Module | ExportedProgram,
     *args: Any,
     block: int = 4096,
     topk: int = 12,
@@ -236,14 +258,20 @@ def explain(
 
     Args:
         model: as for `sparsify`.
-        *args, **kwargs: what the model is called with.
+        *args, **kwargs: what the model is called with; nothing for an ExportedProgram.
         block, topk, sinks, layers, dense_last, causal_only: the policy, as for `sparsify`.
     Raises:
         TypeError, ValueError: for a bad argument.
     """
-    _check_model(model)
     policies = Policies(LayerPolicy(block, topk, sinks), layers, dense_last, causal_only)
+    if isinstance(model, ExportedProgram):
+        if args or kwargs:
+            raise TypeError("explain: an ExportedProgram holds its shapes; give no call arguments")
+        return explain_exported(model, policies)
+    _check_model(model)
     policies.check_names(_canonical_names(model))
+    if isinstance(model, fx.GraphModule):
+        model = copy_of_graph_module(model)
     backend = Backend(policies, "eager", model)
 
     def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -286,7 +314,8 @@ def _check_model(model: object) -> None:
         )
     if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            f"model must be a torch.nn.Module that torch.compile takes, got {type(model).__name__}"
+            "model must be a torch.nn.Module that torch.compile takes, an fx.GraphModule or an "
+            f"ExportedProgram, got {type(model).__name__}"
         )
 
 

@@ -9,9 +9,9 @@ from torch import fx
 
 from moonfx.capture import input_name, nested_graphs
 from moonfx.passes.index_algebra import Reader
-from moonfx.passes.modes import Mode, modes
+from moonfx.passes.modes import Mode, inside, modes
 from moonfx.passes.mutation import last_writes
-from moonfx.passes.nodes import body_of
+from moonfx.passes.nodes import body_of, operands_of
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, Reject
 
@@ -64,7 +64,7 @@ class Context:
         if node.graph not in self._inputs:
             placeholders = [n for n in node.graph.nodes if n.op == "placeholder"]
             self._inputs[node.graph] = {n: i for i, n in enumerate(placeholders)}
-        operand = call.args[1 + self._inputs[node.graph][node]]
+        operand = operands_of(call)[self._inputs[node.graph][node]]
         return operand if isinstance(operand, fx.Node) else None
 
     def name_of(self, node: fx.Node) -> str:
@@ -89,7 +89,9 @@ class Context:
         graph = node.graph
         if graph not in self._modes:
             call = self.call_of(graph)
-            self._modes[graph] = modes(graph, self._start if call is None else self.mode(call))
+            self._modes[graph] = modes(
+                graph, self._start if call is None else inside(call, self.mode(call))
+            )
         return self._modes[graph][node]
 
     def changed(self, graph: fx.Graph) -> None:

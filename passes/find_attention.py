@@ -199,14 +199,55 @@ def _opaque(node: fx.Node, context: Context) -> AttentionSite | None:
         site = _site(node, context, name)
         site.reject = Reject("flex_attention keeps its own block mask", node)
         return site
-    for argument_node in node.all_input_nodes:
-        body = getattr(node.graph.owning_module, str(argument_node.target), None)
-        if argument_node.op != "get_attr" or not isinstance(body, fx.GraphModule):
+    for held in node.all_input_nodes:
+        body = getattr(node.graph.owning_module, str(held.target), None)
+        if held.op != "get_attr" or not isinstance(body, fx.GraphModule) or is_captured(body):
             continue
-        if not is_captured(body) and any(
-            "scaled_dot_product" in str(n.target) for n in body.graph.nodes
-        ):
+        inside = attention_inside(body)
+        if inside is not None:
             site = _site(node, context, name)
-            site.reject = Reject(f"attention inside the higher-order operator {name}", node)
+            site.reject = Reject(
+                f"attention inside '{name}' ({source_line(inside)}), which stays as it is: "
+                "call the attention outside of it",
+                node,
+            )
             return site
     return None
+
+
+_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "mm", "__matmul__")
+_SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp")
+
+
+def attention_inside(gm: fx.GraphModule) -> fx.Node | None:
+    """A node of a graph that is not captured, torch functions or ATen, which looks like attention.
+
+    An operator for attention, or a softmax with a product before and one after it.
+    """
+    after: set[fx.Node] = set()  # a product came before
+    weighted: set[fx.Node] = set()  # and a softmax after that
+    for node in gm.graph.nodes:
+        name = _plain_name(node)
+        sources = set(node.all_input_nodes)
+        if "scaled_dot_product" in name or "flex_attention" in name:
+            return node  # type: ignore[no-any-return]
+        if name in _PRODUCTS and sources & weighted:
+            return node  # type: ignore[no-any-return]
+        if sources & weighted or (name in _SOFTMAXES and sources & after):
+            weighted.add(node)
+        if sources & after or name in _PRODUCTS:
+            after.add(node)
+        body = (
+            getattr(gm, str(node.target), None) if node.op in ("get_attr", "call_module") else None
+        )
+        if isinstance(body, fx.GraphModule) and attention_inside(body) is not None:
+            return node  # type: ignore[no-any-return]
+    return None
+
+
+def _plain_name(node: fx.Node) -> str:
+    """softmax, of torch.softmax, F.softmax, Tensor.softmax, nn.Softmax and aten.softmax.int."""
+    if node.op == "call_method":
+        return str(node.target)
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", "")) if node.op == "call_function" else ""

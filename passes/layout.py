@@ -131,8 +131,8 @@ def autocasts(node: fx.Node, context: Context) -> Iterator[None]:
     """The autocasts of the graph that a node is in."""
     with contextlib.ExitStack() as stack:
         for enter in context.mode(node).autocast:
-            if enter.target.__name__ == "_enter_autocast":  # type: ignore[union-attr]
-                device, dtype, enabled, cache = enter.args
+            if enter.target.__name__ in ("_enter_autocast", "wrap_with_autocast"):  # type: ignore[union-attr]
+                device, dtype, enabled, cache = enter.args[:4]
                 stack.enter_context(torch.autocast(device, dtype, enabled, cache))  # type: ignore[arg-type]
         yield
 

@@ -42,3 +42,17 @@ def modes(graph: fx.Graph, start: Mode) -> dict[fx.Node, Mode]:
             now = replace(now, autocast=tuple(n for n in now.autocast if n is not node.args[0]))
         found[node] = now
     return found
+
+
+def inside(call: fx.Node, mode: Mode) -> Mode:
+    """The mode that a body starts with, where the node that calls it has `mode`.
+
+    wrap_with_set_grad_enabled(False, body, ...), wrap_with_autocast(*autocast, body, ...): what
+    torch.export makes of a region.
+    """
+    name = getattr(call.target, "__name__", "")
+    if name == "wrap_with_set_grad_enabled":
+        return replace(mode, gradients=bool(call.args[0]))
+    if name == "wrap_with_autocast":
+        return replace(mode, autocast=(*mode.autocast, call))
+    return mode

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from moonfx.capture import is_higher_order
-from moonfx.passes.nodes import argument, body_of
+from moonfx.passes.nodes import argument, body_of, operands_of
 
 aten = torch.ops.aten
 
@@ -69,7 +69,7 @@ def _body_writes(node: fx.Node) -> list[fx.Node]:
         return operands
     written = last_writes(body.graph)
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-    pairs = zip(placeholders, node.args[1:], strict=True)
+    pairs = zip(placeholders, operands_of(node), strict=True)
     return [a for p, a in pairs if p in written and isinstance(a, fx.Node)]
 
 

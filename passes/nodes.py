@@ -1,11 +1,12 @@
 """Small readings of one node: its shape, dtype, arguments, the permutation or call that it is."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from moonfx.capture import expression, is_captured, is_higher_order
+from moonfx.capture import body_position, expression, is_captured
 
 aten = torch.ops.aten
 
@@ -67,9 +68,22 @@ def _two_dims(node: fx.Node) -> list[int]:
 
 
 def body_of(node: fx.Node) -> fx.GraphModule | None:
-    """The captured body that a higher-order node calls with its other arguments, or None."""
-    first = node.args[0] if node.op == "call_function" and node.args else None
-    if not (isinstance(first, fx.Node) and first.op == "get_attr" and is_higher_order(node)):
+    """The captured body that a higher-order node calls, or None."""
+    position = body_position(node)
+    if position is None:
         return None
-    body = getattr(node.graph.owning_module, str(first.target), None)
+    held = node.args[position[0]]
+    if not (isinstance(held, fx.Node) and held.op == "get_attr"):
+        return None
+    body = getattr(node.graph.owning_module, str(held.target), None)
     return body if isinstance(body, fx.GraphModule) and is_captured(body) else None
+
+
+def operands_of(call: fx.Node) -> tuple[Any, ...]:
+    """What a higher-order node calls its body with, placeholder by placeholder."""
+    position = body_position(call)
+    return call.args[position[1] :] if position is not None else ()
+
+
+def set_operands(call: fx.Node, operands: Iterable[Any]) -> None:
+    call.args = (*call.args[: len(call.args) - len(operands_of(call))], *operands)

@@ -8,7 +8,7 @@ from torch import fx
 
 from moonfx.passes.context import Context
 from moonfx.passes.mutation import remove_dead_code
-from moonfx.passes.nodes import body_of
+from moonfx.passes.nodes import body_of, operands_of, set_operands
 
 
 def run(graph: fx.Graph, context: Context) -> int:
@@ -21,8 +21,8 @@ def run(graph: fx.Graph, context: Context) -> int:
         run(body.graph, context)
         placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
         used = [bool(p.users) for p in placeholders]
-        operands = node.args[1:]
-        node.args = (node.args[0], *(a for a, u in zip(operands, used, strict=True) if u))
+        kept = [a for a, u in zip(operands_of(node), used, strict=True) if u]
+        set_operands(node, kept)
         for placeholder, keep in zip(placeholders, used, strict=True):
             if not keep:
                 body.graph.erase_node(placeholder)

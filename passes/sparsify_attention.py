@@ -19,6 +19,7 @@ from moonfx.passes import layout
 from moonfx.passes.atoms import heads_of
 from moonfx.passes.context import Context
 from moonfx.passes.expressions import is_load, loads
+from moonfx.passes.nodes import body_of
 from moonfx.passes.symbols import BATCH, KEY
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, Reject
@@ -209,9 +210,8 @@ def _load(load: Any, keys: Size, context: Context, size: _Sizes) -> fx.Node:
 
 def _pass_in(call: fx.Node, value: fx.Node) -> fx.Node:
     """Adds an operand to a nested body and returns its placeholder."""
-    body_node = call.args[0]
-    assert isinstance(body_node, fx.Node)
-    body = getattr(call.graph.owning_module, str(body_node.target))
+    body = body_of(call)
+    assert body is not None
     call.args = (*call.args, value)
     last = [n for n in body.graph.nodes if n.op == "placeholder"][-1]
     with body.graph.inserting_after(last):

@@ -314,7 +314,8 @@ def test_bad_input_is_one_clear_error_and_leaves_the_model_untouched(bad, error,
 
 def test_a_model_that_is_no_module_or_already_compiled_is_refused() -> None:
     with pytest.raises(
-        TypeError, match="model must be a torch.nn.Module that torch.compile takes, got int"
+        TypeError,
+        match="model must be a torch.nn.Module that torch.compile takes, an fx.Gr.*, got int",
     ):
         moonfx.sparsify(3)  # type: ignore[type-var]
     with pytest.raises(TypeError, match="model is already compiled"):
