@@ -107,6 +107,14 @@ class Case:
         mask = self.key_mask()
         return drawn if mask is None or rows == 1 else drawn.masked_fill(~mask[:, None], torch.nan)
 
+    def full_bias(self) -> Tensor | None:
+        """`key_bias` as a leaf [batch, heads, length], whose gradient a kernel gives."""
+        bias = self.key_bias()
+        if bias is None:
+            return None
+        shape = self.batch, self.kv_heads * self.group, self.length
+        return bias.expand(shape).clone().requires_grad_()
+
     def policy(self) -> tuple[Any, ...]:
         """The arguments after the tensors, in a kernel's order."""
         old = self.block, self.topk, self.sinks, self.scale, self.key_mask()

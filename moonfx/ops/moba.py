@@ -8,7 +8,6 @@ Shape letters: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys
 Dv value dim. Outputs lie token-major in memory, [B, N, H, D] seen as [B, H, N, D].
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, Literal, overload
 
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moonfx.fallback import warn_slow
-from moonfx.kernels import cpu, reference, tiled
+from moonfx.kernels import cpu, tiled
+from moonfx.kernels.policy import Policy
 from moonfx.ops import checks
 from moonfx.policy import check_block_topk_sinks
 
@@ -116,15 +116,11 @@ def moba_attention(
             finite, scale <= 0 with a key_bias, Nq != Nk without causal, or shapes or devices do
             not fit.
     """
-    check_block_topk_sinks(block, topk, sinks)
-    check_inputs(query, key, value, scale, key_mask, causal, softcap, key_bias, segments)
+    policy = Policy(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments)
+    check(query, key, value, policy)
     checks.check_sink_logits(sink_logits, query)
-    if scale is not None:
-        scale = float(scale)
-    out, lse = torch.ops.moonfx.moba_attention(
-        *(query, key, value, block, topk, sinks, scale, key_mask),
-        *(causal, float(softcap), key_bias, segments),
-    )
+    policy = policy._replace(scale=None if scale is None else float(scale), softcap=float(softcap))
+    out, lse = torch.ops.moonfx.moba_attention(query, key, value, *policy)
     if sink_logits is not None:
         out, lse = with_sink(out, lse, sink_logits)
     return (out, lse) if return_lse else out
@@ -137,25 +133,16 @@ def with_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Te
     return (out * kept.unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, sink)
 
 
-def check_inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None,
-    key_mask: Tensor | None,
-    causal: bool,
-    softcap: float,
-    key_bias: Tensor | None,
-    segments: Tensor | None,
-) -> None:
+def check(query: Tensor, key: Tensor, value: Tensor, policy: Policy) -> None:
     """Raises TypeError or ValueError as `moba_attention` says."""
+    check_block_topk_sinks(policy.block, policy.topk, policy.sinks)
     checks.check_tensors(query, key, value)
-    checks.check_causal(causal, query, key)
-    checks.check_softcap(softcap)
-    checks.check_key_mask(key_mask, key)
-    checks.check_key_bias(key_bias, query, key)
-    checks.check_segments(segments, key)
-    checks.check_scale(scale, key_bias)
+    checks.check_causal(policy.causal, query, key)
+    checks.check_softcap(policy.softcap)
+    checks.check_key_mask(policy.key_mask, key)
+    checks.check_key_bias(policy.key_bias, query, key)
+    checks.check_segments(policy.segments, key)
+    checks.check_scale(policy.scale, policy.key_bias)
 
 
 def kernel_for(device: torch.device) -> ModuleType:
@@ -170,10 +157,6 @@ def kernel_for(device: torch.device) -> ModuleType:
         reason,
     )
     return tiled
-
-
-def default_scale(scale: float | None, query: Tensor) -> float:
-    return query.shape[3] ** -0.5 if scale is None else scale
 
 
 # kernels/tiled.py waits on the host for its number of tiles, which a CUDA graph cannot record.
@@ -195,19 +178,14 @@ def _forward(
     key_bias: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    policy = Policy(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments)
     # Autocast off, or a kernel's own float32 products would be cast. A pass calls the operator
     # without `moba_attention`, and a kernel must never read out of bounds: hence the checks.
     with torch.autocast(query.device.type, enabled=False):
-        check_block_topk_sinks(block, topk, sinks)
-        check_inputs(query, key, value, scale, key_mask, causal, softcap, key_bias, segments)
-        kernel = kernel_for(query.device)
-        policy = (block, topk, sinks, default_scale(scale, query), key_mask)
-        extra = (causal, softcap, key_bias, segments)
-        if getattr(kernel, "FEATURES", False):
-            return kernel.forward(query, key, value, *policy, *extra)
-        if causal and softcap == 0 and key_bias is None and segments is None:
-            return kernel.forward(query, key, value, *policy)
-        return by_definition(None, query, key, value, policy, extra)
+        check(query, key, value, policy)
+        kernel, policy = able(kernel_for(query.device), policy)
+        result: tuple[Tensor, Tensor] = kernel.forward(query, key, value, *policy)
+        return result
 
 
 @torch.library.custom_op("moonfx::moba_attention_backward", mutates_args=(), tags=TAGS)
@@ -229,57 +207,21 @@ def _backward(
     key_bias: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    policy = Policy(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments)
     with torch.autocast(query.device.type, enabled=False):
-        check_block_topk_sinks(block, topk, sinks)
-        check_inputs(query, key, value, scale, key_mask, causal, softcap, key_bias, segments)
-        kernel = kernel_for(query.device)
-        policy = (block, topk, sinks, default_scale(scale, query), key_mask)
-        extra = (causal, softcap, key_bias, segments)
-        tensors = (grad_out, grad_lse, query, key, value, out, lse)
-        if getattr(kernel, "FEATURES", False):
-            *grads, grad_bias = kernel.backward(*tensors, *policy, *extra)
-        elif causal and softcap == 0 and key_bias is None and segments is None:
-            *grads, grad_bias = *kernel.backward(*tensors, *policy), None
-        else:
-            *grads, grad_bias = by_definition(
-                (grad_out, grad_lse), query, key, value, policy, extra
-            )
-    return *grads, query.new_empty(0, dtype=torch.float32) if grad_bias is None else grad_bias
+        check(query, key, value, policy)
+        kernel, policy = able(kernel_for(query.device), policy)
+        tensors = grad_out, grad_lse, query, key, value, out, lse
+        grad_query, grad_key, grad_value, *bias = kernel.backward(*tensors, *policy)
+    if not bias or bias[0] is None:
+        bias = [query.new_empty(0, dtype=torch.float32)]
+    return grad_query, grad_key, grad_value, bias[0]
 
 
-def by_definition(grads: Any, query: Any, key: Any, value: Any, policy: Any, extra: Any) -> Any:
-    """Stands in for a kernel that does not know the newer arguments: slow, and N x N."""
-
-    def work() -> Any:
-        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-        bias = extra[2]
-        if bias is not None:
-            bias = bias.detach().expand(query.shape[0], query.shape[1], -1).clone()
-            leaves.append(bias.requires_grad_())
-        block, topk, sinks, scale, key_mask = policy
-        out, lse = reference.moba_attention(
-            *leaves[:3],
-            block,
-            topk,
-            sinks=sinks,
-            scale=scale,
-            key_mask=key_mask,
-            causal=extra[0],
-            softcap=extra[1],
-            key_bias=bias,
-            segments=extra[3],
-        )
-        if grads is None:
-            token_major = by_token(query, value.shape[3])
-            return token_major.copy_(out.detach()), lse.detach().contiguous()
-        grad_lse = torch.zeros_like(lse) if grads[1] is None else grads[1]
-        got = torch.autograd.grad((out, lse), leaves, (grads[0], grad_lse))
-        first = [by_token(x, x.shape[3]).copy_(g) for x, g in zip(leaves[:3], got, strict=False)]
-        return *first, None if bias is None else got[3].contiguous()
-
-    # Below autograd, where an operator's kernel runs, nothing is recorded; a new thread is above.
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()
+def able(kernel: ModuleType, policy: Policy) -> tuple[ModuleType, Any]:
+    if kernel is tiled or hasattr(kernel, "FEATURES"):
+        return kernel, policy
+    return (kernel, policy[:5]) if policy[5:] == (True, 0.0, None, None) else (tiled, policy)
 
 
 def by_token(tensor: Tensor, width: int | torch.SymInt) -> Tensor:
