@@ -11,6 +11,7 @@ or none of it, and under one autocast.
 from torch import fx
 
 from moonfx.passes.context import Context
+from moonfx.passes.nodes import origin
 from moonfx.site import AttentionSite, Reject
 
 
@@ -19,8 +20,11 @@ def between(site: AttentionSite) -> set[fx.Node]:
 
     The ways that lead through a mask or a factor are left out: those are operands of their own.
     """
-    ends = {site.query, site.key, site.value}
-    stop = ends | {node for node, _ in (*site.masks, *site.factors)}
+    ends = {origin(n) for n in (site.query, site.key, site.value)}
+    others = [node for node, _ in (*site.masks, *site.factors)]
+    if site.sink_logits is not None:
+        others.append(site.sink_logits)
+    stop = ends | {origin(n) for n in others}
     above: set[fx.Node] = set()
     stack = [site.output]
     while stack:
@@ -41,15 +45,17 @@ def overwritten(site: AttentionSite, context: Context) -> Reject | None:
     """An operand written to in place between its first use and the operator's."""
     writes = context.writes(site.output.graph)
     path = between(site)
-    factors = [("the scale", node) for node, _ in site.factors]
-    named = [("query", site.query), ("key", site.key), ("value", site.value), *factors]
-    operands = [(name, node) for name, node in named if node in writes]
+    named = [("query", site.query), ("key", site.key), ("value", site.value)]
+    named += [("the scale", node) for node, _ in site.factors]
+    if site.sink_logits is not None:
+        named.append(("sink logits", site.sink_logits))
+    operands = [(name, origin(node)) for name, node in named if origin(node) in writes]
     inner = [n for n in path if n is not site.output and writes.get(n, n) not in path]
     if not operands and not inner:
         return None
     position = {node: i for i, node in enumerate(site.output.graph.nodes)}
     for name, node in operands:
-        first_use = min(position[u] for u in node.users if u in path)
+        first_use = min((position[u] for u in node.users if u in path), default=0)
         if position[writes[node]] > first_use:
             return Reject(f"{name} is written to in place after it was read", node)
     for node in inner:

@@ -14,48 +14,37 @@ import torch
 from torch import fx
 
 from moonfx.capture import hint, is_captured, is_higher_order, module_path, same_size, source_line
+from moonfx.passes import fused
 from moonfx.passes.between import overwritten, split_by_mode
 from moonfx.passes.context import Context
-from moonfx.passes.groups import fold_groups, untranspose
+from moonfx.passes.groups import fold_groups, heads_in_batch, merge_heads, untranspose
+from moonfx.passes.guards import unproved
+from moonfx.passes.keys import token_major
 from moonfx.passes.mutation import remove_dead_code
-from moonfx.passes.nodes import argument
-from moonfx.passes.probabilities import product_beyond, product_of
-from moonfx.passes.scores import (
-    out_of_place,
-    parse_scores,
-    reaches_product,
-    token_major,
-    used_elsewhere,
-)
+from moonfx.passes.nodes import insert
+from moonfx.passes.private import out_of_place, used_elsewhere
+from moonfx.passes.probabilities import Product, product_beyond, product_of
+from moonfx.passes.scores import Scores, parse_scores, reaches_product
+from moonfx.passes.sinks import cuts_off
+from moonfx.passes.softmax import read_softmax
+from moonfx.passes.vocabulary import EXP, LOG_SOFTMAX, SOFTMAX
 from moonfx.site import AttentionSite, Reject
 
 aten = torch.ops.aten
-
-SDPA = aten.scaled_dot_product_attention.default
-SOFTMAX = {
-    aten.softmax.int,
-    aten._softmax.default,
-    aten._safe_softmax.default,
-    aten.special_softmax.default,
-}
-EXP = {aten.exp.default, aten.exp_.default}
-LOG_SOFTMAX = {aten.log_softmax.int, aten._log_softmax.default}
 
 
 def run(graph: fx.Graph, context: Context) -> int:
     """Appends to context.sites each attention of the graph, declined ones included."""
     found = 0
     remove_dead_code(graph)  # a dead reader of the probabilities is no reader
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         site: AttentionSite | None
         if node.op != "call_function":
             continue
-        if node.target is SDPA:
-            site = parse_sdpa(node, context)
-        elif node.target in SOFTMAX:
+        if fused.is_attention(node):
+            site = parse_fused(node, context)
+        elif node.target in SOFTMAX | EXP:
             site = parse_softmax(node, context)
-        elif node.target in EXP:
-            site = _by_exponentials(node, context)
         elif is_higher_order(node):
             site = _opaque(node, context)
         else:
@@ -87,33 +76,24 @@ def _site(node: fx.Node, context: Context, form: str, **found: Any) -> Attention
     )
 
 
-def parse_sdpa(node: fx.Node, context: Context) -> AttentionSite:
-    query, key, value = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
-    mask, dropout = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", 0.0)
-    scale: Any = node.kwargs.get("scale")
-    key, value = fold_groups(key, value)
-    causal = bool(argument(node, 5, "is_causal", False))
-    site = _site(node, context, "sdpa", query=query, key=key, value=value, causal=causal)
-    if dropout != 0.0:
-        site.reject = Reject(f"dropout p={dropout} is active; set it to 0 or call eval()", node)
-    elif mask is not None:
-        kind = "keep" if mask.meta["val"].dtype == torch.bool else "additive"
-        site.masks.append((mask, kind))
-    if isinstance(scale, fx.Node):
-        site.scale, site.factors = 1.0, [(scale, "mul")]
-    elif scale is not None and not 0 < scale < float("inf"):
-        site.reject = site.reject or Reject(f"the scores are scaled by {scale}", node)
-    else:
-        site.scale = scale
+def parse_fused(node: fx.Node, context: Context) -> AttentionSite:
+    site = _site(node, context, fused.name_of(node))
+    fused.read(node, site)
+    if site.reject is None:
+        context.changed(node.graph)
+        site.folded = len(site.query.meta["val"].shape) == 3
+        site.heads = heads_in_batch(site.query) if site.folded else None
+        fold_groups(site)
     return site
 
 
 def parse_softmax(node: fx.Node, context: Context) -> AttentionSite | None:
-    product = product_of(node, context)
-    if product is None:
-        return None
+    softmax = read_softmax(node)
+    product = None if softmax is None else product_of(softmax, context)
+    if softmax is None or product is None:
+        return _by_exponentials(node, context) if node.target in EXP else None
     site = _site(node, context, "softmax", output=product.node, value=product.value)
-    scores = parse_scores(node.args[0], context)
+    scores = parse_scores(softmax.operand, context)
     if scores is None:
         return None
     if isinstance(scores, Reject):
@@ -121,18 +101,50 @@ def parse_softmax(node: fx.Node, context: Context) -> AttentionSite | None:
         return site
     site.query, site.key, site.form = scores.query, scores.key, f"{scores.form} + softmax"
     site.scale, site.masks, site.factors = scores.scale, scores.masks, scores.factors
+    site.softcap = scores.softcap
+    site.sink_logits = scores.sink.logits if scores.sink is not None else None
     site.key_transposed = True
-    rank, dim = len(node.meta["val"].shape), argument(node, 1, "dim")
-    if dim % rank != rank - 1:
-        site.reject = Reject(f"softmax over dim {dim} of {rank}, not over the keys", node)
+    rank = len(softmax.operand.meta["val"].shape)
+    if softmax.dim % rank != rank - 1:
+        over = f"softmax over dim {softmax.dim} of {rank}, not over the keys"
+        site.reject = Reject(over, node)
         return site
-    site.reject = product.reject or used_elsewhere(scores) or token_major(site.key)
+    sizes = scores.node.meta["val"].shape
+    site.folded = len(sizes) == 3
+    site.heads = scores.heads or product.heads
+    if len(sizes) == 4 and isinstance(sizes[1], int):
+        site.heads = sizes[1]
+    site.reject = product.reject or _sink_agrees(scores, product)
+    for guard in product.guards:
+        site.reject = site.reject or unproved(guard, site, scores, context)
+    private = [softmax.inner, product.path, *(guard.inner for guard in product.guards)]
+    site.reject = site.reject or used_elsewhere(scores, private, product.node)
+    site.reject = site.reject or token_major(site.key)
     if site.reject is None:
         out_of_place(scores, context)
-        site.folded = len(scores.node.meta["val"].shape) == 3
-        site.heads = scores.heads or product.heads
+        if site.folded and site.heads is None:
+            site.heads = heads_in_batch(site.query)
         untranspose(site)
+        site.reject = merge_heads(site)
+        fold_groups(site)
+        context.changed(node.graph)
     return site
+
+
+def _sink_agrees(scores: Scores, product: Product) -> Reject | None:
+    """Sink logits are cut off the probabilities again, and nothing else is."""
+    if scores.sink is None:
+        if product.sliced is None:
+            return None
+        return Reject("some keys are cut off the probabilities by a slice", product.sliced)
+    if product.sliced is None:
+        reason = "attention sink logits are joined to the scores (cat) and not cut off again"
+        return Reject(f"{reason} before the values", scores.sink.node)
+    if not cuts_off(product.sliced, scores.sink):
+        where = "first" if scores.sink.first else "last"
+        reason = f"attention sink logits come {where}, and another part is cut off the"
+        return Reject(f"{reason} probabilities", product.sliced)
+    return None
 
 
 def _by_exponentials(node: fx.Node, context: Context) -> AttentionSite | None:
@@ -154,6 +166,7 @@ def _by_exponentials(node: fx.Node, context: Context) -> AttentionSite | None:
 
 def check_shapes(site: AttentionSite) -> Reject | None:
     """Fills in heads, lengths and head_dim; a Reject if the operator does not take the shapes."""
+    _expand_batch(site)
     query, key, value = (n.meta["val"] for n in (site.query, site.key, site.value))
     rank = 3 if site.folded else 4
     for name, node in (("query", site.query), ("key", site.key), ("value", site.value)):
@@ -187,6 +200,22 @@ def check_shapes(site: AttentionSite) -> Reject | None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return Reject(f"dtype {dtype} is not float32, bfloat16 or float16", site.output)
     return None
+
+
+def _expand_batch(site: AttentionSite) -> None:
+    """Repeats keys and values of one row for every row of the queries, as attention itself does."""
+    rows = site.query.meta["val"].shape[0]
+    many: Any = rows
+    if site.folded:
+        return
+    for name in ("key", "value"):
+        node: fx.Node = getattr(site, name)
+        sizes = list(node.meta["val"].shape)
+        if len(sizes) == 4 and same_size(sizes[0], 1) and not same_size(many, 1):
+            if not isinstance(rows, int):
+                rows = insert(aten.sym_size.int, (site.query, 0), site.output)
+            wide = insert(aten.expand.default, (node, [rows, -1, -1, -1]), site.output)
+            setattr(site, name, wide)
 
 
 # --- bodies that the passes do not look into ------------------------------------------------------

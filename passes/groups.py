@@ -1,7 +1,10 @@
-"""Heads: keys and values before repeat_kv, and heads folded into the batch.
+"""Heads: keys and values before repeat_kv, and heads folded into the batch or cut in two.
 
     before  k [B, Hkv, N, D] -> unsqueeze -> expand [B, Hkv, G, N, D] -> reshape [B, Hq, N, D]
     after   k [B, Hkv, N, D], for attention with Hq = G * Hkv
+
+    before  q [B, Hkv, G, N, D] @ k [B, Hkv, 1, D, N] -> ... @ v [B, Hkv, 1, N, D]
+    after   attention of q.flatten(1, 2) with k.squeeze(2), v.squeeze(2) -> unflatten
 
 Shape letters: B batch, Hq query heads, Hkv key/value heads, G group, N tokens, D head dim.
 """
@@ -12,49 +15,84 @@ import torch
 from torch import fx
 
 from moonfx.capture import same_size
-from moonfx.passes.nodes import argument, permutation
-from moonfx.site import AttentionSite
+from moonfx.passes import layout
+from moonfx.passes.nodes import argument, insert, permutation
+from moonfx.passes.vocabulary import CASTS, COPIES, DIVIDE, FOLDS, MULTIPLY
+from moonfx.site import AttentionSite, Reject
 
 aten = torch.ops.aten
 
-COPIES = {aten.contiguous.default, aten.clone.default, aten.alias.default}
-VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
-FOLDS = VIEWS | {aten.flatten.using_ints, aten.unflatten.int}
+_JOINS = {aten.cat.default, aten.stack.default}
 
 
-def fold_groups(key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Key and value before repeat_kv, if both were repeated by the same group size."""
-    inner_key, inner_value = grouped_source(key), grouped_source(value)
-    if inner_key is None or inner_value is None:
-        return key, value
-    if same_size(inner_key.meta["val"].shape[1], inner_value.meta["val"].shape[1]):
-        return inner_key, inner_value
-    return key, value
+def fold_groups(site: AttentionSite) -> None:
+    """Takes key and value before repeat_kv, if both were repeated by the same group size."""
+    if site.folded:
+        return
+    key, value = ungrouped(site.key, 1, site.output), ungrouped(site.value, 1, site.output)
+    if key is None or value is None:
+        return
+    if same_size(key.meta["val"].shape[1], value.meta["val"].shape[1]):
+        site.key, site.value = key, value
 
 
-def grouped_source(node: fx.Node) -> fx.Node | None:
-    """k [B, Hkv, N, D] of unsqueeze -> expand -> reshape, or of repeat_interleave."""
+def ungrouped(node: fx.Node, dim: int, before: fx.Node) -> fx.Node | None:
+    """x with node == repeat_interleave(x, group, dim), or None."""
     node = whole(node)
+    if node.op != "call_function":
+        return None
+    if (order := permutation(node)) is not None:
+        source = ungrouped(node.args[0], order[dim], before)  # type: ignore[arg-type]
+        if source is None:
+            return None
+        return insert(aten.permute.default, (source, order), before)
     if node.target is aten.repeat_interleave.self_int:
-        source, dim = node.args[0], argument(node, 2, "dim")
-        return source if dim in (1, -3) else None  # type: ignore[return-value]
+        source, along = node.args[0], argument(node, 2, "dim")
+        same = isinstance(along, int) and along % len(node.meta["val"].shape) == dim
+        return source if same else None  # type: ignore[return-value]
     if node.target not in FOLDS:
+        return _one_repeated(node, dim)
+    wide = whole(node.args[0])
+    before_fold, after = wide.meta["val"].shape, node.meta["val"].shape
+    if len(before_fold) != len(after) + 1 or not same_size(
+        after[dim], before_fold[dim] * before_fold[dim + 1]
+    ):
         return None
-    expanded = whole(node.args[0])
-    if not (isinstance(expanded, fx.Node) and expanded.target is aten.expand.default):
+    kept = [d for d in range(len(before_fold)) if d not in (dim, dim + 1)]
+    rest = [d for d in range(len(after)) if d != dim]
+    if not all(same_size(before_fold[a], after[b]) for a, b in zip(kept, rest, strict=True)):
         return None
-    inserted = whole(expanded.args[0])
-    if not isinstance(inserted, fx.Node) or inserted.target is not aten.unsqueeze.default:
+    narrow = _one_repeated(wide, dim + 1)
+    if narrow is None:
         return None
-    wide, narrow, out = (n.meta["val"].shape for n in (expanded, inserted, node))
-    if len(wide) != 5 or len(narrow) != 5 or len(out) != 4 or inserted.args[1] not in (2, -3):
+    if narrow.target is aten.unsqueeze.default:
+        at = int(narrow.args[1]) % len(before_fold)  # type: ignore[arg-type]
+        if at == dim + 1:
+            return whole(narrow.args[0])  # type: ignore[no-any-return]
+    return insert(aten.squeeze.dim, (narrow, dim + 1), before)
+
+
+def _one_repeated(node: fx.Node, dim: int) -> fx.Node | None:
+    """x with size 1 at dim, that was repeated along dim and nowhere else; None if it was not."""
+    if node.target in _JOINS:
+        parts, along = node.args[0], int(argument(node, 1, "dim", 0))
+        assert isinstance(parts, list | tuple)
+        first = parts[0]
+        if not isinstance(first, fx.Node) or any(p is not first for p in parts):
+            return None
+        if along % len(node.meta["val"].shape) != dim:
+            return None
+        if node.target is aten.stack.default:
+            return insert(aten.unsqueeze.default, (first, dim), node)
+        return first if same_size(first.meta["val"].shape[dim], 1) else None
+    if node.target not in (aten.expand.default, aten.repeat.default):
         return None
-    kept = all(same_size(wide[d], narrow[d]) for d in (0, 1, 3, 4))
-    if not kept or not same_size(out[1], wide[1] * wide[2]):
+    source = whole(node.args[0])
+    wide, narrow = node.meta["val"].shape, source.meta["val"].shape
+    if len(wide) != len(narrow) or not same_size(narrow[dim], 1):
         return None
-    if not all(same_size(out[d], wide[w]) for d, w in ((0, 0), (2, 3), (3, 4))):
-        return None
-    return whole(inserted.args[0])
+    kept = all(same_size(wide[d], narrow[d]) for d in range(len(wide)) if d != dim)
+    return source if kept else None  # type: ignore[no-any-return]
 
 
 def whole(node: Any) -> Any:
@@ -76,8 +114,6 @@ def untranspose(site: AttentionSite) -> None:
     rank = len(site.key.meta["val"].shape)
     if permutation(site.key) == [*range(rank - 2), rank - 1, rank - 2]:
         site.key, site.key_transposed = site.key.args[0], False  # type: ignore[assignment]
-        if rank == 4:
-            site.key, site.value = fold_groups(site.key, site.value)
 
 
 def folded_heads(node: fx.Node) -> int | None:
@@ -90,3 +126,94 @@ def folded_heads(node: fx.Node) -> int | None:
         return None
     kept = same_size(wide[2], narrow[1]) and same_size(wide[3], narrow[2])
     return wide[1] if kept and same_size(wide[0] * wide[1], narrow[0]) else None
+
+
+def heads_in_batch(query: fx.Node) -> int | None:
+    """H of a query [B * H, N, D] that was viewed so from [B, H, N, D] or [N, B, H * D]."""
+    node = query
+    while True:
+        sources = [a for a in node.args if isinstance(a, fx.Node)]
+        if folded_heads(node) is not None or not sources:
+            return folded_heads(node)
+        source = sources[0]
+        if node.target in FOLDS:
+            before, after = source.meta["val"].shape, node.meta["val"].shape
+            if len(before) != 3 or len(after) != 3 or not isinstance(after[-1], int):
+                return None
+            heads, rest = divmod(before[-1], after[-1]) if isinstance(before[-1], int) else (0, 1)
+            same = same_size(before[0], after[0]) and same_size(before[1] * heads, after[1])
+            return heads if same and not rest else None
+        passes = CASTS | COPIES | MULTIPLY | DIVIDE
+        if permutation(node) != [1, 0, 2] and node.target not in passes:
+            return None
+        node = source
+
+
+# --- two head dims --------------------------------------------------------------------------------
+
+
+def merge_heads(site: AttentionSite) -> Reject | None:
+    """Brings attention over [B, X, Y, N, D], heads cut in two, to [B, X * Y, N, D].
+
+    A dim along which keys and values have size 1 is that of the group, and comes second.
+    """
+    tensors = {"query": site.query, "key": site.key, "value": site.value, "output": site.output}
+    sizes = {name: node.meta["val"].shape for name, node in tensors.items()}
+    if any(len(s) != 5 for s in sizes.values()):
+        return None
+    cut = sizes["query"][1:3]
+    if not all(isinstance(n, int) for n in cut):
+        return Reject("the number of heads is not a constant of the graph", site.query)
+    if not all(map(same_size, sizes["output"][:3], sizes["query"][:3])):
+        return Reject("the mask or the keys broadcast the query to another shape", site.output)
+    for node, _ in site.masks:
+        over = node.meta["val"].shape[-4:-2] if len(node.meta["val"].shape) == 5 else ()
+        aligned = [*over] if over else [*node.meta["val"].shape[:-2]][-2:]
+        if len(node.meta["val"].shape) > 2 and not all(same_size(n, 1) for n in aligned):
+            return Reject("the mask of attention whose heads are cut in two differs by head", node)
+    if site.sink_logits is not None:
+        return Reject("attention sink logits where the heads are cut in two", site.sink_logits)
+
+    at = site.output
+    narrow = {(name, d): _narrow(tensors[name], d) for name in ("key", "value") for d in (1, 2)}
+    shared = [d for d in (1, 2) if all(narrow[name, d] is not None for name in ("key", "value"))]
+    if any(
+        narrow[name, d] is not None for name, d in narrow if d not in shared and cut[d - 1] != 1
+    ):
+        return Reject("keys and values are shared by different groups of heads", at)
+    group = shared[-1] if shared else 2
+    swap = group == 1 and cut[1] != 1
+
+    def merged(node: fx.Node) -> fx.Node:
+        node = insert(aten.transpose.int, (node, 1, 2), at) if swap else node
+        return insert(aten.flatten.using_ints, (node, 1, 2), at)
+
+    site.query = merged(site.query)
+    site.key = merged(narrow["key", group] or site.key)
+    site.value = merged(narrow["value", group] or site.value)
+    site.masks = [(_without_heads(node, at), how) for node, how in site.masks]
+    first = insert(aten.transpose.int, (at, 1, 2), at.next, at) if swap else at
+    after = first.next
+    site.output = insert(aten.flatten.using_ints, (first, 1, 2), after, at)
+    sizes_back = [cut[1], cut[0]] if swap else [*cut]
+    back = insert(aten.unflatten.int, (site.output, 1, sizes_back), after, at)
+    if swap:
+        back = insert(aten.transpose.int, (back, 1, 2), after, at)
+        with at.graph.inserting_before(after):
+            back = layout.copied(at.meta["val"], back)
+    own = {first, site.output, back}
+    at.replace_all_uses_with(back, delete_user_cb=lambda user: user not in own)
+    return None
+
+
+def _narrow(node: fx.Node, dim: int) -> fx.Node | None:
+    """Keys or values with size 1 along a dim that attention repeats them along, or None."""
+    if same_size(node.meta["val"].shape[dim], 1):
+        return node
+    return _one_repeated(whole(node), dim)
+
+
+def _without_heads(mask: fx.Node, before: fx.Node) -> fx.Node:
+    """A mask [B, 1, 1, N, N] or [1, 1, N, N] or less as one of at most four dims."""
+    rank = len(mask.meta["val"].shape)
+    return insert(aten.squeeze.dim, (mask, -3), before) if rank >= 4 else mask

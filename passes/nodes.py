@@ -10,6 +10,7 @@ from moonfx.capture import body_position, expression, is_captured
 
 aten = torch.ops.aten
 
+_INSERTED = "moonfx_inserted"
 _SWAPS = {aten.transpose.int, aten.swapaxes.default, aten.swapdims.default}
 _LAST_TWO = {aten.t.default, aten.mT.default, aten.numpy_T.default}
 
@@ -87,3 +88,30 @@ def operands_of(call: fx.Node) -> tuple[Any, ...]:
 
 def set_operands(call: fx.Node, operands: Iterable[Any]) -> None:
     call.args = (*call.args[: len(call.args) - len(operands_of(call))], *operands)
+
+
+def short(node: fx.Node) -> str:
+    """The operator's name for a reason: "mul" of aten.mul.Tensor."""
+    return getattr(node.target, "__name__", str(node.target)).split(".")[0]
+
+
+def insert(
+    target: Any, args: tuple[Any, ...], before: fx.Node, like: fx.Node | None = None
+) -> fx.Node:
+    """A new call right before a node, with its fake value and the place in the source of `like`."""
+    like = before if like is None else like
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args)
+    kept = ("stack_trace", "nn_module_stack")
+    node.meta.update({k: like.meta[k] for k in kept if k in like.meta})
+    node.meta[_INSERTED] = True
+    with torch.no_grad():
+        node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+    return node
+
+
+def origin(node: fx.Node) -> fx.Node:
+    """The node of the captured graph that an inserted view reads."""
+    while node.meta.get(_INSERTED):
+        node = node.args[0]  # type: ignore[assignment]
+    return node

@@ -1,24 +1,43 @@
 """Follows the probabilities from the softmax to their product with the values.
 
-softmax -> {cast, inactive dropout, view of the heads}* -> (matmul | bmm | einsum)(., value)
+softmax -> {cast, inactive dropout, view of the heads, NaN guard, sink logits cut off}*
+        -> (matmul | bmm | einsum)(., value) -> division by the sum, where softmax left that out
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from moonfx.passes import einsum
 from moonfx.passes.context import Context
-from moonfx.passes.groups import COPIES, FOLDS, folded_heads
-from moonfx.passes.nodes import argument, permutation
-from moonfx.passes.scores import CASTS, FAR, MATMUL, PRODUCTS, SCORES_PASS, short
+from moonfx.passes.groups import folded_heads
+from moonfx.passes.guards import Guard, guard_of
+from moonfx.passes.nodes import argument, permutation, short
+from moonfx.passes.softmax import Softmax
+from moonfx.passes.vocabulary import (
+    CASTS,
+    COPIES,
+    DETACH,
+    DIVIDE,
+    DROPOUT,
+    FAR,
+    FOLDS,
+    MATMUL,
+    PRODUCTS,
+    SCORES_PASS,
+    SHAPE_ONLY,
+    SLICES,
+)
 from moonfx.site import Reject
 
 aten = torch.ops.aten
 
-DROPOUT = {aten.dropout.default}
-DETACH = aten.detach.default
+_RESHAPED = {DETACH, aten.expand.default, aten.constant_pad_nd.default, aten.pad.default}
+_NOT_DIVIDED = (
+    "a softmax written with exp() and a sum is not read, as the product with the values is not "
+    "divided by that sum: write softmax()"
+)
 
 
 @dataclass
@@ -26,24 +45,40 @@ class Product:
     """probabilities @ value.
 
     Args:
-        node: the product.
+        node: the product, or the division that ends the attention.
         heads: H where a view folds the heads into the batch, or None.
+        sliced: what cuts columns off the probabilities, or None.
+        guards: what sets some of the probabilities to 0.
+        path: the nodes from the softmax to the product, both included.
         reject: why it is not plain attention, or None.
     """
 
     node: fx.Node
     value: fx.Node
     heads: int | None = None
+    sliced: fx.Node | None = None
+    guards: list[Guard] = field(default_factory=list)
+    path: list[fx.Node] = field(default_factory=list)
     reject: Reject | None = None
 
+    def refuse(self, reason: str, node: fx.Node) -> None:
+        """Keeps the first reason."""
+        self.reject = self.reject or Reject(reason, node)
 
-def product_of(softmax: fx.Node, context: Context) -> Product | None:
+
+def product_of(softmax: Softmax, context: Context) -> Product | None:
     """The product that the softmax's result enters as left operand; None if there is none."""
-    node, heads = softmax, None
-    reject: Reject | None = None
+    node = softmax.node
+    found = Product(node, node)
     while True:
-        product = next((u for u in node.users if _probabilities(u) is node), None)
-        step = product or next((u for u in node.users if _passes(u)), None)
+        found.path.append(node)
+        product = next((u for u in node.users if _enters(node, u)), None)
+        step, guard = product, None
+        for user in [] if product is not None else node.users:
+            guard = guard_of(user, node, context)
+            if guard is not None or _passes(user):
+                step = user
+                break
         if step is None:
             far = product_beyond(node)
             if far is None:
@@ -51,53 +86,82 @@ def product_of(softmax: fx.Node, context: Context) -> Product | None:
             reason = f"'{short(far)}' stands between the softmax and its product with the values"
             if far.target is DETACH:
                 reason = "the probabilities are detached"
-            return Product(node, node, None, reject or Reject(reason, far))
-        if len(node.users) > 1 and reject is None:
-            names = ", ".join(u.name for u in node.users if u is not step)
-            reject = Reject(f"the probabilities are also used by {names}", node)
+            if softmax.total is not None:
+                reason = _NOT_DIVIDED
+            found.refuse(reason, far)
+            return found
+        if isinstance(guard, str):
+            found.refuse(guard, step)
+        elif guard is not None:
+            found.guards.append(guard)
+        own = softmax.inner | (guard.inner if isinstance(guard, Guard) else set())
+        others = [
+            u for u in node.users if u is not step and u not in own and u.target not in SHAPE_ONLY
+        ]
+        if others:
+            names = ", ".join(u.name for u in others)
+            found.refuse(f"the probabilities are also used by {names}", node)
         if step is product:
             break
         if step.target in DROPOUT:
             p, train = argument(step, 1, "p"), argument(step, 2, "train")
-            if train and p != 0.0 and reject is None:
-                reject = Reject(f"dropout p={p} is active; set it to 0 or call eval()", step)
-        heads = folded_heads(step) or heads
+            if train and p != 0.0:
+                found.refuse(f"dropout p={p} is active; set it to 0 or call eval()", step)
+        if step.target in SLICES:
+            if found.sliced is not None:
+                found.refuse("the probabilities are sliced twice", step)
+            found.sliced = step
+        found.heads = folded_heads(step) or found.heads
         node = step
+    assert product is not None
+    return _ended(found, product, softmax, context)
+
+
+def _ended(found: Product, product: fx.Node, softmax: Softmax, context: Context) -> Product:
+    """Takes the values from the product, and the division by the sum if it is still to come."""
+    probabilities, total = found.path[-1], softmax.total
     if product.target is aten.einsum.default:
         equation = product.args[0]
-        plain = einsum.as_output(product, node)
+        plain = einsum.as_output(product, probabilities)
         if plain is None:
-            reason = f"einsum '{equation}' is not probabilities @ values"
-            return Product(product, node, heads, reject or Reject(reason, product))
+            found.refuse(f"einsum '{equation}' is not probabilities @ values", product)
+            return found
         context.changed(plain.graph)
         product = plain
-    value = product.args[1]
-    assert isinstance(value, fx.Node)
-    if value is node and reject is None:
-        reject = Reject("the probabilities are also the values", product)
-    return Product(product, value, heads, reject)
+    found.node, found.value = product, product.args[1]  # type: ignore[assignment]
+    found.path.append(product)
+    if found.value is probabilities:
+        found.refuse("the probabilities are also the values", product)
+    if total is not None:
+        last = next(iter(product.users), None)
+        divided = last is not None and last.target in DIVIDE and last.args == (product, total)
+        if not divided or len(product.users) > 1 or probabilities is not softmax.node:
+            found.refuse(_NOT_DIVIDED, product)
+        else:
+            found.node = last  # type: ignore[assignment]
+            found.path.append(found.node)
+    return found
 
 
-def _probabilities(node: fx.Node) -> fx.Node | None:
-    """The operand of a product with the values that the probabilities can be."""
-    if node.target in MATMUL:
-        return node.args[0]  # type: ignore[return-value]
-    if (parts := einsum.subscripts(node)) is not None:
-        left, right, result = parts
-        first, second = einsum.operands(node)
-        return first if left[-1] not in result else second if right[-1] not in result else None
-    return None
+def _enters(node: fx.Node, product: fx.Node) -> bool:
+    """Whether a node is the left operand of a product, summed over its last dim."""
+    if product.target in MATMUL:
+        return product.args[0] is node
+    return einsum.takes(product, node)
 
 
 def _passes(node: fx.Node) -> bool:
     if node.target in FOLDS:
         return folded_heads(node) is not None
+    if node.target in SLICES:
+        rank = len(node.meta["val"].shape)
+        return int(argument(node, 1, "dim", 0)) % rank == rank - 1
     return node.target in CASTS | COPIES | DROPOUT
 
 
 def product_beyond(node: fx.Node) -> fx.Node | None:
     """The first operator in the way, if an elementwise path leads from node to a product."""
-    through = SCORES_PASS | DROPOUT | {DETACH, aten.slice.Tensor, aten.expand.default}
+    through = SCORES_PASS | DROPOUT | SLICES | _RESHAPED
     for user in node.users:
         stack = [user]
         seen: set[fx.Node] = set()

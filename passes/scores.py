@@ -1,10 +1,16 @@
 """The grammar between query @ key^T and the softmax, walked from the softmax back.
 
 (matmul | bmm | baddbmm | einsum)(query, key^T)
-    -> {mul | div by a scalar, add mask, where, masked_fill, view of the heads}*
+    -> {mul | div by a scalar}* -> softcap?
+    -> {mul | div by a scalar, add or subtract a mask, where, masked_fill, view of the heads}*
+    -> cat of sink logits? -> {subtract the maximum, clamp far out}*
     -> softmax
+
+What softmax does not see (a constant, the maximum of each query) is passed over only where nothing
+but softmax comes after it: a softcap or sink logits do see it.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,54 +21,29 @@ from torch import fx
 from moonfx.passes import einsum
 from moonfx.passes.context import Context
 from moonfx.passes.expressions import MASKED_BELOW
-from moonfx.passes.groups import COPIES, FOLDS, folded_heads
-from moonfx.passes.nodes import permutation
+from moonfx.passes.groups import folded_heads
+from moonfx.passes.nodes import argument, insert, short
+from moonfx.passes.shifts import peak_of
+from moonfx.passes.sinks import Sink, join_of
+from moonfx.passes.vocabulary import (
+    ADD,
+    CASTS,
+    CLAMP,
+    COPIES,
+    DIVIDE,
+    FAR,
+    FOLDS,
+    MASKED_FILL,
+    MULTIPLY,
+    PRODUCTS,
+    SCORES_PASS,
+    SUBTRACT,
+    TANH,
+    WHERE,
+)
 from moonfx.site import Reject
 
 aten = torch.ops.aten
-
-MATMUL = {aten.matmul.default, aten.bmm.default}
-PRODUCTS = MATMUL | {aten.baddbmm.default, aten.einsum.default}
-CASTS = {
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten.to.other,
-    aten._to_copy.default,
-    aten.type_as.default,
-}
-# In place on the scores is the same as out of place, as long as nobody else reads them.
-IN_PLACE = {
-    aten.add_.Tensor: aten.add.Tensor,
-    aten.mul_.Tensor: aten.mul.Tensor,
-    aten.mul_.Scalar: aten.mul.Scalar,
-    aten.div_.Tensor: aten.div.Tensor,
-    aten.div_.Scalar: aten.div.Scalar,
-    aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
-    aten.masked_fill_.Tensor: aten.masked_fill.Tensor,
-}
-ADD = {aten.add.Tensor, aten.add_.Tensor}
-MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar}
-DIVIDE = {aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar}
-WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
-MASKED_FILL = {
-    aten.masked_fill.Scalar,
-    aten.masked_fill.Tensor,
-    aten.masked_fill_.Scalar,
-    aten.masked_fill_.Tensor,
-}
-_SHAPE_ONLY = {
-    aten.full_like.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.sym_size.int,
-}
-_FILLS = {aten.masked_fill_.Scalar, aten.masked_fill_.Tensor}
-# Between softmax and scores; the last two only to be declined by name.
-_ELEMENTWISE = CASTS | COPIES | FOLDS | MULTIPLY | DIVIDE | ADD | WHERE | MASKED_FILL
-SCORES_PASS = _ELEMENTWISE | {aten.tanh.default, aten.sub.Tensor}
-
-FAR = 64  # nodes
 
 
 @dataclass
@@ -71,8 +52,10 @@ class Scores:
 
     Args:
         node: query @ key^T.
-        masks, scale, factors: as in AttentionSite.
+        masks, scale, factors, softcap: as in AttentionSite.
+        sink: sink logits joined to the scores, or None.
         path: the nodes from the softmax's operand to `node`, both included.
+        inner: other nodes that only the softmax's operand needs, as the maximum of the scores.
         heads: H where a view folds the heads into the batch, or None.
     """
 
@@ -81,27 +64,37 @@ class Scores:
     key: fx.Node
     form: str
     scale: float = 1.0
+    softcap: float = 0.0
+    sink: Sink | None = None
     masks: list[tuple[fx.Node, str]] = field(default_factory=list)
     factors: list[tuple[fx.Node, str]] = field(default_factory=list)
     path: list[fx.Node] = field(default_factory=list)
+    inner: set[fx.Node] = field(default_factory=set)
     heads: int | None = None
 
 
 class _Walk:
-    """What was met on the way from the softmax back to the product."""
+    """What was met on the way from the softmax back to the product.
+
+    `scale` and `factors` are what the scores at this place are still multiplied by.
+    """
 
     def __init__(self, start: fx.Node, context: Context) -> None:
         self.start, self.context = start, context
         self.scale = 1.0
+        self.softcap = 0.0
+        self.sink: Sink | None = None
         self.masks: list[tuple[fx.Node, str]] = []
         self.factors: list[tuple[fx.Node, str]] = []
         self.path: list[fx.Node] = []
+        self.inner: set[fx.Node] = set()
         self.heads: int | None = None
 
     def arrived(self, node: fx.Node, query: Any, key: Any, form: str) -> Scores:
-        return Scores(
-            node, query, key, form, self.scale, self.masks, self.factors, self.path, self.heads
-        )
+        # softcap * tanh(scale * query @ key^T / softcap)
+        scale = self.scale * (self.softcap or 1.0)
+        found = (node, query, key, form, scale, self.softcap, self.sink)
+        return Scores(*found, self.masks, self.factors, self.path, self.inner, self.heads)
 
     def reject(self, node: fx.Node, reason: str) -> Reject | None:
         """A Reject if the softmax is over a product of tensors at all, else None: no attention."""
@@ -116,6 +109,12 @@ class _Walk:
         """Takes an additive mask; False if it is scaled down before the softmax."""
         self.masks.append((node, "additive"))
         return not self.factors and self.scale >= 1.0
+
+    def seen_by(self) -> str | None:
+        """What, between here and the softmax, tells scores from scores shifted by a constant."""
+        if self.softcap:
+            return "softcap (tanh)"
+        return "attention sink logits" if self.sink is not None else None
 
 
 Step = fx.Node | Scores | Reject | None
@@ -150,47 +149,34 @@ def _step(node: fx.Node, walk: _Walk) -> Step:
         return _scaled(node, walk)
     if target in ADD:
         return _added(node, walk)
-    if target in WHERE:
-        condition, yes, no = node.args
-        if reaches_product(yes) and walk.hides(no):
-            walk.masks.append((condition, "keep"))  # type: ignore[arg-type]
-            return yes  # type: ignore[return-value]
-        if reaches_product(no) and walk.hides(yes):
-            walk.masks.append((condition, "drop"))  # type: ignore[arg-type]
-            return no  # type: ignore[return-value]
-        return walk.reject(node, "where() fills in a value that is no mask")
-    if target in MASKED_FILL:
-        if not walk.hides(node.args[2]):
-            return walk.reject(node, "masked_fill() with a value that is no mask")
-        walk.masks.append((node.args[1], "drop"))  # type: ignore[arg-type]
-        return node.args[0]  # type: ignore[return-value]
-    if target is aten.tanh.default:
-        return walk.reject(node, "softcap (tanh) stands between query @ key^T and the softmax")
-    if sinks := _joined_to_scores(node):
-        return walk.reject(sinks, "attention sink logits are joined to the scores (cat)")
+    if target in SUBTRACT:
+        return _subtracted(node, walk)
+    if target in WHERE | MASKED_FILL:
+        return _masked(node, walk)
+    if target in CLAMP:
+        return _clamped(node, walk)
+    if target in TANH:
+        return _capped(node, walk)
+    if target is aten.cat.default and any(map(reaches_product, _parts(node))):
+        return _joined(node, walk)
     return walk.reject(node, f"'{short(node)}' stands between query @ key^T and the softmax")
 
 
-def _joined_to_scores(node: fx.Node) -> fx.Node | None:
-    """A cat of query @ key^T with something else, at the node or behind elementwise operators."""
-    while node.target is not aten.cat.default:
-        source = node.args[0] if node.target in SCORES_PASS else None
-        if not isinstance(source, fx.Node):
-            return None
-        node = source
+def _parts(node: fx.Node) -> list[Any]:
     parts = node.args[0]
-    assert isinstance(parts, list | tuple)
-    return node if any(map(reaches_product, parts)) else None
+    return list(parts) if isinstance(parts, list | tuple) else []
 
 
 def _scaled(node: fx.Node, walk: _Walk) -> Step:
     source, given = node.args[:2]
     multiply = node.target in MULTIPLY
-    if multiply and not reaches_product(source):
+    if multiply and (reaches_product(given) or not isinstance(source, fx.Node)):
         source, given = given, source
     factor = constant_of(given, walk.context)
+    if not reaches_product(source) and (factor is None or not isinstance(source, fx.Node)):
+        return walk.reject(node, f"'{short(node)}' is not of the scores by a scalar")
     if factor is not None:
-        if not 0 < factor < float("inf"):
+        if not 0 < factor < math.inf:
             return walk.reject(node, f"the scores are scaled by {factor}")
         walk.scale = walk.scale * factor if multiply else walk.scale / factor
     elif isinstance(given, fx.Node) and _is_scalar(given):
@@ -210,10 +196,112 @@ def _added(node: fx.Node, walk: _Walk) -> Step:
     if len(from_scores) == 2:
         return Reject("additive bias: two products are added before the softmax", node)
     other = right if from_scores[0] is left else left
-    # softmax(x + constant) == softmax(x)
-    if isinstance(other, fx.Node) and not walk.add_mask(other):
-        return walk.reject(node, "the mask is scaled after it was added")
-    return from_scores[0]  # type: ignore[return-value]
+    return _biased(node, from_scores[0], other, walk)  # type: ignore[arg-type]
+
+
+def _subtracted(node: fx.Node, walk: _Walk) -> Step:
+    source, other = node.args[:2]
+    if node.kwargs.get("alpha", 1) != 1:
+        return walk.reject(node, "the mask is subtracted with alpha != 1")
+    peak = peak_of(other, source)
+    if isinstance(peak, str):
+        return walk.reject(node, peak)
+    if peak is not None:
+        if (what := walk.seen_by()) is not None:
+            return walk.reject(node, f"the maximum is subtracted before {what}, which sees it")
+        walk.inner |= peak
+        return source  # type: ignore[return-value]
+    if not reaches_product(source):
+        return walk.reject(node, "the scores are subtracted from something")
+    if reaches_product(other):
+        return Reject("additive bias: two products are subtracted before the softmax", node)
+    if isinstance(other, fx.Node):
+        other = insert(aten.neg.default, (other,), node)
+        walk.context.changed(node.graph)
+    return _biased(node, source, other, walk)  # type: ignore[arg-type]
+
+
+def _biased(node: fx.Node, source: fx.Node, other: Any, walk: _Walk) -> Step:
+    """Scores with a mask or a constant added to them: softmax(x + constant) == softmax(x)."""
+    if (what := walk.seen_by()) == "softcap (tanh)":
+        return walk.reject(node, f"a mask or bias is added before the {what}: add it after")
+    if isinstance(other, fx.Node):
+        if not walk.add_mask(other):
+            return walk.reject(node, "the mask is scaled after it was added")
+    elif what is not None:
+        return walk.reject(node, f"a constant is added before {what}, which see it")
+    return source
+
+
+def _masked(node: fx.Node, walk: _Walk) -> Step:
+    """where() or masked_fill() of the scores with a value that hides them."""
+    condition, yes, no = node.args[:3]
+    if node.target in MASKED_FILL:
+        condition, yes, no, how = node.args[1], node.args[0], node.args[2], "drop"
+        problem = "masked_fill() with a value that is no mask"
+    else:
+        problem, how = "where() fills in a value that is no mask", "keep"
+        if reaches_product(no) and not reaches_product(yes):
+            yes, no, how = no, yes, "drop"
+        if not reaches_product(yes):
+            return walk.reject(node, problem)
+    if walk.softcap:
+        reason = "the mask is put on before the softcap (tanh), which leaves it visible: "
+        return walk.reject(node, reason + "put it on after")
+    if not walk.hides(no):
+        return walk.reject(node, problem)
+    walk.masks.append((condition, how))  # type: ignore[arg-type]
+    return yes  # type: ignore[return-value]
+
+
+def _clamped(node: fx.Node, walk: _Walk) -> Step:
+    """Scores clamped where none can be: below what counts as masked, above as far."""
+    source, low, high = node.args[0], argument(node, 1, "min"), argument(node, 2, "max")
+    if node.target in (aten.maximum.default, aten.max.other):
+        source, low, high = node.args[0], node.args[1], None
+        if not reaches_product(source):
+            source, low = low, source
+    if not reaches_product(source):
+        return walk.reject(node, f"'{short(node)}' is not of the scores")
+    far = [(low, -1.0), (high, 1.0)]
+    bounds = [(constant_of(x, walk.context), sign) for x, sign in far if x is not None]
+    if (
+        walk.softcap
+        or walk.factors
+        or any(x is None or not x * sign * walk.scale >= -MASKED_BELOW for x, sign in bounds)
+    ):
+        limits = " and ".join(str(x) for x, _ in far if x is not None)
+        return walk.reject(node, f"the scores are clamped at {limits}, which scores may reach")
+    return source  # type: ignore[return-value]
+
+
+def _capped(node: fx.Node, walk: _Walk) -> Step:
+    """tanh(): from here on the scale is the softcap, and what comes before is the scale in it."""
+    if not reaches_product(node):
+        return walk.reject(node, "tanh() stands before the softmax, over no query @ key^T")
+    if walk.softcap:
+        return walk.reject(node, "two softcaps (tanh) stand between query @ key^T and the softmax")
+    if walk.factors:
+        return walk.reject(node, "the softcap's size is not a constant of the graph")
+    walk.softcap, walk.scale = walk.scale, 1.0
+    return node.args[0]  # type: ignore[return-value]
+
+
+def _joined(node: fx.Node, walk: _Walk) -> Step:
+    """cat([scores, sinks]): sink logits, if they are the last thing before the softmax."""
+    if walk.softcap or walk.factors or walk.masks or walk.scale != 1.0 or walk.sink is not None:
+        reason = "attention sink logits are joined to the scores (cat) before they are all done: "
+        return walk.reject(node, reason + "join them last, after scale, softcap and mask")
+    parts = _parts(node)
+    scores = [p for p in parts if reaches_product(p)]
+    if len(parts) != 2 or len(scores) != 1:
+        return walk.reject(node, f"{len(parts)} tensors are joined before the softmax (cat)")
+    sink = join_of(node, scores[0])
+    if isinstance(sink, str):
+        return walk.reject(node, sink)
+    walk.sink = sink
+    walk.inner |= sink.inner
+    return scores[0]  # type: ignore[return-value]
 
 
 def _product(node: fx.Node, walk: _Walk) -> Step:
@@ -234,6 +322,8 @@ def _product(node: fx.Node, walk: _Walk) -> Step:
     if beta != 0:
         if beta != 1:
             return Reject(f"the mask is added with beta={beta}", node)
+        if walk.softcap:
+            return Reject("a mask or bias is added before the softcap (tanh): add it after", node)
         if not walk.add_mask(added):  # type: ignore[arg-type]
             return Reject("the mask is scaled after it was added", node)
     walk.scale *= alpha
@@ -268,6 +358,8 @@ def reaches_product(node: object) -> bool:
     stack = [node]
     while stack:
         node = stack.pop()
+        if isinstance(node, list | tuple):
+            stack.extend(node)
         if not isinstance(node, fx.Node) or node in seen:
             continue
         seen.add(node)
@@ -291,55 +383,3 @@ def _after_product(start: fx.Node) -> bool:
             return True
         upstream.extend(current.all_input_nodes)
     return False
-
-
-def short(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", str(node.target)).split(".")[0]
-
-
-def used_elsewhere(scores: Scores) -> Reject | None:
-    """Scores or anything between them and the softmax that has a second user."""
-    for node in scores.path:
-        users = [u for u in node.users if u.target not in _SHAPE_ONLY]
-        if len(users) > 1:
-            names = ", ".join(u.name for u in users)
-            return Reject(f"the scores are used more than once, by {names}", node)
-    return None
-
-
-def out_of_place(scores: Scores, context: Context) -> None:
-    """Writes what happens in place on the scores as a result of its own, which can die.
-
-    Only after `used_elsewhere`: nothing but the next node of the path sees the difference.
-    """
-    for node in scores.path:
-        operands = [n.meta["val"] for n in node.all_input_nodes]
-        kinds = {v.dtype for v in operands if isinstance(v, torch.Tensor) and v.dim()}
-        promotes = node.target not in _FILLS and kinds != {node.meta["val"].dtype}
-        if node.target in IN_PLACE and not promotes:
-            node.target = IN_PLACE[node.target]
-            context.changed(node.graph)
-
-
-def token_major(key: fx.Node) -> Reject | None:
-    """Checks that key^T was made from keys [.., N, D], features last.
-
-    The composed permutation of key^T must put a source dim before the feature dim last; without a
-    transpose the product could be query @ weights of the same shape by coincidence of sizes.
-    """
-    rank = len(key.meta["val"].shape)
-    order, node = list(range(rank)), key
-    while True:
-        step = permutation(node)
-        if step is not None:
-            order = [step[d] for d in order]
-        elif node.target not in CASTS | COPIES | MULTIPLY | DIVIDE:
-            break
-        operands = [a for a in node.args if isinstance(a, fx.Node)]
-        same = [a for a in operands if len(a.meta["val"].shape) == rank]
-        if len(same) != 1 and step is None and node.target in MULTIPLY | DIVIDE:
-            break
-        node = same[0]
-    if order[-1] < order[-2]:
-        return None
-    return Reject("the keys are not transposed: their last dim is not proved to be tokens", key)

@@ -85,9 +85,13 @@ def rewrite(site: AttentionSite, policy: LayerPolicy, masks: Masks, context: Con
         operands = [
             x if x.meta["val"].dtype == dtype else _call(aten.to.dtype, x, dtype) for x in operands
         ]
-        setting = (policy.block, policy.topk, policy.sinks, site.scale, key_mask)
+        setting: tuple[Any, ...] = (policy.block, policy.topk, policy.sinks, site.scale, key_mask)
+        if site.softcap:
+            setting += (True, site.softcap)
         both = _call(torch.ops.moonfx.moba_attention.default, *operands, *setting)
         new = _call(operator.getitem, both, 0)
+        if site.sink_logits is not None:
+            new = _with_sink(new, _call(operator.getitem, both, 1), site.sink_logits)
         if site.folded:
             new = _call(aten.squeeze.dim, new, 1)
         new = layout.keep(old, new, context)
@@ -98,6 +102,15 @@ def rewrite(site: AttentionSite, policy: LayerPolicy, masks: Masks, context: Con
     old.replace_all_uses_with(new)
     context.changed(graph)
     site.output = new
+
+
+def _with_sink(out: fx.Node, lse: fx.Node, logits: fx.Node) -> fx.Node:
+    """Attention whose denominator has exp(logits[head]) more: out * sigmoid(lse - logits)."""
+    heads = lse.meta["val"].shape[1]
+    logits = _call(aten.to.dtype, _call(aten.reshape.default, logits, [1, heads, 1]), torch.float32)
+    kept = _call(aten.sigmoid.default, _call(aten.sub.Tensor, lse, logits))
+    scaled = _call(aten.mul.Tensor, out, _call(aten.unsqueeze.default, kept, -1))
+    return _call(aten.to.dtype, scaled, out.meta["val"].dtype)
 
 
 def _call(target: Any, *args: Any) -> fx.Node:

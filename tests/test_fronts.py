@@ -267,14 +267,13 @@ def test_a_graph_module_stays_dense_and_its_sparse_copy_shares_the_parameters() 
     assert torch.equal(moonfx.restore(sparse)(*inputs()), dense)
 
 
-def test_a_decomposed_program_is_rewritten_or_says_which_to_give_instead() -> None:
-    decomposed = exported(by_matmul).run_decompositions()
-    sparse = moonfx.sparsify(decomposed, 8, 3)
+@pytest.mark.parametrize("form", [by_matmul, by_sdpa], ids=["matmul", "sdpa"])
+def test_a_decomposed_program_is_rewritten(form: Callable[..., Tensor]) -> None:
+    """scaled_dot_product_attention decomposes to the flash attention of the CPU."""
+    sparse = moonfx.sparsify(exported(form).run_decompositions(), 8, 3)
     assert len(moonfx.report(sparse).rewritten) == 2
-    expected, _ = by_module(by_matmul)
+    expected, _ = by_module(form)
     torch.testing.assert_close(sparse.module()(*inputs()), expected, atol=2e-6, rtol=1e-5)
-    with pytest.warns(UserWarning, match=r"give the\s+one before run_dec"):
-        moonfx.sparsify(exported(by_sdpa).run_decompositions(), 8, 3)
 
 
 def test_a_program_without_attention_warns_raises_or_is_ignored() -> None:

@@ -58,3 +58,43 @@ def run(model: nn.Module, *given: Any, block: int = N, topk: int = 1) -> tuple[A
 def outcome(report: Report) -> list[str]:
     """Each site's mask class if it became sparse, or why it did not, without the node."""
     return [r.mask if r.action == "sparse" else r.reason.split(" (node")[0] for r in report.rows]
+
+
+def check_form(
+    body: Callable[..., Any],
+    expected: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    form: str,
+    modifiers: str = "",
+    heads: tuple[int, int] = (H, H),
+    kv_heads: int = H,
+    **buffers: Tensor,
+) -> None:
+    """Causal attention of `body`: dense at full topk, forward and backward, else `expected`.
+
+    Args:
+        expected: the reference of block 4, topk 2 for a query, key and value.
+        heads: the heads that the report must show.
+        kv_heads: how many heads key and value are made with.
+    """
+    q, k, v = inputs()
+    k, v = k[:, :kv_heads], v[:, :kv_heads]
+    results = []
+    for compile in (False, True):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        model = Model(body, **buffers)
+        out, report = run(model, *leaves) if compile else (model(*leaves), None)
+        out.square().sum().backward()
+        results.append([out.detach(), *(x.grad for x in leaves)])
+        if report is not None:
+            rows = [
+                (r.form, r.mask, r.action, r.modifiers, (r.heads, r.kv_heads), r.reason)
+                for r in report.rows
+            ]
+            assert rows == [(form, "causal", "sparse", modifiers, heads, "")]
+    for got, wanted in zip(results[1], results[0], strict=True):
+        # The same sums in another order, in float32.
+        torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
+    sparse, _ = run(Model(body, **buffers), q, k, v, block=4, topk=2)
+    torch.testing.assert_close(sparse, expected(q, k, v), atol=2e-6, rtol=1e-5)
+    assert not torch.allclose(sparse, results[0][0], atol=1e-3)

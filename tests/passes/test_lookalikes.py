@@ -67,14 +67,27 @@ def scores_reused(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(s, v) + s.mean(-1, keepdim=True)
 
 
-def five_dimensions(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def six_dimensions(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.unflatten(1, (2, 2, 1)) for x in (q, k, v))
+    return attend(scores(q, k), v).flatten(1, 3)
+
+
+def five_dimensions_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.unflatten(1, (2, 2)) for x in (q, k, v))
-    return attend(scores(q, k), v).flatten(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).flatten(1, 2)
 
 
-def three_dimensional_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).view(B, H, N, D)
+def keys_by_one_group_values_by_another(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Query head (x, y) with key head x and value head y."""
+    q = q.unflatten(1, (2, 2))
+    return attend(scores(q, k[:, :2, None]), v[:, None, :2]).flatten(1, 2)
+
+
+def mask_by_half_of_the_head(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = q.unflatten(1, (2, 2))
+    keep = torch.stack([causal(), causal() & (torch.arange(N) > 0)])  # [2, N, N]: by group
+    s = scores(q, k[:, :2, None]).masked_fill(~keep, NEG)
+    return (s.softmax(-1) @ v[:, :2, None]).flatten(1, 2)
 
 
 def learned_bias(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -125,20 +138,80 @@ def where_with_other_scores(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Ten
     return torch.where(causal(), scores(q, k), q[..., :1]).softmax(-1) @ v
 
 
-def softcap(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attend(torch.tanh(scores(q, k) / 50) * 50, v)
+def masked_then_capped(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """tanh() of a masked score is -1: still seen."""
+    return (torch.tanh(masked(q, k) / 5) * 5).softmax(-1) @ v
 
 
-def attention_sink(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    s = scores(q, k).masked_fill(~causal(), NEG)
-    s = torch.cat([s, self.sink.expand(B, H, N, 1)], -1)
-    return s.softmax(-1)[..., :-1] @ v
+def added_then_capped(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k) + torch.where(causal(), 0.0, NEG)
+    return (torch.tanh(s / 5) * 5).softmax(-1) @ v
 
 
-def attention_sink_less_max(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    s = scores(q, k).masked_fill(~causal(), NEG)
-    s = torch.cat([s, self.sink.expand(B, H, N, 1)], -1)
-    return (s - s.amax(-1, keepdim=True)).softmax(-1)[..., :-1] @ v
+def biased_then_capped(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(torch.tanh((scores(q, k) + 3.0) / 5) * 5, v)
+
+
+def less_max_then_capped(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    return attend(torch.tanh((s - s.amax(-1, keepdim=True)) / 5) * 5, v)
+
+
+def capped_twice(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(torch.tanh(torch.tanh(scores(q, k))), v)
+
+
+def capped_by_a_tensor(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(torch.tanh(scores(q, k)) * v.mean(), v)
+
+
+def capped_by_head(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(torch.tanh(scores(q, k)) * self.mix[0][:, None, None], v)
+
+
+def capped_by_a_negative_number(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(torch.tanh(scores(q, k) / -5) * -5, v)
+
+
+def capped_by_another_function(function: Callable[[Tensor], Tensor]) -> Body:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(function(scores(q, k) / 5) * 5, v)
+
+    return body
+
+
+def capped_and_reused(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    capped = torch.tanh(scores(q, k))
+    return attend(capped * 5, v) + capped.mean(-1, keepdim=True)
+
+
+def sunk(
+    sink: Callable[[Model, Tensor, Tensor], Tensor],
+    cut: Callable[[Tensor], Tensor] = lambda p: p[..., :-1],
+    after: Callable[[Tensor], Tensor] = lambda s: s,
+    before: Callable[[Tensor], Tensor] = lambda s: s,
+) -> Body:
+    """Attention with a column of scores beside the keys that is cut off the probabilities."""
+
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = torch.cat([before(masked(q, k)), sink(self, q, k)], -1)
+        return cut(after(s).softmax(-1)) @ v
+
+    return body
+
+
+def by_head(self: Model, q: Tensor, k: Tensor) -> Tensor:
+    return self.sink.expand(B, H, N, 1)
+
+
+def sink_with_a_value(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = torch.cat([masked(q, k), by_head(self, q, k)], -1)
+    return s.softmax(-1) @ torch.cat([v, v[:, :, :1]], 2)
+
+
+def another_row_of_scores(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = torch.cat([masked(q, k), self.bias[:, :, :1].expand(B, H, 1, N)], -2)
+    return (s.softmax(-1) @ v)[:, :, :-1]
 
 
 def talking_heads(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -265,20 +338,108 @@ def detached_in_float32(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return masked(q, k).softmax(-1).double().detach().float() @ v
 
 
-def log_softmax_exp(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return masked(q, k).log_softmax(-1).exp() @ v
+def less(peak: Callable[[Tensor], Tensor]) -> Body:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = masked(q, k)
+        return (s - peak(s)).softmax(-1) @ v
+
+    return body
 
 
-def exp_over_sum(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    s = masked(q, k)
-    e = (s - s.amax(-1, keepdim=True)).exp()
-    return (e / e.sum(-1, keepdim=True)) @ v
+def less_max_of_others(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    return attend(s - scores(k, q).amax(-1, keepdim=True), v)
 
 
-def exp_divided_last(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def minus_twice_the_mask(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q, k) - torch.where(causal(), NEG, 0.0)).softmax(-1) @ v
+
+
+def subtracted_from(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.where(causal(), 0.0, -torch.inf) - scores(q, k)).softmax(-1) @ v
+
+
+def clamped(**limits: float) -> Body:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return masked(q, k).clamp(**limits).softmax(-1) @ v
+
+    return body
+
+
+def no_less_than_zero(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(torch.maximum(scores(q, k), torch.zeros(())), v)
+
+
+def log_softmax_exp(dim: int) -> Body:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return masked(q, k).log_softmax(dim).exp() @ v
+
+    return body
+
+
+def log_softmax_kept(self: Model, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    p = masked(q, k).log_softmax(-1)
+    return p.exp() @ v, p
+
+
+def exp_over(total: Callable[[Tensor], Tensor]) -> Body:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = masked(q, k)
+        e = (s - s.amax(-1, keepdim=True)).exp()
+        return (e / total(e)) @ v
+
+    return body
+
+
+def exp_divided_last_by_another_sum(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = masked(q, k)
     e = torch.exp(s - s.max(-1, keepdim=True).values)
-    return (e @ v) / e.sum(-1, keepdim=True)
+    return (e @ v) / (e.sum(-1, keepdim=True) + 1.0)
+
+
+def exp_not_divided(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return masked(q, k).exp() @ v
+
+
+def exp_of_logsumexp_over(dim: int) -> Body:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = masked(q, k)
+        return (s - s.logsumexp(dim, keepdim=True)).exp() @ v
+
+    return body
+
+
+def guarded(guard: Callable[[Tensor, Tensor], Tensor]) -> Body:
+    """Probabilities that are changed where a guard says so: guard(scores, probabilities)."""
+
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = masked(q, k)
+        return guard(s, s.softmax(-1)) @ v
+
+    return body
+
+
+@torch.library.custom_op("moonfx_test::own_attention", mutates_args=())
+def own_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@own_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+def unknown_operator(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return own_attention(q, k, v)
+
+
+def flash_for_cpu(**given: Any) -> Body:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(q, k, v, is_causal=True, **{x: y for x, y in given.items() if x != "lse"})
+        return out + lse[..., None] if "lse" in given else out
+
+    return body
 
 
 def exp_feature_map(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -305,8 +466,10 @@ LOOKALIKES: list[Row] = [
     ("probabilities as values", probabilities_as_values, "the probabilities are also the values"),
     ("probabilities scaled", probabilities_scaled, "'mul' stands between the softmax and its"),
     ("scores reused", scores_reused, "the scores are used more than once"),
-    ("5-D", five_dimensions, "query has 5 dimensions"),
-    ("3-D sdpa", three_dimensional_sdpa, "query has 3 dimensions"),
+    ("6-D", six_dimensions, "query has 6 dimensions"),
+    ("5-D sdpa", five_dimensions_sdpa, "query has 5 dimensions"),
+    ("two groupings", keys_by_one_group_values_by_another, "shared by different groups of heads"),
+    ("mask by half a head", mask_by_half_of_the_head, "cut in two differs by head"),
     ("learned bias", learned_bias, BIAS),
     ("learned bias, sdpa", learned_bias_sdpa, BIAS),
     ("T5 bias", t5_bias, BIAS),
@@ -320,9 +483,61 @@ LOOKALIKES: list[Row] = [
     ("filled with +inf", filled_with(torch.inf), "masked_fill() with a value that is no mask"),
     ("filled with NaN", filled_with(torch.nan), "masked_fill() with a value that is no mask"),
     ("where two scores", where_with_other_scores, "where() fills in a value that is no mask"),
-    ("softcap", softcap, "softcap (tanh) stands between"),
-    ("attention sink", attention_sink, "attention sink logits"),
-    ("attention sink, stabilised", attention_sink_less_max, "attention sink logits"),
+    ("masked, then capped", masked_then_capped, "the mask is put on before the softcap"),
+    ("mask added, then capped", added_then_capped, "a mask or bias is added before the softcap"),
+    ("bias, then softcap", biased_then_capped, "a mask or bias is added before the softcap"),
+    ("max, then softcap", less_max_then_capped, "the maximum is subtracted before softcap"),
+    ("capped twice", capped_twice, "two softcaps"),
+    ("softcap, a tensor", capped_by_a_tensor, "the softcap's size is not a constant"),
+    ("softcap by head", capped_by_head, "the scores are scaled by a tensor"),
+    ("softcap, negative", capped_by_a_negative_number, "the scores are scaled by -5.0"),
+    ("sigmoid", capped_by_another_function(torch.sigmoid), "'sigmoid' stands between"),
+    ("sin", capped_by_another_function(torch.sin), "'sin' stands between"),
+    ("hardtanh", capped_by_another_function(F.hardtanh), "'hardtanh' stands between"),
+    ("softcap reused", capped_and_reused, "the scores are used more than once"),
+    ("sink, not cut off", sink_with_a_value, "and not cut off again"),
+    ("sink, a key cut off", sunk(by_head, lambda p: p[..., 1:]), "come last, and another part"),
+    ("sink by query", sunk(lambda m, q, k: q[..., :1]), "not proved to be one number per head"),
+    ("sink by key", sunk(lambda m, q, k: m.bias[..., :1].expand(B, H, N, 1)), "not proved"),
+    ("sink by row", sunk(lambda m, q, k: q[:, :, :1, :1].expand(B, H, N, 1)), "not proved"),
+    (
+        "two sinks",
+        sunk(lambda m, q, k: m.sink.expand(B, H, N, 2), lambda p: p[..., :-2]),
+        "more than one column",
+    ),
+    ("sink, then scaled", sunk(by_head, after=lambda s: s * 0.5), "before they are all done"),
+    (
+        "sink, then masked",
+        sunk(by_head, after=lambda s: s.masked_fill(torch.arange(N + 1) > N, NEG)),
+        "before they are all done",
+    ),
+    (
+        "sink, then softcap",
+        sunk(by_head, after=lambda s: 5 * torch.tanh(s / 5)),
+        "before they are all done",
+    ),
+    (
+        "max subtracted, then sink",
+        sunk(by_head, before=lambda s: s - s.amax(-1, keepdim=True)),
+        "the maximum is subtracted before attention sink logits",
+    ),
+    (
+        "constant added, then sink",
+        sunk(by_head, before=lambda s: s + 1.0),
+        "a constant is added before attention sink logits",
+    ),
+    ("a row more", another_row_of_scores, "not along the keys"),
+    ("a key cut off", guarded(lambda s, p: F.pad(p[..., 1:], (0, 1))), "stands between"),
+    ("max over queries", less(lambda s: s.amax(-2, keepdim=True)), "is not one number per query"),
+    ("max over heads", less(lambda s: s.amax(1, keepdim=True)), "is not one number per query"),
+    ("max, dim lost", less(lambda s: s.amax((0, 1, 3))), "is not one number per query"),
+    ("max, dim misplaced", less(lambda s: s.amax(-1)[:, :, None]), "is not one number per query"),
+    ("max of others", less_max_of_others, "additive bias"),
+    ("mask subtracted", minus_twice_the_mask, "additive bias"),
+    ("subtracted from", subtracted_from, "the scores are subtracted from something"),
+    ("clamped below", clamped(min=-50.0), "the scores are clamped at -50.0"),
+    ("clamped above", clamped(max=2.0), "the scores are clamped at 2.0"),
+    ("no less than 0", no_less_than_zero, "the scores are clamped at zeros"),
     ("talking heads", talking_heads, "einsum 'bhij,hg->bgij' is not query @ key^T"),
     ("negative scale", negative_scale, "the scores are scaled by -1.0"),
     ("negative scale, sdpa", negative_scale_sdpa, "the scores are scaled by -0.3"),
@@ -372,9 +587,50 @@ LOOKALIKES: list[Row] = [
     ("batch made by the mask", batch_made_by_the_mask, "broadcast the query"),
     ("rows made by the mask", rows_made_by_the_mask, "broadcast the query"),
     ("detached", detached_in_float32, "the probabilities are detached"),
-    ("log_softmax and exp", log_softmax_exp, "log_softmax().exp() is not read"),
-    ("exp over its sum", exp_over_sum, "a softmax written with exp() and a sum is not read"),
-    ("exp, divided last", exp_divided_last, "a softmax written with exp() and a sum is not read"),
+    ("log_softmax over queries", log_softmax_exp(-2), "softmax over dim -2 of 4"),
+    ("log_softmax returned", log_softmax_kept, "the scores are used more than once"),
+    ("exp over queries' sum", exp_over(lambda e: e.sum(-2, keepdim=True)), "softmax over dim -2"),
+    ("exp over all", exp_over(lambda e: e.sum((-1, -2), keepdim=True)), "exp() and a sum is not"),
+    ("exp over more", exp_over(lambda e: e.sum(-1, keepdim=True) + 1), "exp() and a sum is not"),
+    ("exp over its max", exp_over(lambda e: e.amax(-1, keepdim=True)), "exp() and a sum is not"),
+    ("exp, divided by more", exp_divided_last_by_another_sum, "not divided by that sum"),
+    ("exp, not divided", exp_not_divided, "a softmax written with exp() and a sum is not read"),
+    ("logsumexp over queries", exp_of_logsumexp_over(-2), "softmax over dim -2 of 4"),
+    ("NaN to 1", guarded(lambda s, p: p.nan_to_num(1.0)), "nan_to_num(nan=1.0)"),
+    (
+        "NaN filled with 1",
+        guarded(lambda s, p: p.masked_fill(p.isnan(), 1.0)),
+        "filled with something other than 0",
+    ),
+    (
+        "not NaN",
+        guarded(lambda s, p: p.masked_fill(~p.isnan(), 0.0)),
+        "set to 0 where they are not NaN",
+    ),
+    (
+        "filled by another mask",
+        guarded(lambda s, p: p.masked_fill(~causal().T, 0.0)),
+        "set to 0 where the scores are not known to be masked",
+    ),
+    (
+        "filled where seen",
+        guarded(lambda s, p: torch.where(causal(), 0.0, p)),
+        "set to 0 where the scores are not known to be masked",
+    ),
+    (
+        "filled where any is hidden",
+        guarded(lambda s, p: p.masked_fill((~causal()).any(-1, keepdim=True), 0.0)),
+        "by a test not of whole rows",
+    ),
+    (
+        "filled where no query sees",
+        guarded(lambda s, p: p.masked_fill((~causal()).all(-2, keepdim=True), 0.0)),
+        "by a test not of whole rows",
+    ),
+    ("small ones dropped", guarded(lambda s, p: p.masked_fill(p < 0.05, 0.0)), "also used by lt"),
+    ("an operator of its own", unknown_operator, "the operator moonfx_test::own_attention is not"),
+    ("flash and its sums", flash_for_cpu(lse=True), "more than the output of the operator"),
+    ("flash, negative scale", flash_for_cpu(scale=-1.0), "the scores are scaled by -1.0"),
     ("exp as a feature map", exp_feature_map, None),
     ("perplexity", log_likelihood, None),
     ("linear attention", linear_attention, None),
