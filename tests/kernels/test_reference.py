@@ -1,6 +1,8 @@
 """The reference against a plainer per-query loop, against dense attention, and against the laws."""
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moonfx.kernels import reference
-from tests.moba_cases import Case
+from tests.moba_cases import FEATURES, PACKINGS, Case
 
 # Sums of at most 100 float32 products of size 1: 100 * 2**-24, with room for exp and log.
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
@@ -19,49 +21,62 @@ FLOAT64 = {"atol": 1e-13, "rtol": 1e-13}
 def loop(case: Case, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """MoBA one query at a time, in Python numbers: out, lse and the chosen blocks."""
     blocks = -(-case.length // case.block)
-    mask = case.key_mask()
+    mask, segments, bias = case.key_mask(), case.segments(), case.full_bias()
     out = torch.zeros(*query.shape[:3], case.value_dim)
     lse = torch.full(query.shape[:3], -math.inf)
     chosen = torch.zeros(*query.shape[:3], blocks, dtype=torch.bool)
-    scale = case.dim**-0.5 if case.scale is None else case.scale
     for b in range(case.batch):
-        for h in range(query.shape[1]):
-            for i in range(case.queries):
-                seen = case.length - case.queries + i + 1
-                real = [j for j in range(seen) if mask is None or mask[b, j]]
-                if not real:
-                    continue
-                q = query[b, h, i].tolist()
-                k = [key[b, h // case.group, j].tolist() for j in real]
-                v = [value[b, h // case.group, j].tolist() for j in real]
-                picked = pick(case, q, k)
-                chosen[b, h, i, list(picked)] = True
-                keys = [r for r in range(len(real)) if r // case.block in picked]
-                weights = [math.exp(scale * dot(q, k[r])) for r in keys]
-                total = sum(weights)
-                lse[b, h, i] = math.log(total)
-                for d in range(case.value_dim):
-                    mixed = sum(w * v[r][d] for w, r in zip(weights, keys, strict=True))
-                    out[b, h, i, d] = mixed / total
+        real = [j for j in range(case.length) if mask is None or mask[b, j]]
+        for h, i in itertools.product(range(query.shape[1]), range(case.queries)):
+            here = case.length - case.queries + i
+            mine = [j for j in real if segments is None or segments[b, j] == segments[b, here]]
+            own = max(0, sum(j <= here for j in mine) - 1) // case.block
+            seen = [j for j in mine if j <= here or not case.causal]
+            if not seen:
+                continue
+            q = query[b, h, i].tolist()
+            k = [key[b, h // case.group, j].tolist() for j in seen]
+            v = [value[b, h // case.group, j].tolist() for j in seen]
+            extra = [0.0 if bias is None else bias[b, h, j].item() for j in seen]
+            picked = pick(case, q, k, extra, own)
+            chosen[b, h, i, list(picked)] = True
+            keys = [r for r in range(len(seen)) if r // case.block in picked]
+            weights = [math.exp(score(case, q, k[r]) + extra[r]) for r in keys]
+            total = sum(weights)
+            lse[b, h, i] = math.log(total)
+            for d in range(case.value_dim):
+                mixed = sum(w * v[r][d] for w, r in zip(weights, keys, strict=True))
+                out[b, h, i, d] = mixed / total
     return out, lse, chosen
 
 
-def pick(case: Case, query: list[float], keys: list[list[float]]) -> set[int]:
-    """The blocks of a query whose own key is the last of `keys`."""
-    own = (len(keys) - 1) // case.block
-    if own < case.topk:
-        return set(range(own + 1))
+def pick(
+    case: Case, query: list[float], keys: list[list[float]], bias: list[float], own: int
+) -> set[int]:
+    """The blocks of a query that sees `keys`, with `bias`, and whose own block is `own`."""
+    blocks = -(-len(keys) // case.block)
+    if blocks <= case.topk:
+        return set(range(blocks))
     picked = {own, *range(case.sinks)}
-    score = {}
-    for block in range(case.sinks, own):
-        members = keys[block * case.block : (block + 1) * case.block]
-        mean = [sum(column) / case.block for column in zip(*members, strict=True)]
-        score[block] = dot(query, mean)
+    gate = {}
+    for block in set(range(blocks)) - picked:
+        here = slice(block * case.block, (block + 1) * case.block)
+        mean = [sum(column) / len(keys[here]) for column in zip(*keys[here], strict=True)]
+        gate[block] = dot(query, mean) + sum(bias[here]) / len(bias[here]) / scale_of(case)
     while len(picked) < case.topk:
-        best = max(score, key=lambda block: (score[block], -block))
+        best = max(gate, key=lambda block: (gate[block], -block))
         picked.add(best)
-        del score[best]
+        del gate[best]
     return picked
+
+
+def score(case: Case, query: list[float], key: list[float]) -> float:
+    plain = scale_of(case) * dot(query, key)
+    return case.softcap * math.tanh(plain / case.softcap) if case.softcap else plain
+
+
+def scale_of(case: Case) -> float:
+    return case.dim**-0.5 if case.scale is None else case.scale
 
 
 def dot(left: list[float], right: list[float]) -> float:
@@ -92,6 +107,7 @@ CASES = [
     ("holes", Case(padding="holes", topk=3, sinks=1)),
     ("a row without a real key", Case(padding="one row empty")),
     ("holes, fewer queries than keys", Case(padding="holes", queries=9)),
+    *FEATURES,
 ]
 
 
@@ -99,11 +115,12 @@ CASES = [
 def test_the_reference_equals_a_loop_over_single_queries(case: Case) -> None:
     query, key, value = case.inputs()
     out, lse = reference.moba_attention(query, key, value, case.block, case.topk, **case.named())
-    chosen = reference.select_blocks(
-        query, key, case.block, case.topk, sinks=case.sinks, key_mask=case.key_mask()
-    )
     expected_out, expected_lse, expected_chosen = loop(case, query, key, value)
-    assert torch.equal(chosen, expected_chosen)
+    if case.packing == "none":
+        names = "sinks", "scale", "key_mask", "causal", "key_bias"
+        gate = {name: case.named()[name] for name in names}
+        chosen = reference.select_blocks(query, key, case.block, case.topk, **gate)
+        assert torch.equal(chosen, expected_chosen)
     torch.testing.assert_close(out, expected_out, **FLOAT32)
     torch.testing.assert_close(lse, expected_lse, **FLOAT32)
 
@@ -163,6 +180,92 @@ def test_enough_blocks_make_it_dense_attention(length: int, queries: int, sinks:
     torch.testing.assert_close(lse, expected, **FLOAT64)
 
 
+DENSE = [
+    ("softcap", {"softcap": 2.0}),
+    ("bias", {"key_bias": torch.randn(2, 4, 40)}),
+    ("bias of all heads", {"key_bias": torch.randn(1, 1, 40)}),
+    ("bidirectional", {"causal": False}),
+    ("bidirectional, softcap and bias",
+     {"causal": False, "softcap": 1.0, "key_bias": torch.randn(1, 4, 40)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
+@pytest.mark.parametrize("named", [row[1] for row in DENSE], ids=[row[0] for row in DENSE])
+def test_enough_blocks_make_it_dense_attention_with_the_same_scores(
+    named: dict[str, Any], padding: str
+) -> None:
+    case = Case(padding=padding)
+    query, key, value = (tensor.nan_to_num().double() for tensor in case.inputs())
+    out, lse = reference.moba_attention(query, key, value, 8, 5, key_mask=case.key_mask(), **named)
+    score = query @ key.repeat_interleave(2, 1).mT * 8**-0.5
+    if "softcap" in named:
+        score = named["softcap"] * torch.tanh(score / named["softcap"])
+    if "key_bias" in named:
+        score = score + named["key_bias"][:, :, None]
+    visible = torch.ones(2, 1, 40, 40, dtype=torch.bool)
+    visible = visible if "causal" in named else visible.tril()
+    if case.key_mask() is not None:
+        visible = visible & case.key_mask()[:, None, None]  # type: ignore[index]
+    score = score.masked_fill(~visible, -torch.inf)
+    torch.testing.assert_close(lse, score.logsumexp(-1), **FLOAT64)
+    dense = score.softmax(-1).nan_to_num() @ value.repeat_interleave(2, 1)
+    torch.testing.assert_close(out, dense, **FLOAT64)
+
+
+def test_alibi_by_key_is_alibi_by_distance() -> None:
+    query, key, value = (tensor.double() for tensor in Case().inputs())
+    slope, index = 0.5 ** torch.arange(1, 5).double(), torch.arange(40.0).double()
+    bias = (slope[:, None] * index)[None]
+    out, lse = reference.moba_attention(query, key, value, 8, 5, key_bias=bias)
+    distance = index[:, None] - index
+    score = query @ key.repeat_interleave(2, 1).mT * 8**-0.5 - slope[:, None, None] * distance
+    score = score.masked_fill(distance < 0, -torch.inf)
+    dense = score.softmax(-1) @ value.repeat_interleave(2, 1)
+    torch.testing.assert_close(out, dense, **FLOAT64)
+    torch.testing.assert_close(lse - bias, score.logsumexp(-1), **FLOAT64)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_constant_bias_only_shifts_the_denominator(causal: bool) -> None:
+    case = Case(topk=3, causal=causal, bias="all", scale=0.25)
+    named = case.named()
+    out, lse = reference.moba_attention(*case.inputs(), 8, 3, **named)
+    named["key_bias"] = named["key_bias"] + 2.5
+    again, shifted = reference.moba_attention(*case.inputs(), 8, 3, **named)
+    torch.testing.assert_close(again, out, **FLOAT32)
+    torch.testing.assert_close(shifted - 2.5, lse, **FLOAT32)
+
+
+def test_the_gate_sees_the_bias_of_a_block_but_not_the_softcap() -> None:
+    query, key = torch.ones(1, 1, 48, 4), torch.zeros(1, 1, 48, 4)
+    key[:, :, 8:16] = 1.0  # block 1 scores 4
+    plain = reference.select_blocks(query, key, 8, 2, scale=0.5)
+    assert plain[0, 0, 47].nonzero().flatten().tolist() == [1, 5]
+    bias = torch.zeros(1, 1, 48)
+    bias[..., 24] = 17.0  # block 3: 17 / 8 / 0.5 = 4.25
+    moved = reference.select_blocks(query, key, 8, 2, scale=0.5, key_bias=bias)
+    assert moved[0, 0, 47].nonzero().flatten().tolist() == [3, 5]
+    out, _ = reference.moba_attention(
+        query, key, torch.eye(48)[None, None], 8, 2, scale=0.5, softcap=1e-3
+    )
+    assert out[0, 0, 47].view(6, 8).sum(-1).gt(0).nonzero().flatten().tolist() == [1, 5]
+
+
+@pytest.mark.parametrize(("topk", "sinks"), [(1, 0), (2, 0), (2, 1), (3, 1), (5, 2)])
+def test_a_bidirectional_query_attends_topk_blocks_its_own_and_later_ones_too(
+    topk: int, sinks: int
+) -> None:
+    query, key, _ = Case(length=44, queries=44).inputs()  # six blocks, the last of four keys
+    chosen = reference.select_blocks(query, key, 8, topk, sinks=sinks, causal=False)
+    assert chosen.sum(-1).eq(topk).all()
+    own = torch.arange(44) // 8
+    assert chosen.gather(-1, own[:, None].expand(2, 4, 44, 1)).all()
+    assert chosen[..., :sinks].all()
+    if topk > 1 + sinks:
+        assert (chosen & (torch.arange(6) > own[:, None])).any()
+
+
 def test_topk_one_is_block_diagonal_attention() -> None:
     query, key, value = (tensor.double() for tensor in Case(topk=1).inputs())
     out, _ = reference.moba_attention(query, key, value, 8, 1)
@@ -198,6 +301,27 @@ def test_padding_never_changes_a_real_tokens_output(padding: str) -> None:
         torch.testing.assert_close(lse[row : row + 1, :, real], expected[1], **FLOAT32)
 
 
+@pytest.mark.parametrize("padding", ["none", "left", "holes"])
+@pytest.mark.parametrize("packing", PACKINGS[1:])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_packed_sequence_is_what_it_is_alone(causal: bool, packing: str, padding: str) -> None:
+    case = Case(length=60, queries=60, topk=3, sinks=1, bias="all", scale=0.25)
+    case = case.but(packing=packing, padding=padding, causal=causal)
+    query, key, value = case.inputs()
+    named = case.named()
+    out, lse = reference.moba_attention(query, key, value, 8, 3, **named)
+    mask = torch.ones(2, 60, dtype=torch.bool) if padding == "none" else named["key_mask"]
+    for row, ids in enumerate(named["segments"]):
+        for one in ids.unique():
+            where = ids.eq(one) & mask[row]
+            alone = [tensor[row : row + 1, :, where] for tensor in (query, key, value)]
+            same = {name: named[name] for name in ("sinks", "scale", "causal")}
+            bias = named["key_bias"][row : row + 1, :, where]
+            expected = reference.moba_attention(*alone, 8, 3, key_bias=bias, **same)
+            torch.testing.assert_close(out[row : row + 1, :, where], expected[0], **FLOAT32)
+            torch.testing.assert_close(lse[row : row + 1, :, where], expected[1], **FLOAT32)
+
+
 @pytest.mark.parametrize("queries", [1, 8, 11, 39])
 def test_fewer_queries_than_keys_give_the_last_rows(queries: int) -> None:
     query, key, value = Case().inputs()
@@ -224,6 +348,11 @@ GRADIENTS = [
     ("fewer queries", Case(queries=3)),
     ("left padding", Case(padding="left")),
     ("holes", Case(padding="holes", scale=0.3)),
+    ("bidirectional", Case(causal=False, padding="holes")),
+    ("softcap", Case(softcap=0.5)),
+    ("bias", Case(bias="all", scale=0.3)),
+    ("bias of all heads, packed", Case(bias="by row", packing="interleaved", scale=0.3)),
+    ("everything", Case(softcap=1.0, bias="by head", packing="runs", causal=False, scale=0.3)),
 ]
 
 
@@ -234,14 +363,14 @@ def test_gradients_of_the_reference_are_derivatives(case: Case) -> None:
     case = case.but(batch=1, length=10, queries=min(case.queries, 10), block=2, dim=2, value_dim=3)
     # Off the grid: a finite difference of 1e-6 must not step over a tie of the gate.
     shapes = [tensor.shape for tensor in case.inputs()]
+    named = case.named()
+    if named["key_bias"] is not None:
+        shapes.append(named["key_bias"].shape)
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    seen = torch.ones(case.queries, dtype=torch.bool)
-    mask = case.key_mask()
-    if mask is not None:
-        seen = mask[0].cumsum(0)[-case.queries :] > 0
 
     def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = reference.moba_attention(*inputs, case.block, case.topk, **case.named())
-        return out, lse[:, :, seen]  # -inf has no derivative
+        bias = {"key_bias": inputs[3]} if len(inputs) > 3 else {}
+        out, lse = reference.moba_attention(*inputs[:3], case.block, case.topk, **named | bias)
+        return out, lse[lse.isfinite()]  # -inf has no derivative
 
     assert torch.autograd.gradcheck(function, leaves)

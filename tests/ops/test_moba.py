@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from moonfx import fallback, moba_attention
 from moonfx.kernels import cpu, reference, tiled
-from moonfx.ops import flops, moba
-from tests.moba_cases import Case, cases
+from moonfx.kernels.policy import Policy
+from moonfx.ops import moba
+from tests.moba_cases import FEATURES, PACKINGS, Case, feature_cases
 
 OPERATOR = torch.ops.moonfx.moba_attention
 BACKWARD = torch.ops.moonfx.moba_attention_backward
@@ -55,9 +55,14 @@ def leaves_of(case: Case) -> list[Tensor]:
 
 def assert_like_reference(case: Case) -> None:
     mine, theirs = leaves_of(case), leaves_of(case)
-    out, lse = moba_attention(*mine, case.block, case.topk, **case.named(), return_lse=True)
+    named, bias = case.named(), case.key_bias()
+    calls = []
+    for leaves in (mine, theirs):
+        leaves += [] if bias is None else [bias.clone().requires_grad_()]
+        calls.append(named | ({} if bias is None else {"key_bias": leaves[3]}))
+    out, lse = moba_attention(*mine[:3], case.block, case.topk, **calls[0], return_lse=True)
     expected, expected_lse = reference.moba_attention(
-        *theirs, case.block, case.topk, **case.named()
+        *theirs[:3], case.block, case.topk, **calls[1]
     )
     tolerance = TOLERANCE[case.dtype]
     assert out.dtype == case.dtype
@@ -68,14 +73,21 @@ def assert_like_reference(case: Case) -> None:
     grad_lse = torch.randint(-8, 9, lse.shape) / 8
     grads = torch.autograd.grad((out, lse), mine, (grad_out, grad_lse))
     wanted = torch.autograd.grad((expected, expected_lse), theirs, (grad_out, grad_lse))
-    for name, grad, want in zip("qkv", grads, wanted, strict=True):
+    for name, grad, want in zip("qkvb"[: len(mine)], grads, wanted, strict=True):
+        assert grad.shape == want.shape
         torch.testing.assert_close(grad, want, **tolerance, msg=lambda m, n=name: f"d{n}: {m}")
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("case", [case for _, case in FEATURES], ids=[name for name, _ in FEATURES])
+def test_each_feature_and_its_gradients_equal_the_reference(case: Case) -> None:
+    assert_like_reference(case)
 
 
 @pytest.mark.usefixtures("kernel")
 def test_the_operator_and_its_gradients_equal_the_reference() -> None:
     @settings(max_examples=60)
-    @given(cases())
+    @given(feature_cases())
     def check(case: Case) -> None:
         torch.manual_seed(case.seed)
         assert_like_reference(case)
@@ -121,6 +133,108 @@ def test_padding_never_changes_a_real_token(padding: str) -> None:
                 grad[row : row + 1, :, real], want, **TOLERANCE[torch.float32]
             )
             assert grad[row, :, ~real].eq(0).all()
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("packing", PACKINGS[1:])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_packed_sequence_is_what_it_is_alone(packing: str, causal: bool) -> None:
+    case = Case(length=60, queries=60, topk=3, sinks=1, packing=packing, causal=causal)
+    leaves, segments = leaves_of(case), case.segments()
+    assert segments is not None
+    out = moba_attention(*leaves, 8, 3, sinks=1, causal=causal, segments=segments)
+    grad_out = torch.randn_like(out)
+    grads = torch.autograd.grad(out, leaves, grad_out)
+    for row, ids in enumerate(segments):
+        for one in ids.unique():
+            here = ids.eq(one)
+            alone = [leaf[row : row + 1, :, here].detach().requires_grad_() for leaf in leaves]
+            expected = moba_attention(*alone, 8, 3, sinks=1, causal=causal)
+            torch.testing.assert_close(
+                out[row : row + 1, :, here], expected, **TOLERANCE[torch.float32]
+            )
+            wanted = torch.autograd.grad(expected, alone, grad_out[row : row + 1, :, here])
+            for grad, want in zip(grads, wanted, strict=True):
+                torch.testing.assert_close(
+                    grad[row : row + 1, :, here], want, **TOLERANCE[torch.float32]
+                )
+
+
+def extra_column(leaves: list[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Dense causal attention with one more logit per head, whose value is 0: out and lse."""
+    query, key, value, sink = leaves
+    score = query @ key.repeat_interleave(2, 1).mT * query.shape[3] ** -0.5
+    hidden = torch.ones(score.shape[2:], dtype=torch.bool).triu(1)
+    if mask is not None:
+        hidden = hidden | ~mask[:, None, None]
+    score = score.masked_fill(hidden, -torch.inf)
+    column = sink[:, None, None].expand(score.shape[0], -1, score.shape[2], 1)
+    score = torch.cat([score, column.to(score)], -1)
+    out = score.softmax(-1)[..., :-1] @ value.repeat_interleave(2, 1)
+    return out, score.logsumexp(-1)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("padding", ["none", "left", "one row empty"])
+def test_sink_logits_are_one_more_column_of_the_softmax(padding: str) -> None:
+    case = Case(padding=padding)
+    mask = case.key_mask()
+    inputs = [tensor.nan_to_num() for tensor in case.inputs()]
+    inputs.append(torch.tensor([-2.0, 0.0, 1.5, 30.0]))
+    mine, theirs = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
+    got = moba_attention(*mine[:3], 8, 5, key_mask=mask, sink_logits=mine[3], return_lse=True)
+    expected = extra_column(theirs, mask)
+    upstream = [torch.randn_like(x) for x in got]
+    grads = torch.autograd.grad(got, mine, upstream)
+    wanted = torch.autograd.grad(expected, theirs, upstream)
+    for left, right in zip((*got, *grads), (*expected, *wanted), strict=True):
+        assert left.isfinite().all()
+        torch.testing.assert_close(left, right, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.usefixtures("kernel")
+def test_sink_logits_take_part_of_what_a_query_would_attend() -> None:
+    case = Case(topk=3, dtype=torch.bfloat16)
+    leaves = leaves_of(case)
+    sink = torch.randn(4, dtype=torch.bfloat16, requires_grad=True)
+    plain, lse = moba_attention(*leaves, 8, 3, return_lse=True)
+    out, more = moba_attention(*leaves, 8, 3, sink_logits=sink, return_lse=True)
+    assert out.dtype == torch.bfloat16
+    assert more.dtype == torch.float32
+    kept = (lse - more).exp()[..., None]
+    torch.testing.assert_close(out, (plain * kept).bfloat16(), **TOLERANCE[torch.bfloat16])
+    out.float().sum().backward()
+    assert sink.grad is not None
+    assert sink.grad.dtype == torch.bfloat16
+
+
+NOTHING_SEEN = [
+    ("plain", {}),
+    ("bidirectional", {"causal": False}),
+    ("softcap", {"softcap": 1.0}),
+    ("bias", {"key_bias": torch.randn(2, 4, 40)}),
+    ("packed", {"segments": torch.arange(40).remainder(3).expand(2, 40)}),
+    ("sink logits", {"sink_logits": torch.randn(4)}),
+    ("all", {"causal": False, "softcap": 1.0, "key_bias": torch.randn(1, 1, 40),
+             "segments": torch.arange(40).expand(2, 40), "sink_logits": torch.randn(4)}),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(
+    "named", [row[1] for row in NOTHING_SEEN], ids=[r[0] for r in NOTHING_SEEN]
+)
+def test_a_row_without_a_real_key_gives_zero_and_finite_gradients(named: dict[str, Any]) -> None:
+    case = Case(padding="one row empty", topk=3)
+    leaves = leaves_of(case)
+    named = {name: x.clone() if isinstance(x, Tensor) else x for name, x in named.items()}
+    more = [named[name].requires_grad_() for name in ("key_bias", "sink_logits") if name in named]
+    out, lse = moba_attention(*leaves, 8, 3, key_mask=case.key_mask(), **named, return_lse=True)
+    assert out[0].eq(0).all()
+    assert out.isfinite().all()
+    loss = out.square().sum() + lse[lse.isfinite()].sum()
+    for grad in torch.autograd.grad(loss, leaves + more):
+        assert grad.isfinite().all()
 
 
 @pytest.mark.usefixtures("kernel")
@@ -176,22 +290,63 @@ CHECKED = [
     ("expanded, float16", Case(layout="expanded", dtype=torch.float16)),
     ("strided, bfloat16", Case(layout="strided", dtype=torch.bfloat16)),
     ("one head, dense", Case(batch=1, kv_heads=1, group=1, length=8, queries=8)),
-]
+    ("bidirectional, holes", Case(topk=3, causal=False, padding="holes")),
+    ("softcap", Case(topk=3, softcap=1.0)),
+    ("bias", Case(topk=3, bias="all", scale=0.25)),
+    ("bias of all rows, fewer queries", Case(bias="by head", scale=0.25, queries=9)),
+    ("bias of all rows and heads, bfloat16", Case(bias="by key", scale=1.0, dtype=torch.bfloat16)),
+    ("packed", Case(topk=3, packing="runs")),
+    ("everything", Case(topk=3, causal=False, softcap=2.0, bias="by row", scale=0.25,
+                        packing="interleaved", padding="left", value_dim=4)),
+]  # fmt: skip
 
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("case", [case for _, case in CHECKED], ids=[name for name, _ in CHECKED])
 def test_opcheck_passes_on_both_operators(case: Case) -> None:
     # opcheck compares runs by value, and NaN is unlike itself: none under the padding here.
-    inputs = [tensor.nan_to_num() for tensor in case.inputs()]
-    leaves = [tensor.requires_grad_() for tensor in inputs]
-    torch.library.opcheck(OPERATOR, (*leaves, *case.policy()))
-    plain = [tensor.detach() for tensor in leaves]
-    out, lse = OPERATOR(*plain, *case.policy())
+    plain = [tensor.nan_to_num() for tensor in case.inputs()]
+    leaves = [tensor.clone().requires_grad_() for tensor in plain]
+    policy = Policy(*case.policy())
+    if policy.key_bias is not None:
+        policy = policy._replace(key_bias=policy.key_bias.nan_to_num())
+    with_leaf = policy
+    if policy.key_bias is not None:
+        with_leaf = policy._replace(key_bias=policy.key_bias.clone().requires_grad_())
+    torch.library.opcheck(OPERATOR, (*leaves, *with_leaf))
+    out, lse = OPERATOR(*plain, *policy)
     lse = lse.nan_to_num(neginf=0.0)
     expanded = torch.ones((), dtype=out.dtype).expand(out.shape)
     for grads in ((torch.ones_like(out), lse), (expanded, None)):
-        torch.library.opcheck(BACKWARD, (*grads, *plain, out, lse, *case.policy()))
+        torch.library.opcheck(BACKWARD, (*grads, *plain, out, lse, *policy))
+
+
+def test_a_graph_written_for_the_first_eight_arguments_still_runs() -> None:
+    case = Case(topk=3, padding="left")
+    old = OPERATOR(*case.inputs(), 8, 3, 1, None, case.key_mask())
+    new = moba_attention(*case.inputs(), 8, 3, sinks=1, key_mask=case.key_mask(), return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+
+
+def test_without_a_bias_the_backward_gives_an_empty_one() -> None:
+    inputs = Case().inputs()
+    out, lse = OPERATOR(*inputs, 8, 2)
+    bias = BACKWARD(out, None, *inputs, out, lse, 8, 2)[3]
+    assert (bias.shape, bias.dtype) == ((0,), torch.float32)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_only_the_bias_may_require_a_gradient() -> None:
+    case = Case(topk=3, bias="by head", scale=0.25)
+    bias = case.key_bias()
+    assert bias is not None
+    bias.requires_grad_()
+    leaves = leaves_of(case)
+    named = case.named() | {"key_bias": bias}
+    (alone,) = torch.autograd.grad(moba_attention(*case.inputs(), 8, 3, **named).sum(), bias)
+    *_, both = torch.autograd.grad(moba_attention(*leaves, 8, 3, **named).sum(), [*leaves, bias])
+    assert alone.shape == bias.shape
+    assert torch.equal(alone, both)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -266,6 +421,37 @@ def test_it_compiles_in_one_graph_with_the_same_gradients(backend: str, dynamic:
             torch.testing.assert_close(grad, want, **TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_every_feature_compiles_in_one_graph_with_the_same_gradients(dynamic: bool) -> None:
+    def function(*leaves: Tensor, segments: Tensor) -> Tensor:
+        out, lse = moba_attention(
+            *leaves[:3],
+            8,
+            3,
+            scale=0.25,
+            causal=False,
+            softcap=2.0,
+            key_bias=leaves[3],
+            segments=segments,
+            sink_logits=leaves[4],
+            return_lse=True,
+        )
+        return out.square().sum() + lse.sum()
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for length in (40, 57):
+        case = Case(length=length, queries=length, bias="by head", packing="runs")
+        leaves = [*leaves_of(case), case.key_bias().requires_grad_()]  # type: ignore[union-attr]
+        leaves.append(torch.randn(4, requires_grad=True))
+        expected = function(*leaves, segments=case.segments())
+        got = compiled(*leaves, segments=case.segments())
+        torch.testing.assert_close(got, expected, **TOLERANCE[torch.float32])
+        for grad, want in zip(
+            torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True
+        ):
+            torch.testing.assert_close(grad, want, **TOLERANCE[torch.float32])
+
+
 def test_five_lengths_take_two_graphs() -> None:
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
@@ -317,6 +503,23 @@ def test_autocast_casts_as_it_does_for_dense_attention(dtype: torch.dtype, compi
         assert moba_attention(query, key, value, 8, 2).dtype == torch.float32
 
 
+def test_autocast_leaves_the_bias_in_float32_and_its_gradient_too() -> None:
+    case = Case(topk=3, bias="by head", scale=0.25, causal=False, softcap=2.0, packing="runs")
+    leaves, named = leaves_of(case), case.named()
+    bias = named["key_bias"] = named["key_bias"].requires_grad_()
+    sink = torch.randn(4, requires_grad=True)
+    halves = [leaf.bfloat16() for leaf in leaves]
+    expected = moba_attention(*halves, 8, 3, **named, sink_logits=sink)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = moba_attention(*leaves, 8, 3, **named, sink_logits=sink)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    wanted = torch.autograd.grad(expected.sum(), [bias, sink])
+    for grad, want in zip(torch.autograd.grad(out.sum(), [bias, sink]), wanted, strict=True):
+        assert grad.dtype == torch.float32
+        assert torch.equal(grad, want)
+
+
 @pytest.mark.usefixtures("kernel")
 def test_autocast_does_not_reach_into_a_kernel() -> None:
     inputs = [torch.randn(1, heads, 300, 16).bfloat16() for heads in (4, 2, 2)]
@@ -363,203 +566,3 @@ def test_a_missing_compiler_warns_once_and_says_how_to_get_the_speed() -> None:
     assert len(lines) == 1, run.stdout
     assert lines[0].startswith("RuntimeWarning moonfx: ")
     assert "no C++ compiler found: install g++" in lines[0]
-
-
-def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
-
-
-def mask(*shape: int, dtype: torch.dtype = torch.bool) -> Tensor:
-    return torch.ones(shape, dtype=dtype)
-
-
-BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
-    ("block 0", {"block": 0}, ValueError, "block must be at least 1 token, got 0"),
-    ("block a float", {"block": 8.0}, TypeError, "block must be an int, got 8.0 (float)"),
-    ("block a bool", {"block": True}, TypeError, "block must be an int, got True (bool)"),
-    ("topk 0", {"topk": 0}, ValueError, "topk must be at least 1 block (the query's own), got 0"),
-    ("topk a string", {"topk": "3"}, TypeError, "topk must be an int, got '3' (str)"),
-    ("sinks -1", {"sinks": -1}, ValueError, "got sinks=-1 with topk=2"),
-    ("sinks topk", {"sinks": 2}, ValueError, "got sinks=2 with topk=2 (topk=2 takes 0 to 1)"),
-    ("sinks, topk 1", {"topk": 1, "sinks": 1}, ValueError, "topk=1 needs sinks=0"),
-    ("sinks a bool", {"sinks": False}, TypeError, "sinks must be an int, got False (bool)"),
-    ("scale a string", {"scale": "1"}, TypeError, "scale must be a number or None, got '1' (str)"),
-    ("scale a bool", {"scale": True}, TypeError, "scale must be a number or None, got True (bool)"),
-    ("scale nan", {"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
-    ("no tensor", {"key": [1.0]}, TypeError, "key must be a tensor, got list"),
-    (
-        "float64",
-        {"query": zeros(2, 4, 10, 8, dtype=torch.float64)},
-        TypeError,
-        "query must be float32, bfloat16 or float16, got float64",
-    ),
-    (
-        "integers",
-        {"value": zeros(2, 2, 16, 8, dtype=torch.int32)},
-        TypeError,
-        "value must be float32, bfloat16 or float16, got int32",
-    ),
-    (
-        "mixed dtypes",
-        {"key": zeros(2, 2, 16, 8, dtype=torch.bfloat16)},
-        TypeError,
-        "key must have query's dtype, float32, got bfloat16",
-    ),
-    (
-        "3-D",
-        {"query": zeros(4, 10, 8)},
-        ValueError,
-        "query must have 4 dimensions [batch, heads, tokens, head_dim], got 3: [4, 10, 8]",
-    ),
-    (
-        "another batch size",
-        {"value": zeros(3, 2, 16, 8)},
-        ValueError,
-        "value must have query's batch size, 2, got 3",
-    ),
-    (
-        "heads not a multiple",
-        {"query": zeros(2, 5, 10, 8)},
-        ValueError,
-        "query's head count must be a multiple of key's, got 5 query heads and 2 key heads",
-    ),
-    (
-        "no key head",
-        {"key": zeros(2, 0, 16, 8), "value": zeros(2, 0, 16, 8)},
-        ValueError,
-        "query's head count must be a multiple of key's, got 4 query heads and 0 key heads",
-    ),
-    (
-        "another value head count",
-        {"value": zeros(2, 4, 16, 8)},
-        ValueError,
-        "value must have as many heads as key, 2, got 4",
-    ),
-    (
-        "another head_dim",
-        {"key": zeros(2, 2, 16, 6)},
-        ValueError,
-        "key must have query's head_dim, 8, got 6",
-    ),
-    (
-        "another value length",
-        {"value": zeros(2, 2, 15, 8)},
-        ValueError,
-        "value must have as many tokens as key, 16, got 15",
-    ),
-    (
-        "more queries than keys",
-        {"query": zeros(2, 4, 17, 8)},
-        ValueError,
-        "query must have no more tokens than key, 16 (attention is causal",
-    ),
-    ("mask a list", {"key_mask": [True]}, TypeError, "key_mask must be a tensor or None, got list"),
-    (
-        "mask of integers",
-        {"key_mask": mask(2, 16, dtype=torch.int64)},
-        TypeError,
-        "key_mask must be bool, True for a real token, got int64",
-    ),
-    (
-        "mask of queries",
-        {"key_mask": mask(2, 10)},
-        ValueError,
-        "key_mask must be [batch, key tokens], [2, 16], got [2, 10]",
-    ),
-    (
-        "mask 4-D",
-        {"key_mask": mask(2, 1, 1, 16)},
-        ValueError,
-        "key_mask must be [batch, key tokens], [2, 16], got [2, 1, 1, 16]",
-    ),
-    (
-        "key on another device",
-        {"key": zeros(2, 2, 16, 8).to("meta")},
-        ValueError,
-        "key must be on query's device, cpu, got meta",
-    ),
-    (
-        "mask on another device",
-        {"key_mask": mask(2, 16).to("meta")},
-        ValueError,
-        "key_mask must be on query's device, cpu, got meta",
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD]
-)
-def test_bad_input_is_named_before_any_work(
-    changes: dict[str, Any],
-    error: type[Exception],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def work(device: torch.device) -> None:
-        raise AssertionError("a kernel was asked for")
-
-    monkeypatch.setattr(moba, "kernel_for", work)
-    arguments: dict[str, Any] = {
-        "query": zeros(2, 4, 10, 8),
-        "key": zeros(2, 2, 16, 8),
-        "value": zeros(2, 2, 16, 8),
-        "block": 4,
-        "topk": 2,
-    }
-    with pytest.raises(error) as raised:
-        moba_attention(**(arguments | changes))
-    assert message in str(raised.value)
-
-
-def test_the_operator_itself_refuses_shapes_that_do_not_fit() -> None:
-    query, key = zeros(2, 4, 10, 8), zeros(2, 2, 16, 8)
-    with pytest.raises(ValueError, match="value must have as many tokens as key"):
-        OPERATOR(query, key, key[:, :, :9], 4, 2)
-    with pytest.raises(ValueError, match="topk=1 needs sinks=0"):
-        OPERATOR(query, key, key, 4, 1, 1)
-
-
-SIZES = [
-    (1, 1, 8, 2),
-    (5, 5, 8, 2),
-    (40, 40, 8, 2),
-    (40, 40, 8, 1),
-    (37, 37, 8, 3),
-    (9, 61, 8, 2),
-    (1, 64, 8, 3),
-    (1, 65, 8, 3),
-    (50, 50, 7, 3),
-    (12, 30, 1, 4),
-    (40, 40, 8, 9),
-]
-
-
-@pytest.mark.parametrize(("queries", "length", "block", "topk"), SIZES)
-def test_flops_are_those_of_the_keys_attended(
-    queries: int, length: int, block: int, topk: int
-) -> None:
-    case = Case(
-        queries=queries, length=length, block=block, topk=topk, dim=8, value_dim=4, scale=1.0
-    )
-    leaves = leaves_of(case)
-    chosen = reference.select_blocks(*leaves[:2], block, topk)
-    keys = chosen.repeat_interleave(block, -1)[..., :length]
-    keys &= torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
-    attended = int(keys.sum())
-    heads = case.batch * case.kv_heads * case.group
-    assert flops.attended_keys(queries, length, block, topk) * heads == attended
-
-    with FlopCounterMode(display=False) as forward:
-        out = moba_attention(*leaves, block, topk)
-    assert forward.get_total_flops() == attended * 2 * (8 + 4)
-    with FlopCounterMode(display=False) as backward:
-        out.sum().backward()
-    assert backward.get_total_flops() == attended * (6 * 8 + 4 * 4)
-
-
-def test_backward_flops_are_two_and_a_half_times_the_forward() -> None:
-    shape = torch.Size((2, 4, 40, 8))
-    forward = flops.forward_flops(shape, shape, shape, 8, 2, out_val=None)
-    backward = flops.backward_flops(*[shape] * 7, 8, 2, out_val=None)
-    assert backward * 2 == forward * 5
