@@ -7,6 +7,7 @@ _root = Path(__file__).resolve().parents[1]
 if (_root / "passes" / "sparsify_attention.py").is_file():
     __path__.append(str(_root))
 
+from moonfx.onnx import export_onnx, onnx_table  # noqa: E402
 from moonfx.ops.moba import moba_attention  # noqa: E402
 from moonfx.policy import LayerPolicy  # noqa: E402
 from moonfx.report import Report  # noqa: E402
@@ -18,8 +19,10 @@ __all__ = [
     "LayerPolicy",
     "Report",
     "explain",
+    "export_onnx",
     "full_attention",
     "moba_attention",
+    "onnx_table",
     "report",
     "restore",
     "sparsify",

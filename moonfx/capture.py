@@ -726,9 +726,11 @@ def stay_out_of_outer_graphs(model: torch.nn.Module, args: Any) -> None:
         )
 
 
-def compile_call(call: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile of a call, by a backend."""
-    return _as_ours(torch.compile(call, **_compile_options(backend)))
+def compile_call(
+    call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None = None
+) -> Callable[..., Any]:
+    """torch.compile of a call, by a backend; `dynamic` as torch.compile takes it."""
+    return _as_ours(torch.compile(call, dynamic=dynamic, **_compile_options(backend)))
 
 
 def compile_in_place(model: torch.nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,8 +1,9 @@
 """The user's verbs: sparsify, report, explain, full_attention, restore."""
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -177,6 +178,29 @@ def restore(model: Module) -> Module:
         state.hook.remove()
     del model.__dict__[_STATE]
     return model
+
+
+def policies_of(model: torch.nn.Module, verb: str) -> Policies:
+    """The policies that a model is under.
+
+    Raises:
+        TypeError, ValueError: naming `verb`, if it is not under `sparsify`.
+    """
+    policies = _require(model, verb).backend.policies
+    assert policies is not None
+    return policies
+
+
+@contextlib.contextmanager
+def traced_plain(model: torch.nn.Module) -> Iterator[None]:
+    """The model as if it were not under `sparsify`, for a trace that runs passes of its own."""
+    state, call = model.__dict__.pop(_STATE), compiled_call(model)
+    set_compiled_call(model, None)
+    try:
+        yield
+    finally:
+        set_compiled_call(model, call)
+        model.__dict__[_STATE] = state
 
 
 class full_attention:  # noqa: N801 (a verb to its callers)
