@@ -27,8 +27,8 @@ int64_t moonfx_forward(const Arguments* a, int64_t bfloat16) {
 int64_t moonfx_backward(const Arguments* a, int64_t bfloat16) {
     Plan plan(*a);
 #ifdef MOONFX_BF16
-    if (bfloat16) return Backward<BFloat16>{plan, *a}.run();
+    if (bfloat16) return Backward<BFloat16>(plan).run();
 #endif
-    return Backward<Float32>{plan, *a}.run();
+    return Backward<Float32>(plan).run();
 }
 }

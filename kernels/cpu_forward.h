@@ -5,68 +5,30 @@
 // all the rows of the unit pass over it.
 #pragma once
 #include "cpu_route.h"
+#include "cpu_scores.h"
 
-constexpr int64_t KEYS = 512;        // keys of a tile: with 128 channels, K^T and V take 512 KiB
-constexpr int64_t LINE = KEYS + VL;  // leading dimension of a tile of scores
-
-// Zero (or -inf) outside columns lo..hi.
-static inline vf keep(vf x, int64_t column, int64_t lo, int64_t hi, float other) {
-    vi c = iota() + (int32_t)column;
-    return (c >= (int32_t)lo) & (c < (int32_t)hi) ? x : splat(other);
-}
-
-static inline void round_to(vf p, float* out) { store(out, p); }
-#ifdef MOONFX_BF16
-static inline void round_to(vf p, bf16* out) {
-    _mm256_storeu_si256((__m256i*)out, (__m256i)_mm512_cvtneps_pbh((__m512)p));
-}
-#endif
-
-// Scores (base 2, scaled) of at most MR rows become probabilities against each row's running
-// maximum *m; old sums are to be multiplied by factor. Row by row in three passes, so that rows
-// overlap in each.
-template <class T>
-static inline void softmax(int rows, float* const* s, T* const* p, int64_t lo, const int64_t* hi,
-                           int64_t columns, float* const* m, float* const* l, float* factor) {
-    constexpr int padded = (MR + VL - 1) / VL * VL;
-    float base[MR], step[padded] = {};
-    for (int i = 0; i < rows; ++i) {
-        float* x = s[i];
-        if (lo > 0 || hi[i] < columns)
-            for (int64_t c = 0; c < columns; c += VL)
-                store(x + c, keep(load(x + c), c, lo, hi[i], -INFINITY));
-        vf top = splat(-INFINITY), top2 = top;
-        int64_t c = 0;
-        for (; c + 2 * VL <= columns; c += 2 * VL) {
-            top = larger(load(x + c), top);
-            top2 = larger(load(x + c + VL), top2);
+// Computes the block means, packs the biases, and with `pack` whatever else it packs: one panel of
+// a list for one kv head.
+template <class T, class F>
+static void prepare(const Plan& plan, Bias& bias, Means& means, bool packs, const F& pack) {
+    const Arguments& a = plan.a;
+    std::vector<Piece> panels, blocks;
+    if (packs || bias.heads)
+        panels = plan.pieces([](const List& x) { return ceil_div(x.real, NR); });
+    if (!plan.dense) blocks = plan.pieces([](const List& x) { return x.dense ? 0 : x.n; });
+    int64_t packed = panels.size(), pooled = blocks.size(), first = a.Hkv * packed;
+    parallel(a.threads, a.Hkv * (packed + pooled), [&](int64_t i, int64_t) {
+        if (i >= first) {
+            const Piece& piece = blocks[(i - first) % pooled];
+            means.template compute<T>(plan, plan.lists[piece.list], (i - first) / pooled,
+                                      piece.index);
+            return;
         }
-        if (c < columns) top = larger(load(x + c), top);
-        float now = std::max(maximum(larger(top, top2)), *m[i]);
-        base[i] = now == -INFINITY ? 0.0f : now;
-        step[i] = now == *m[i] ? 0.0f : *m[i] - now;
-        *m[i] = now;
-    }
-    for (int i = 0; i < padded; i += VL) store(step + i, exp2_(load(step + i)));
-    for (int i = 0; i < rows; ++i) {
-        const float* x = s[i];
-        vf total = vf{}, total2 = vf{};
-        int64_t c = 0;
-        for (; c + 2 * VL <= columns; c += 2 * VL) {
-            vf y = exp2_(load(x + c) - base[i]), z = exp2_(load(x + c + VL) - base[i]);
-            round_to(y, p[i] + c);
-            round_to(z, p[i] + c + VL);
-            total += y;
-            total2 += z;
-        }
-        if (c < columns) {
-            vf y = exp2_(load(x + c) - base[i]);
-            round_to(y, p[i] + c);
-            total += y;
-        }
-        factor[i] = step[i];
-        *l[i] = *l[i] * step[i] + sum(total + total2);
-    }
+        const Piece& piece = panels[i % packed];
+        const List& x = plan.lists[piece.list];
+        pack(x, i / packed, piece.index);
+        bias.pack(plan, x, i / packed, piece.index);
+    });
 }
 
 template <class E>
@@ -75,7 +37,9 @@ struct Forward {
     typedef typename E::element element;
     const Plan& plan;
     const Arguments& a;
+    const Modifiers modifiers{a};
     Means means{};
+    Bias bias{};
     Packed<E> key{}, value{};
 
     struct Thread {
@@ -98,7 +62,8 @@ struct Forward {
     // first..last.
     void group(Thread& t, const int32_t* id, int m, int64_t tile, int64_t first, int64_t last) {
         const Routes& routes = t.routes;
-        int64_t bh = routes.bh, w = words<E>(a.D);
+        const List& x = *routes.list;
+        int64_t h = routes.h, w = words<E>(a.D);
         int64_t lo = std::max<int64_t>(first - tile, 0), hi[MR];
         Rows<word> rows;
         float *c[MR], *top[MR], *total[MR], factor[MR];
@@ -114,10 +79,14 @@ struct Forward {
             c[i] = t.scores + i * LINE;
         }
         int64_t most = hi[m - 1], columns = round_up(most, VL);
-        float scale = (float)a.scale * LOG2E;
         for (int64_t j = 0; j < columns; j += NR)
             multiply<E, Rows<word>, SET>(m, (int)std::min<int64_t>(NV, (columns - j) / VL), rows,
-                                         key.panel(bh, (tile + j) / NR), NR, w, c, j, scale);
+                                         key.panel(x, h, tile + j), x.width(tile + j), w, c, j,
+                                         modifiers.alpha);
+        if (modifiers.cap > 0 || bias.heads)
+            for (int i = 0; i < m; ++i)
+                modifiers.apply(c[i], bias.of(x, routes.head(plan, id[i]), tile),
+                                routes.shift_of(id[i]), columns);
         softmax(m, c, p, lo, hi, columns, top, total, factor);
         int64_t from = lo / E::per_word;
         for (int i = 0; i < m; ++i) {
@@ -128,25 +97,24 @@ struct Forward {
             rows.row[i] = (const word*)p[i] + from;
             c[i] = out;
         }
-        const word* v = value.from(bh, tile) + from * value.padded;
+        const word* v = value.from(x, h, tile) + from * value.padded;
         for (int64_t d = 0; d < value.padded; d += NR)
             multiply<E, Rows<word>, ADD>(m, (int)std::min<int64_t>(NV, (value.padded - d) / VL),
                                          rows, v + d, value.padded, words<E>(most) - from, c, d);
     }
 
-    void unit(Thread& t, int64_t bh, int64_t from, int64_t to) {
+    void unit(Thread& t, const Unit& unit, int64_t kv_head) {
         Routes& routes = t.routes;
-        int64_t b = bh / a.Hkv;
-        routes.template run<element>(plan, means, bh, from, to);
+        const List& x = *unit.list;
+        routes.template run<element>(plan, means, x, kv_head, unit.from, unit.to);
         std::fill(t.m, t.m + routes.total, -INFINITY);
         std::fill(t.l, t.l + routes.total, 0.0f);
         std::memset(t.out, 0, routes.total * value.padded * sizeof(float));
         for (int64_t j = 0; j < routes.blocks; ++j) {
-            int64_t first = j * plan.block,
-                    last = std::min<int64_t>(first + plan.block, plan.real[b]);
+            int64_t first = j * x.block, last = std::min<int64_t>(first + x.block, x.real);
             for (int64_t tile = first / NR * NR; tile < last; tile += KEYS) {
                 int64_t size;
-                const int32_t* id = routes.of(plan, j, std::max(first, tile), &size);
+                const int32_t* id = routes.of(j, std::max(first, tile), &size);
                 if (!size) break;
                 for (int64_t g = 0; g < size; g += MR) {
                     for (int64_t i = g + MR; i < std::min<int64_t>(size, g + 2 * MR); ++i) {
@@ -163,44 +131,49 @@ struct Forward {
             int64_t h = routes.head(plan, r), i = routes.token(plan, r);
             float inverse = seen ? 1.0f / t.l[r] : 0.0f;
             const float* o = t.out + r * value.padded;
-            element* out = row_of((element*)a.out, a.out_at, b, h, i);
+            element* out = row_of((element*)a.out, a.out_at, x.b, h, i);
             for (int64_t d = 0; d < a.Dv; ++d) from_float(o[d] * inverse, out + d);
-            a.lse[(b * a.Hq + h) * a.Nq + i] = seen ? t.m[r] * LN2 + std::log(t.l[r]) : -INFINITY;
+            a.lse[(x.b * a.Hq + h) * a.Nq + i] =
+                seen ? Modifiers::lse(t.m[r], t.l[r], routes.shift_of(r)) : -INFINITY;
         }
     }
 
     int64_t run() {
-        int64_t queries = queries_per_unit(plan, 4 * a.threads), chunks = ceil_div(a.Nq, queries);
+        int64_t share = ceil_div(a.B * a.Nq * a.Hkv, 4 * a.threads), most;
+        auto queries = [&](const List& x) { return queries_per_unit(plan, x, share); };
+        std::vector<Unit> units = units_of(plan, queries, &most);
+        // The longest first. A query of a list meets at most the keys before it, and topk blocks.
+        auto work = [&](const Unit& u) {
+            int64_t keys = a.causal ? u.to : u.list->real;
+            return (u.to - u.from) * std::min(keys, u.list->topk * u.list->block);
+        };
+        std::stable_sort(units.begin(), units.end(),
+                         [&](const Unit& u, const Unit& v) { return work(u) > work(v); });
         Arena count{nullptr};
         auto shared = [&](Arena& arena) {
-            means.take(arena, plan);
+            bias.take(arena, plan);
+            means.take(arena, plan, bias);
             key.take(arena, plan, a.D, true, false);
             value.take(arena, plan, a.Dv, false, true);
         };
         shared(count);
         Thread t;
         int64_t common = count.used;
-        take(count, t, queries * plan.G);
+        take(count, t, most * plan.G);
         int64_t each = count.used - common, bytes = common + each * a.threads;
         Scratch scratch(bytes);
         if (!scratch.base) return FAILED;
         Arena arena{scratch.base};
         shared(arena);
         std::vector<Thread> threads(a.threads);
-        for (Thread& thread : threads) take(arena, thread, queries * plan.G);
+        for (Thread& thread : threads) take(arena, thread, most * plan.G);
 
-        int64_t packs = plan.BH * key.panels, pooled = plan.dense ? 0 : plan.BH * plan.n;
-        parallel(a.threads, packs + pooled, [&](int64_t i, int64_t) {
-            if (i >= packs)
-                return means.template compute<element>(plan, (i - packs) / plan.n,
-                                                       (i - packs) % plan.n);
-            key.pack(plan, a.key, a.key_at, i / key.panels, i % key.panels);
-            value.pack(plan, a.value, a.value_at, i / key.panels, i % key.panels);
+        prepare<element>(plan, bias, means, true, [&](const List& x, int64_t h, int64_t p) {
+            key.pack(plan, x, a.key, a.key_at, h, p);
+            value.pack(plan, x, a.value, a.value_at, h, p);
         });
-        parallel(a.threads, plan.BH * chunks, [&](int64_t i, int64_t thread) {
-            int64_t chunk = chunks - 1 - i / plan.BH;  // the longest first
-            unit(threads[thread], i % plan.BH, chunk * queries,
-                 std::min(a.Nq, (chunk + 1) * queries));
+        parallel(a.threads, a.Hkv * (int64_t)units.size(), [&](int64_t i, int64_t thread) {
+            unit(threads[thread], units[i / a.Hkv], i % a.Hkv);
         });
         return bytes;
     }

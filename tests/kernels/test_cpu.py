@@ -1,5 +1,6 @@
 """The C++ kernel against the reference; its routing, its determinism, its memory, its build."""
 
+import itertools
 import os
 import shlex
 import sys
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from moonfx.kernels import cpu, cpu_build, reference
-from tests.moba_cases import Case, cases
+from tests.moba_cases import FEATURES, Case, cases, feature_cases
 
 needs_kernel = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 
@@ -26,6 +27,8 @@ TOLERANCE = {
     torch.bfloat16: {"rtol": 2**-6, "atol": 2**-5},
     torch.float16: {"rtol": 2**-9, "atol": 2**-8},
 }
+# ALiBi's lse goes to 90: its own rounding, 4e-6, changes all of a query's weights in backward.
+ALIBI = {"rtol": 1e-5, "atol": 1e-4}
 DTYPES = list(TOLERANCE)
 
 TABLE = [
@@ -57,6 +60,26 @@ TABLE = [
 ]  # fmt: skip
 
 
+# Every pair of these is one problem; a later one's sizes win.
+PARTS: dict[str, dict[str, Any]] = {
+    "padding": {"padding": "holes", "length": 90, "queries": 90},
+    "softcap": {"softcap": 0.5},
+    "bias": {"bias": "all", "scale": 0.25},
+    "packing": {"packing": "runs", "length": 90, "queries": 90},
+    "value wider than key": {"dim": 8, "value_dim": 40},
+    "three query heads per kv head": {"group": 3, "kv_heads": 1},
+    "blocks wider than a key tile": {"batch": 1, "length": 1300, "queries": 1300, "block": 512},
+    "dense": {"topk": 200},
+    "bidirectional": {"causal": False},
+    "a few queries": {"queries": 3, "causal": True},
+}
+PAIRS = [
+    (f"{one}, {other}", Case(topk=3, sinks=1).but(**PARTS[one] | PARTS[other]))
+    for one, other in itertools.combinations(PARTS, 2)
+    if (one, other) != ("bidirectional", "a few queries")  # it needs a query for each key
+]
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Lets a test choose the number of threads."""
@@ -76,28 +99,52 @@ def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
 
 
 def assert_like_reference(case: Case, inputs: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
-    leaves = [x.detach().requires_grad_() for x in inputs or case.inputs()]
-    out, lse = reference.moba_attention(*leaves, case.block, case.topk, **case.named())
-    grad_out = (torch.randint(-8, 9, out.shape) / 8).to(out)
+    tensors = inputs or case.inputs()
+    uneven = case.padding != "none" or case.packing != "none" or case.length % case.block
+    if not case.causal and uneven:
+        # A candidate may then have any number of keys, and its mean be inexact: no ties, please.
+        generator = torch.Generator().manual_seed(case.seed)
+        drawn = (torch.rand(x.shape, generator=generator) for x in tensors)
+        tensors = tuple((x * y).to(x) for x, y in zip(tensors, drawn, strict=True))
+    leaves = [x.detach().double().requires_grad_() for x in tensors]
+    named = case.named()
+    if (bias := case.key_bias()) is not None:  # unbroadcast, as the kernel's gradient is
+        bias = bias.expand(*leaves[0].shape[:2], case.length).double().requires_grad_()
+        named["key_bias"] = bias
+    variables = leaves if bias is None else [*leaves, bias]
+    out, lse = reference.moba_attention(*leaves, case.block, case.topk, **named)
+    grad_out = torch.randint(-8, 9, out.shape) / 8
     grad_lse = torch.randint(-8, 9, lse.shape) / 8
-    expected = torch.autograd.grad((out, lse), leaves, (grad_out, grad_lse))
-    tensors = [x.detach() for x in leaves]
+    expected = torch.autograd.grad((out, lse), variables, (grad_out, grad_lse))
     got, got_lse = cpu.forward(*tensors, *case.policy())
-    grads = cpu.backward(grad_out, grad_lse, *tensors, got, got_lse, *case.policy())
+    *grads, grad_bias = cpu.backward(
+        grad_out.to(case.dtype), grad_lse, *tensors, got, got_lse, *case.policy()
+    )
+    assert (grad_bias is None) == (bias is None)
+    if grad_bias is not None:
+        grads.append(grad_bias)
+    names = ("out", "lse", "dq", "dk", "dv", "db")[: 2 + len(grads)]
+    tolerance = TOLERANCE | ({torch.float32: ALIBI} if case.bias == "alibi" else {})
     for name, mine, theirs in zip(
-        ("out", "lse", "dq", "dk", "dv"), (got, got_lse, *grads), (out, lse, *expected), strict=True
+        names, (got, got_lse, *grads), (out, lse, *expected), strict=True
     ):
-        assert mine.dtype == theirs.dtype, name
-        tolerance = TOLERANCE[torch.float32 if name == "lse" else case.dtype]
-        torch.testing.assert_close(mine, theirs, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        dtype = torch.float32 if name in ("lse", "db") else case.dtype
+        assert mine.dtype == dtype, name
+        torch.testing.assert_close(
+            *(mine.double(), theirs),
+            **tolerance[torch.float32 if name == "lse" else case.dtype],
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
 
 
-def chosen(query: Tensor, key: Tensor, block: int, topk: int, sinks: int) -> Tensor:
+def chosen(
+    query: Tensor, key: Tensor, block: int, topk: int, sinks: int, causal: bool = True
+) -> Tensor:
     """Which blocks the kernel attends, bool [B, Hq, Nq, n]: V names each key's block."""
     blocks = -(-key.shape[2] // block)
     value = torch.eye(blocks).repeat_interleave(block, 0)[: key.shape[2]]
     value = value.expand(*key.shape[:2], *value.shape)
-    return cpu.forward(query, key, value, block, topk, sinks, 0.0, None)[0].gt(0)
+    return cpu.forward(query, key, value, block, topk, sinks, 0.0, None, causal)[0].gt(0)
 
 
 @needs_kernel
@@ -105,6 +152,27 @@ def chosen(query: Tensor, key: Tensor, block: int, topk: int, sinks: int) -> Ten
 @pytest.mark.parametrize("case", [case for _, case in TABLE], ids=[name for name, _ in TABLE])
 def test_output_and_gradients_equal_the_reference(case: Case, dtype: torch.dtype) -> None:
     assert_like_reference(case.but(dtype=dtype))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for _, case in FEATURES], ids=[name for name, _ in FEATURES])
+def test_every_feature_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
+    assert_like_reference(case.but(dtype=dtype))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [case for _, case in PAIRS], ids=[name for name, _ in PAIRS])
+def test_every_pair_of_features_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
+    assert_like_reference(case.but(dtype=dtype))
+
+
+@needs_kernel
+@given(case=feature_cases())
+@settings(max_examples=200)
+def test_any_features_together_equal_the_reference(case: Case) -> None:
+    assert_like_reference(case)
 
 
 @needs_kernel
@@ -128,18 +196,29 @@ def test_results_lie_token_major() -> None:
     case = Case(queries=80, length=80, dim=8, value_dim=16)
     q, k, v = case.inputs()
     out, lse = cpu.forward(q, k, v, *case.policy())
-    grads = cpu.backward(torch.ones_like(out), None, q, k, v, out, lse, *case.policy())
+    *grads, _ = cpu.backward(torch.ones_like(out), None, q, k, v, out, lse, *case.policy())
     assert all(x.transpose(1, 2).is_contiguous() for x in (out, *grads))
     assert lse.is_contiguous()
 
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("padding", ["none", "holes"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"padding": "holes"},
+        {"causal": False, "softcap": 2.0},
+        {"bias": "all", "scale": 0.25},
+        {"packing": "runs", "bias": "by key", "scale": 0.25, "padding": "holes"},
+        {"packing": "one token each", "causal": False},
+    ],
+    ids=lambda changes: ", ".join(changes) or "plain",
+)
 def test_every_bit_repeats_whatever_the_number_of_threads(
-    dtype: torch.dtype, padding: str, threads: None
+    dtype: torch.dtype, changes: dict[str, Any], threads: None
 ) -> None:
-    case = Case(queries=800, length=800, dim=16, block=32, topk=4, padding=padding, dtype=dtype)
+    case = Case(queries=800, length=800, dim=16, block=32, topk=4, dtype=dtype).but(**changes)
     q, k, v = case.inputs()
     q, k, v = (
         x * torch.rand(()) for x in (q, k, v)
@@ -149,7 +228,8 @@ def test_every_bit_repeats_whatever_the_number_of_threads(
     for count in (1, 2, 2, 5):
         torch.set_num_threads(count)
         out, lse = cpu.forward(q, k, v, *case.policy())
-        runs.append([out, lse, *cpu.backward(grad, lse, q, k, v, out, lse, *case.policy())])
+        grads = cpu.backward(grad, lse, q, k, v, out, lse, *case.policy())
+        runs.append([x for x in (out, lse, *grads) if x is not None])
     for other in runs[1:]:
         for first, again in zip(runs[0], other, strict=True):
             assert torch.equal(first, again)
@@ -179,6 +259,142 @@ def test_ties_go_to_the_lower_block(queries: int) -> None:
 
 
 @needs_kernel
+def test_bidirectional_ties_go_to_the_lower_block_whatever_side_it_is_on() -> None:
+    query, key = torch.ones(1, 2, 100, 8), torch.ones(1, 1, 100, 8)
+    key[:, :, 72:80] = 2.0  # block 9 is better; the last block, of 4 keys, is as good as the others
+    got = chosen(query, key, 8, 5, 1, causal=False)
+    expected = [  # the sink, the best, the lowest others, and the own block
+        (4, [0, 1, 2, 3, 9]),
+        (12, [0, 1, 2, 3, 9]),
+        (40, [0, 1, 2, 5, 9]),
+        (76, [0, 1, 2, 3, 9]),
+        (99, [0, 1, 2, 9, 12]),
+    ]
+    for token, blocks in expected:
+        assert got[0, 0, token].nonzero().flatten().tolist() == blocks, token
+    assert torch.equal(got, reference.select_blocks(query, key, 8, 5, sinks=1, causal=False))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"padding": "holes"}, {"causal": False, "softcap": 2.0}, {"bias": "all", "scale": 0.3}],
+    ids=lambda changes: ", ".join(changes) or "plain",
+)
+def test_a_packed_sequence_gives_what_it_gives_alone_to_the_bit(
+    changes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Off the grid, so that any other order of a sum would show; lengths are dense and sparse."""
+    case = Case(batch=2, queries=900, length=900, dim=16, value_dim=24, block=32, topk=3, sinks=1)
+    case = case.but(dtype=dtype, **changes)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.multinomial(torch.tensor([0.05, 0.08, 0.3, 0.57]), 1800, True, generator=generator)
+    ids = ids.view(2, 900)  # interleaved
+    ids[1], _ = ids[1].sort()  # one after the other
+    q, k, v = (x * torch.rand((), dtype=dtype) for x in case.inputs())
+    grad, grad_lse = torch.randn(q.shape[:3] + v.shape[3:]).to(dtype), torch.randn(q.shape[:3])
+    mask, bias = case.key_mask(), case.key_bias()
+    fixed = (case.block, case.topk, case.sinks, case.scale)
+    policy = (*fixed, mask, case.causal, case.softcap, bias)
+    out, lse = cpu.forward(q, k, v, *policy, ids)
+    grads = cpu.backward(grad, grad_lse, q, k, v, out, lse, *policy, ids)
+    packed = [x for x in (out, lse, *grads) if x is not None]
+    for row, sequence in itertools.product(range(2), range(4)):
+        at = ids[row].eq(sequence).nonzero().flatten()
+        assert len(at) * case.group > 32, "a shorter one alone runs the path of a few queries"
+
+        def alone(x: Tensor, row: int = row, at: Tensor = at) -> Tensor:
+            return x[row : row + 1, :, at]
+
+        policy = (
+            *(*fixed, None if mask is None else mask[row : row + 1, at]),
+            *(case.causal, case.softcap, None if bias is None else alone(bias)),
+        )
+        tensors = [alone(x) for x in (q, k, v)]
+        out, lse = cpu.forward(*tensors, *policy)
+        grads = cpu.backward(alone(grad), alone(grad_lse), *tensors, out, lse, *policy)
+        single = [x for x in (out, lse, *grads) if x is not None]
+        for name, mine, theirs in zip(
+            ("out", "lse", "dq", "dk", "dv", "db"), packed, single, strict=False
+        ):
+            assert torch.equal(alone(mine), theirs), (name, row, sequence)
+
+
+@needs_kernel
+@pytest.mark.parametrize("queries", [1, 3, 200])
+def test_a_query_among_packed_sequences_selects_what_it_selects_alone(queries: int) -> None:
+    """One query at a time, of interleaved sequences, with scores that differ in the last bit."""
+    query = torch.randn(1, 4, 400, 33)
+    key = torch.randn(1, 2, 1, 33) + 1e-6 * torch.randn(1, 2, 400, 33)
+    value = torch.eye(400).expand(1, 2, 400, 400)  # names the keys that are attended
+    bias = 1e-6 * torch.randn(1, 4, 400)
+    ids = torch.arange(400)[None] % 3
+    rest = (8, 5, 1, 1e-3, None, True, 0.0, bias)
+    full = cpu.forward(query, key, value, *rest, ids)[0].gt(0)
+    part = cpu.forward(query[:, :, 400 - queries :], key, value, *rest, ids)[0].gt(0)
+    assert full[..., -1, :].sum(-1).gt(32).all()
+    assert torch.equal(part, full[:, :, 400 - queries :])
+    assert torch.equal(cpu.forward(query, key, value, *rest, ids.int())[0].gt(0), full)
+
+
+@needs_kernel
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_thousands_of_short_sequences_equal_the_reference_of_each(causal: bool) -> None:
+    lengths = torch.randint(1, 13, (1000,), generator=torch.Generator().manual_seed(0))
+    total = int(lengths.sum())
+    ids = torch.arange(1000).mul(-(2**40)).repeat_interleave(lengths)[None]
+    case = Case(batch=1, queries=total, length=total, causal=causal, block=2, topk=3, sinks=1)
+    q, k, v = case.inputs()
+    grad = torch.randint(-8, 9, q.shape) / 8
+    policy = (*case.policy()[:5], causal, 0.0, None, ids)
+    out, lse = cpu.forward(q, k, v, *policy)
+    grads = cpu.backward(grad, None, q, k, v, out, lse, *policy)[:3]
+    for length in range(1, 13):  # all sequences of a length are one batch for the reference
+        starts = (lengths.cumsum(0) - lengths)[lengths == length]
+        at = starts[:, None] + torch.arange(length)
+        leaves = [x[0, :, at].transpose(0, 1).clone().requires_grad_() for x in (q, k, v)]
+        expected, expected_lse = reference.moba_attention(*leaves, 2, 3, sinks=1, causal=causal)
+        given = grad[0, :, at].transpose(0, 1)
+        theirs = [expected, *torch.autograd.grad(expected, leaves, given)]
+        for mine, their in zip((out, *grads), theirs, strict=True):
+            mine = mine[0, :, at].transpose(0, 1)
+            torch.testing.assert_close(mine, their, **TOLERANCE[torch.float32])
+        torch.testing.assert_close(lse[0, :, at].transpose(0, 1), expected_lse)
+
+
+@needs_kernel
+def test_softcap_is_tanh_near_zero_and_where_it_saturates() -> None:
+    """With one key, lse is the score: c tanh(x / c), to three units in the last place."""
+    sizes = torch.logspace(-20, 6, 4001)
+    x = torch.cat([-sizes, sizes, torch.linspace(-0.62, -0.58, 999), torch.tensor([0.0])])
+    query, key = x[:, None, None, None], torch.ones(len(x), 1, 1, 1)
+    for cap in (1.0, 30.0):
+        out, lse = cpu.forward(query * cap, key, key, 1, 1, 0, 1.0, None, True, cap)
+        expected = cap * (query.flatten().double() * cap / cap).tanh()
+        error = (lse.flatten().double() - expected).abs()
+        assert (error <= 3 * 2**-23 * expected.abs()).all()
+        assert torch.equal(out, torch.ones_like(out))
+    extremes = torch.tensor([torch.inf, -torch.inf])[:, None, None, None]
+    ones = torch.ones_like(extremes)
+    lse = cpu.forward(extremes, ones, ones, 1, 1, 0, 1.0, None, True, 30.0)[1]
+    torch.testing.assert_close(lse.flatten(), torch.tensor([30.0, -30.0]))
+
+
+@needs_kernel
+@pytest.mark.parametrize("queries", [2, 100], ids=["decode", "prefill"])
+def test_a_constant_in_the_bias_changes_lse_alone(queries: int) -> None:
+    """However large: ALiBi's slope times key index must not round the scores away."""
+    q, k, v = Case(queries=queries, length=100, topk=20).inputs()
+    bias = torch.randint(-16, 17, (2, 4, 100)) / 8
+    rest = (8, 20, 0, 0.25, None, True, 0.0)
+    out, lse = cpu.forward(q, k, v, *rest, bias)
+    shifted, shifted_lse = cpu.forward(q, k, v, *rest, bias + 4096)
+    assert torch.equal(out, shifted)
+    torch.testing.assert_close(shifted_lse - 4096, lse, rtol=0, atol=2**-11)  # half a unit of 4096
+
+
+@needs_kernel
 def test_large_scores_do_not_overflow_and_a_nan_stays_in_its_row() -> None:
     case = Case(queries=60, length=60, topk=3)
     q, k, v = case.inputs()
@@ -199,7 +415,7 @@ def test_an_empty_problem_gives_empty_results() -> None:
     q, k, v = torch.empty(2, 4, 0, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     out, lse = cpu.forward(q, k, v, 2, 2, 0, None, None)
     assert out.shape == (2, 4, 0, 8)
-    grads = cpu.backward(out, None, q, k, v, out, lse, 2, 2, 0, None, None)
+    *grads, _ = cpu.backward(out, None, q, k, v, out, lse, 2, 2, 0, None, None)
     assert [x.count_nonzero().item() for x in grads] == [0, 0, 0]
     assert grads[1].shape == k.shape
 
