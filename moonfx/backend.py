@@ -132,7 +132,7 @@ class Backend:
         context = self.run_passes(captured, root, record)
         if context is None:
             return gm, {}
-        name_invoked_bodies(captured)
+        name_invoked_bodies(captured, retraced=True)
         placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
         guards = {
             placeholders.index(node): values

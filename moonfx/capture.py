@@ -10,6 +10,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import operator
 import re
 import shutil
 import threading
@@ -32,6 +33,7 @@ from torch._functorch._aot_autograd.frontend_utils import construct_fake_mode, p
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.exported_program import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import (
@@ -60,6 +62,7 @@ BODY_OPERATORS = {
 
 _CAPTURED = "moonfx_captured"
 _BUFFER = "moonfx_buffer"
+_ORIGIN = ("nn_module_stack", "stack_trace")
 _INPUT = "moonfx_input"
 
 
@@ -96,13 +99,88 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
 
 
 def _retrace(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+    gm = _with_transforms_apart(gm)
     trace = make_fx(
         _Retrace(gm).run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
     )
     captured = trace(*fakes)
     captured.meta.update(gm.meta)
     captured.meta[_CAPTURED] = True
+    for node in captured.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(captured, node.target, None), FakeTensor):
+            raise CaptureError(f"the retrace lost where '{node.name}' comes from")
     return captured
+
+
+class Region(torch.nn.Module):
+    """A region of a graph as Dynamo wrote it; no child, for dead code is removed in children."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__()
+        self.held = (gm,)
+
+
+@fx.node.has_side_effect  # unknown, for it is not looked into
+def under_transform(region: Region, *operands: Any) -> Any:
+    """Runs a region."""
+    return region.held[0](*operands)
+
+
+def _with_transforms_apart(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph with each region under torch.vmap or torch.func as one call of a module.
+
+    Such a region means something only as Dynamo wrote it: _vmap_increment_nesting(...), what runs
+    on batched tensors, _vmap_decrement_nesting(). Make_fx would see through the batched tensors.
+    """
+    regions: list[list[fx.Node]] = []
+    depth = 0
+    for node in gm.graph.nodes:
+        name = str(getattr(node.target, "__name__", ""))
+        opens, closes = (name.endswith(f"_{x}_nesting") for x in ("increment", "decrement"))
+        if opens and not depth:
+            regions.append([])
+        depth += opens
+        if depth:
+            regions[-1].append(node)
+        depth -= closes
+    if not regions:
+        return gm
+    gm = fx.GraphModule(gm, gm.graph)
+    graph = fx.Graph()
+    inside = {node: i for i, region in enumerate(regions) for node in region}
+    made: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node not in inside:
+            made[node] = graph.node_copy(node, made.__getitem__)
+        elif (region := regions[inside[node]])[-1] is node:
+            _call_region(gm, graph, region, f"transformed_{inside[node]}", made)
+    return fx.GraphModule(gm, graph)
+
+
+def _call_region(
+    gm: fx.GraphModule,
+    graph: fx.Graph,
+    region: list[fx.Node],
+    name: str,
+    made: dict[fx.Node, fx.Node],
+) -> None:
+    """Writes a call of a module that holds the region's nodes; its results go into `made`."""
+    body, own = fx.Graph(), dict[fx.Node, fx.Node]()
+    within = set(region)
+    outside = dict.fromkeys(x for n in region for x in n.all_input_nodes if x not in within)
+    for operand in outside:
+        own[operand] = body.placeholder(operand.name)
+    for node in region:
+        own[node] = body.node_copy(node, own.__getitem__)
+    results = [n for n in region if any(user not in within for user in n.users)]
+    body.output(tuple(own[n] for n in results))
+    gm.add_submodule(name, Region(fx.GraphModule(gm, body)))
+    operands = (graph.get_attr(name), *(made[x] for x in outside))
+    call = graph.call_function(under_transform, operands)
+    call.meta.update({k: v for k, v in region[0].meta.items() if k in _ORIGIN})
+    for i, node in enumerate(results):
+        made[node] = graph.call_function(operator.getitem, (call, i))
+        made[node].meta.update({k: v for k, v in node.meta.items() if k in _ORIGIN})
 
 
 class _Retrace(fx.Interpreter):
@@ -117,17 +195,18 @@ class _Retrace(fx.Interpreter):
         if target is torch.amp.autocast_mode._exit_autocast:
             args[0].__exit__(None, None, None)
             return None
-        if not isinstance(target, HigherOrderOperator):
+        if not isinstance(target, HigherOrderOperator) and target is not under_transform:
             return super().call_function(target, args, kwargs)
         proxy_mode = get_proxy_mode()
         assert proxy_mode is not None
         tracer: Any = proxy_mode.tracer
         proxies = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
         with disable_proxy_modes_tracing():
-            if target.name() in BODY_OPERATORS:
-                at, first = BODY_OPERATORS[target.name()]
+            name = getattr(target, "__name__", "")
+            if name in BODY_OPERATORS:
+                at, first = BODY_OPERATORS[name]
                 operands = list(args[first:])
-                with _modes_of_body(target.name(), args):
+                with _modes_of_body(name, args):
                     body = _retrace(args[at], operands)
                     out = fx.Interpreter(args[at]).run(*operands)
                 modules = {id(args[at]): body}
@@ -317,7 +396,7 @@ def exported_again(exported: Exported) -> ExportedProgram:
         if node in alive and (node.users or node.op == "placeholder"):
             with node.graph.inserting_after(node):
                 node.graph.call_function(_METADATA_CHECK, (node,), check)
-    name_invoked_bodies(gm)
+    name_invoked_bodies(gm, retraced=False)
     for graph, owner in graphs.items():
         for node in graph.nodes:
             for key in (_INPUT, _BUFFER):
@@ -345,11 +424,12 @@ def _results(gm: fx.GraphModule) -> Sequence[Any]:
     return output.args[0]  # type: ignore[return-value]
 
 
-def name_invoked_bodies(gm: fx.GraphModule) -> None:
+def name_invoked_bodies(gm: fx.GraphModule, retraced: bool) -> None:
     """Gives the bodies of nested compile regions names by what they now hold.
 
     Regions of one name are compiled once: those that were alike and are now different must not
-    share it, and those that are still alike should.
+    share it, and those that are still alike should. AOTAutograd asks the results' fake values which
+    of them need gradients, and make_fx's do not know: without them it finds out by itself.
     """
     known: dict[tuple[Any, ...], str] = {}
     for graph in nested_graphs(gm):
@@ -360,6 +440,8 @@ def name_invoked_bodies(gm: fx.GraphModule) -> None:
             key = (node.args[1], _content(body))
             same = sum(old == node.args[1] for old, _ in known)
             node.update_arg(1, known.setdefault(key, f"{node.args[1]}_moonfx_{same}"))
+            for result in body.graph.output_node().all_input_nodes if retraced else ():
+                result.meta.pop("val", None)
 
 
 def _content(gm: fx.GraphModule) -> tuple[Any, ...]:
@@ -453,8 +535,17 @@ def nested_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
                 yield from nested_graphs(child)
 
 
+def opaque_body(node: fx.Node) -> fx.GraphModule | None:
+    """The graph behind a get_attr node, if it is one that the passes do not rewrite."""
+    held = (
+        getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
+    )
+    body = held.held[0] if isinstance(held, Region) else held
+    return body if isinstance(body, fx.GraphModule) and not is_captured(body) else None
+
+
 def is_higher_order(node: fx.Node) -> bool:
-    return isinstance(node.target, HigherOrderOperator)
+    return isinstance(node.target, HigherOrderOperator) or node.target is under_transform
 
 
 def body_position(node: fx.Node) -> tuple[int, int] | None:

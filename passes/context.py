@@ -1,5 +1,6 @@
 """What the passes share while they work on one captured graph."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -74,6 +75,32 @@ class Context:
             return node.name
         inside, name = known
         return f"{self.root}.{name}" if inside and self.root else name
+
+    def in_this_call(self, node: fx.Node, layer: str) -> str:
+        """A module's name as it is in the call of the nested body that the node is in.
+
+        torch.compiler.nested_compile_region traces its function once, so that the bodies of later
+        calls say where the first was: what tells the calls apart is whose parameters they are.
+        """
+        call = self._outer.get(node.graph)
+        if call is None or getattr(call.target, "__name__", "") != "invoke_subgraph":
+            return layer
+        alike = [c for c in self._outer.values() if c.target is call.target]
+        first = next(c for c in alike if c.args[1] == call.args[1])
+        before, now = (self._around(c) for c in (first, call))
+        return now + layer[len(before) :] if before and layer.startswith(before) else layer
+
+    def _around(self, call: fx.Node) -> str:
+        """The module that holds all parameters that a nested body is called with, "" if none."""
+        operands = (self._outermost(n) for n in operands_of(call) if isinstance(n, fx.Node))
+        known = [self.name_of(n).split(".") for n in operands if input_name(n) is not None]
+        columns = zip(*(parts for parts in known if len(parts) > 1), strict=False)
+        shared = itertools.takewhile(lambda names: len(set(names)) == 1, columns)
+        return ".".join(names[0] for names in shared)
+
+    def _outermost(self, node: fx.Node) -> fx.Node:
+        outside = self.outer(node)
+        return node if outside is None else self._outermost(outside)
 
     def call_of(self, graph: fx.Graph) -> fx.Node | None:
         """The node that calls the nested body with this graph, None for the outermost."""

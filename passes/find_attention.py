@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.capture import hint, is_captured, is_higher_order, module_path, same_size, source_line
+from moonfx.capture import hint, is_higher_order, module_path, opaque_body, same_size, source_line
 from moonfx.passes import fused
 from moonfx.passes.between import overwritten, split_by_mode
 from moonfx.passes.context import Context
@@ -22,6 +22,7 @@ from moonfx.passes.guards import unproved
 from moonfx.passes.keys import token_major
 from moonfx.passes.mutation import remove_dead_code
 from moonfx.passes.nodes import insert
+from moonfx.passes.opaque import attentions_inside
 from moonfx.passes.private import out_of_place, used_elsewhere
 from moonfx.passes.probabilities import Product, product_beyond, product_of
 from moonfx.passes.scores import Scores, parse_scores, reaches_product
@@ -38,7 +39,7 @@ def run(graph: fx.Graph, context: Context) -> int:
     found = 0
     remove_dead_code(graph)  # a dead reader of the probabilities is no reader
     for node in list(graph.nodes):
-        site: AttentionSite | None
+        site: AttentionSite | None = None
         if node.op != "call_function":
             continue
         if fused.is_attention(node):
@@ -46,7 +47,9 @@ def run(graph: fx.Graph, context: Context) -> int:
         elif node.target in SOFTMAX | EXP:
             site = parse_softmax(node, context)
         elif is_higher_order(node):
-            site = _opaque(node, context)
+            for declined in _opaque(node, context):
+                context.sites.append(declined)
+                context.decline(declined, declined.reject)
         else:
             continue
         if site is None:
@@ -70,7 +73,7 @@ def _site(node: fx.Node, context: Context, form: str, **found: Any) -> Attention
     operands = {"query": node, "key": node, "value": node, "output": node, **found}
     return AttentionSite(
         form=form,
-        layer=module_path(anchor, context.names, context.root),
+        layer=context.in_this_call(node, module_path(anchor, context.names, context.root)),
         line=source_line(node if node.stack_trace else anchor),
         **operands,
     )
@@ -221,62 +224,25 @@ def _expand_batch(site: AttentionSite) -> None:
 # --- bodies that the passes do not look into ------------------------------------------------------
 
 
-def _opaque(node: fx.Node, context: Context) -> AttentionSite | None:
-    """A declined site for attention inside a higher-order operator that stays as it is."""
-    name = str(getattr(node.target, "_name", node.target))
+def _opaque(node: fx.Node, context: Context) -> list[AttentionSite]:
+    """A declined site for each attention inside a higher-order operator that stays as it is."""
+    name = str(getattr(node.target, "__name__", node.target))
     if "flex_attention" in name:
         site = _site(node, context, name)
         site.reject = Reject("flex_attention keeps its own block mask", node)
-        return site
+        return [site]
+    form = "torch.vmap or torch.func" if name == "under_transform" else name
+    sites = []
     for held in node.all_input_nodes:
-        body = getattr(node.graph.owning_module, str(held.target), None)
-        if held.op != "get_attr" or not isinstance(body, fx.GraphModule) or is_captured(body):
-            continue
-        inside = attention_inside(body)
-        if inside is not None:
-            site = _site(node, context, name)
+        body = opaque_body(held)
+        for inside in attentions_inside(body) if body is not None else ():
+            site = _site(node, context, form)
+            site.line = source_line(inside)
+            if inside.meta.get("nn_module_stack"):
+                site.layer = module_path(inside, context.names, context.root)
             site.reject = Reject(
-                f"attention inside '{name}' ({source_line(inside)}), which stays as it is: "
-                "call the attention outside of it",
+                f"attention inside {form}, which stays as it is: call the attention outside of it",
                 node,
             )
-            return site
-    return None
-
-
-_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "mm", "__matmul__")
-_SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp")
-
-
-def attention_inside(gm: fx.GraphModule) -> fx.Node | None:
-    """A node of a graph that is not captured, torch functions or ATen, which looks like attention.
-
-    An operator for attention, or a softmax with a product before and one after it.
-    """
-    after: set[fx.Node] = set()  # a product came before
-    weighted: set[fx.Node] = set()  # and a softmax after that
-    for node in gm.graph.nodes:
-        name = _plain_name(node)
-        sources = set(node.all_input_nodes)
-        if "scaled_dot_product" in name or "flex_attention" in name:
-            return node  # type: ignore[no-any-return]
-        if name in _PRODUCTS and sources & weighted:
-            return node  # type: ignore[no-any-return]
-        if sources & weighted or (name in _SOFTMAXES and sources & after):
-            weighted.add(node)
-        if sources & after or name in _PRODUCTS:
-            after.add(node)
-        body = (
-            getattr(gm, str(node.target), None) if node.op in ("get_attr", "call_module") else None
-        )
-        if isinstance(body, fx.GraphModule) and attention_inside(body) is not None:
-            return node  # type: ignore[no-any-return]
-    return None
-
-
-def _plain_name(node: fx.Node) -> str:
-    """softmax, of torch.softmax, F.softmax, Tensor.softmax, nn.Softmax and aten.softmax.int."""
-    if node.op == "call_method":
-        return str(node.target)
-    packet = getattr(node.target, "overloadpacket", node.target)
-    return str(getattr(packet, "__name__", "")) if node.op == "call_function" else ""
+            sites.append(site)
+    return sites

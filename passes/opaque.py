@@ -1,0 +1,48 @@
+"""Sees attention in a body that no pass looks into: a branch of torch.cond, a region under vmap.
+
+    before  cond(flag, true_graph, false_graph, x), with softmax(x @ x^T) @ x in true_graph
+    after   the nodes in true_graph that look like attention; each becomes a declined site
+
+Nothing is proved here: the worst that a wrong guess does is a row in the report.
+"""
+
+from torch import fx
+
+_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "mm", "__matmul__")
+_SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp")
+
+
+def attentions_inside(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes of a graph that is not captured, torch functions or ATen, that look like attention.
+
+    An operator for attention, or a product after a softmax after a product.
+    """
+    found: list[fx.Node] = []
+    after: set[fx.Node] = set()  # a product came before
+    weighted: set[fx.Node] = set()  # and a softmax after that
+    for node in gm.graph.nodes:
+        name = _plain_name(node)
+        sources = set(node.all_input_nodes)
+        if "scaled_dot_product" in name or "flex_attention" in name:
+            found.append(node)
+        elif name in _PRODUCTS:
+            after.add(node)
+            if sources & weighted:
+                found.append(node)
+        else:
+            if sources & weighted or (name in _SOFTMAXES and sources & after):
+                weighted.add(node)
+            if sources & after:
+                after.add(node)
+        body = getattr(gm, str(node.target), None) if node.op in ("get_attr", "call_module") else 0
+        if isinstance(body, fx.GraphModule):
+            found += attentions_inside(body)
+    return found
+
+
+def _plain_name(node: fx.Node) -> str:
+    """softmax, of torch.softmax, F.softmax, Tensor.softmax, nn.Softmax and aten.softmax.int."""
+    if node.op == "call_method":
+        return str(node.target)
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", "")) if node.op == "call_function" else ""
