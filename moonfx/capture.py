@@ -781,12 +781,18 @@ def _as_ours(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compiled)
     def run(*args: Any, **kwargs: Any) -> Any:
-        limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+        config = torch._dynamo.config
+        limit = max(RECOMPILE_LIMIT, config.recompile_limit)
         settings = {
             "specialize_float": True,
             "recompile_limit": limit,
             "fail_on_recompile_limit_hit": True,
+            # A deprecation warning inside torch.nn would break the graph where nothing resumes it.
+            "reorderable_logging_functions": {*config.reorderable_logging_functions, warnings.warn},
         }
+        # nn.TransformerEncoder's inference path is one operator that no pass can look into.
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         _count_running(1)
         try:
             with torch._dynamo.config.patch(settings):
@@ -799,6 +805,7 @@ def _as_ours(compiled: Callable[..., Any]) -> Callable[..., Any]:
             ) from error
         finally:
             _count_running(-1)
+            torch.backends.mha.set_fastpath_enabled(fastpath)
 
     return run
 

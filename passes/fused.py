@@ -52,6 +52,9 @@ KINDS: dict[str, Kind] = {
     "flash_attn::_flash_attn_forward": _FLASH,
 }
 
+# Whole layers in one operator, in inference.
+_FAST_PATHS = ("aten::_native_multi_head_attention", "aten::_transformer_encoder_layer_fwd")
+
 # name in a schema -> what it is
 _ROLES = {
     "query": "query",
@@ -88,7 +91,7 @@ def is_attention(node: fx.Node) -> bool:
         return True
     tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     wide = [n for n in tensors if n.meta["val"].dim() >= 3 and n.meta["val"].is_floating_point()]
-    if name in ("aten::_native_multi_head_attention", "aten::_transformer_encoder_layer_fwd"):
+    if name in _FAST_PATHS:
         return True
     return ("attention" in name or "attn" in name or "fmha" in name) and len(wide) >= 3
 
@@ -105,9 +108,10 @@ def read(node: fx.Node, site: AttentionSite) -> None:
     name = node.target._schema.name  # type: ignore[union-attr]
     kind = KINDS.get(name)
     if kind is None:
-        site.reject = Reject(
-            f"the operator {name} is not read: use scaled_dot_product_attention", node
-        )
+        instead = "torch.backends.mha.set_fastpath_enabled(False) takes the path that is"
+        if name not in _FAST_PATHS:
+            instead = "use scaled_dot_product_attention"
+        site.reject = Reject(f"the operator {name} is not read: {instead}", node)
         return
     given: dict[str, Any] = {}
     for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]

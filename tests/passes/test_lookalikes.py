@@ -429,6 +429,19 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.empty_like(q)
 
 
+def mapped_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(*x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*x, is_causal=True)
+
+    return torch.vmap(attend)(q, k, v)
+
+
+def mapped_by_hand(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Rows and heads are mapped over: the scores are [N, N] there."""
+    one_head = lambda q, k, v: attend(q @ k.mT * SCALE, v)  # noqa: E731
+    return torch.vmap(torch.vmap(one_head))(q, k, v)
+
+
 def unknown_operator(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return own_attention(q, k, v)
 
@@ -628,6 +641,8 @@ LOOKALIKES: list[Row] = [
         "by a test not of whole rows",
     ),
     ("small ones dropped", guarded(lambda s, p: p.masked_fill(p < 0.05, 0.0)), "also used by lt"),
+    ("vmap, sdpa", mapped_sdpa, "attention inside torch.vmap or torch.func"),
+    ("vmap, by hand", mapped_by_hand, "attention inside torch.vmap or torch.func"),
     ("an operator of its own", unknown_operator, "the operator moonfx_test::own_attention is not"),
     ("flash and its sums", flash_for_cpu(lse=True), "more than the output of the operator"),
     ("flash, negative scale", flash_for_cpu(scale=-1.0), "the scores are scaled by -1.0"),
@@ -794,6 +809,19 @@ def test_a_reason_names_a_buffer_as_the_model_does() -> None:
     model.inner = inner
     _, report = run(model, *inputs())
     assert outcome(report) == ["the values of the mask 'inner.holed' are not known"]
+
+
+def test_attention_beside_one_under_vmap_is_rewritten_and_both_are_right() -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return mapped_sdpa(self, y, y, y)
+
+    model = Model(body)
+    moonfx.sparsify(model, N, 1, sinks=0, compiler="eager")
+    for scale in (1.0, 2.0):  # values of the first call must not live on in the graph
+        given = [x * scale for x in inputs()]
+        torch.testing.assert_close(model(*given), body(model, *given), atol=2e-6, rtol=1e-5)
+    assert [r.action for r in moonfx.report(model).rows] == ["sparse", "declined"]
 
 
 def test_a_router_beside_attention_is_passed_over() -> None:
