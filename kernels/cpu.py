@@ -33,7 +33,6 @@ from torch import Tensor
 
 from moonfx.kernels import cpu_build
 
-FEATURES = True  # beyond causal attention: see `forward`'s last four arguments
 STRIDED = (
     *("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"),
     "key_bias",

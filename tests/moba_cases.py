@@ -13,6 +13,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moonfx.kernels.policy import Policy
+
 PADDINGS = ("none", "left", "right", "holes", "one row empty")
 PACKINGS = ("none", "runs", "interleaved", "one token each", "one row whole")
 BIASES = ("none", "all", "by head", "by row", "by key", "alibi")
@@ -115,23 +117,25 @@ class Case:
         shape = self.batch, self.kv_heads * self.group, self.length
         return bias.expand(shape).clone().requires_grad_()
 
-    def policy(self) -> tuple[Any, ...]:
+    def policy(self) -> Policy:
         """The arguments after the tensors, in a kernel's order."""
-        old = self.block, self.topk, self.sinks, self.scale, self.key_mask()
-        new = self.causal, self.softcap, self.key_bias(), self.segments()
-        return old if new == (True, 0.0, None, None) else (*old, *new)
+        return Policy(
+            self.block,
+            self.topk,
+            self.sinks,
+            self.scale,
+            self.key_mask(),
+            self.causal,
+            self.softcap,
+            self.key_bias(),
+            self.segments(),
+        )
 
     def named(self) -> dict[str, Any]:
         """The named arguments of the reference and of the public function."""
-        return {
-            "sinks": self.sinks,
-            "scale": self.scale,
-            "key_mask": self.key_mask(),
-            "causal": self.causal,
-            "softcap": self.softcap,
-            "key_bias": self.key_bias(),
-            "segments": self.segments(),
-        }
+        named = self.policy()._asdict()
+        del named["block"], named["topk"]
+        return named
 
     def _grid(self, generator: torch.Generator, heads: int, length: int, dim: int) -> Tensor:
         shape = (self.batch, heads, length, dim)

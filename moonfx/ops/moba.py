@@ -183,8 +183,7 @@ def _forward(
     # without `moba_attention`, and a kernel must never read out of bounds: hence the checks.
     with torch.autocast(query.device.type, enabled=False):
         check(query, key, value, policy)
-        kernel, policy = able(kernel_for(query.device), policy)
-        result: tuple[Tensor, Tensor] = kernel.forward(query, key, value, *policy)
+        result: tuple[Tensor, Tensor] = kernel_for(query.device).forward(query, key, value, *policy)
         return result
 
 
@@ -210,18 +209,12 @@ def _backward(
     policy = Policy(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments)
     with torch.autocast(query.device.type, enabled=False):
         check(query, key, value, policy)
-        kernel, policy = able(kernel_for(query.device), policy)
-        tensors = grad_out, grad_lse, query, key, value, out, lse
-        grad_query, grad_key, grad_value, *bias = kernel.backward(*tensors, *policy)
-    if not bias or bias[0] is None:
-        bias = [query.new_empty(0, dtype=torch.float32)]
-    return grad_query, grad_key, grad_value, bias[0]
-
-
-def able(kernel: ModuleType, policy: Policy) -> tuple[ModuleType, Any]:
-    if kernel is tiled or hasattr(kernel, "FEATURES"):
-        return kernel, policy
-    return (kernel, policy[:5]) if policy[5:] == (True, 0.0, None, None) else (tiled, policy)
+        *grads, grad_bias = kernel_for(query.device).backward(
+            grad_out, grad_lse, query, key, value, out, lse, *policy
+        )
+    if grad_bias is None:  # an operator's result is a tensor
+        grad_bias = query.new_empty(0, dtype=torch.float32)
+    return *grads, grad_bias
 
 
 def by_token(tensor: Tensor, width: int | torch.SymInt) -> Tensor:

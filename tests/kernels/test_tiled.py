@@ -269,7 +269,7 @@ def test_passes_cover_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, budget in BUDGETS:
         monkeypatch.setattr(Budget, "on", lambda device, budget=budget: budget)
         case = Case(batch=3, queries=300, length=300)
-        problem = Problem(*case.inputs(), Policy(*case.policy()))
+        problem = Problem(*case.inputs(), case.policy())
         covered = torch.zeros(3, 2, 300, dtype=torch.int64)
         for rows, heads in problem.head_passes():
             for queries in problem.query_passes():

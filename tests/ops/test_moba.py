@@ -15,7 +15,6 @@ from torch import Tensor
 
 from moonfx import fallback, moba_attention
 from moonfx.kernels import cpu, reference, tiled
-from moonfx.kernels.policy import Policy
 from moonfx.ops import moba
 from tests.moba_cases import FEATURES, PACKINGS, Case, feature_cases
 
@@ -307,7 +306,7 @@ def test_opcheck_passes_on_both_operators(case: Case) -> None:
     # opcheck compares runs by value, and NaN is unlike itself: none under the padding here.
     plain = [tensor.nan_to_num() for tensor in case.inputs()]
     leaves = [tensor.clone().requires_grad_() for tensor in plain]
-    policy = Policy(*case.policy())
+    policy = case.policy()
     if policy.key_bias is not None:
         policy = policy._replace(key_bias=policy.key_bias.nan_to_num())
     with_leaf = policy
