@@ -270,8 +270,9 @@ def _output_names(program: ExportedProgram) -> list[str] | None:
     count = len(program.graph_signature.user_outputs)
     result = pytree.tree_unflatten(list(range(count)), program.call_spec.out_spec)
     paths = [path for path, _ in pytree.tree_leaves_with_path(result)]
-    keys = [getattr(path[0], "key", None) if len(path) == 1 else None for path in paths]
-    return keys if keys and all(isinstance(key, str) for key in keys) else None
+    keys = [getattr(path[0], "key", None) for path in paths if len(path) == 1]
+    named = [key for key in keys if isinstance(key, str)]
+    return named if named and len(named) == count else None
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ class Keys:
     by_key: Value | None
 
 
-def moba_attention(
+def moba_attention(  # type: ignore[no-untyped-def]
     query,
     key,
     value,
@@ -61,7 +61,7 @@ def moba_attention(
     softcap=0.0,
     key_bias=None,
     segments=None,
-):  # type: ignore[no-untyped-def]
+):
     """The translation: arguments and results are those of torch.ops.moonfx.moba_attention.
 
     Computes in float32; float16 and bfloat16 inputs are cast, and out is cast back.

@@ -125,7 +125,9 @@ class Inputs:
         self.axes: dict[sympy.Symbol, str] = {}
         self.traced: dict[sympy.Symbol, int] = {}
         for leaf, shape in zip(leaves, self.shapes):
-            names_of = axes_of(leaf, self.batch, self.length) if shape else {}
+            names_of: dict[int, str] = {}
+            if shape and self.batch is not None and self.length is not None:
+                names_of = axes_of(leaf, self.batch, self.length)
             for axis, size in enumerate(shape or ()):
                 symbol = expression(size)
                 if isinstance(symbol, sympy.Symbol):
@@ -212,7 +214,7 @@ def exported(
         ValueError: if the model fixes an axis that should be dynamic.
     """
     args, kwargs = call
-    dims = {"batch": Dim("batch"), "sequence": Dim("sequence")}
+    dims: dict[str, Any] = {"batch": Dim("batch"), "sequence": Dim("sequence")}
     for _ in range(4):
         shapes: Any = dynamic or None
         if dynamic is True:
