@@ -27,6 +27,7 @@ from moonfx.capture import (
     exported_again,
     graph_root,
     is_decomposed,
+    is_left_out,
     is_piece,
     mode_options,
     name_invoked_bodies,
@@ -90,15 +91,27 @@ class Backend:
         self.config = config or {}
         self.names: dict[int, str] = {}
         self.parameter_names: dict[int, str] = {}
+        self.left_out: list[str] = []
         if model is not None:
             self.names = {id(module): name for name, module in model.named_modules()}
             self.parameter_names = {id(p): name for name, p in model.named_parameters()}
+            self.left_out = [
+                f"{name or type(module).__name__} is under torch.compiler.disable"
+                for name, module in model.named_modules()
+                if is_left_out(module)
+            ]
         self.records: list[Record] = []
         self.layers: list[tuple[str, int]] = []
 
     @property
     def report(self) -> Report:
-        return report_on(self.records)
+        return self.report_on(self.records)
+
+    def report_on(self, records: Iterable[Record]) -> Report:
+        """The report of some graphs of this model, and what Dynamo was told to leave out."""
+        report = report_on(records)
+        report.failures += self.left_out
+        return report
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compiles one graph; called by Dynamo."""

@@ -44,6 +44,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moonfx.fallback import warn_slow
 
@@ -183,8 +184,17 @@ def _call_region(
         made[node].meta.update({k: v for k, v in node.meta.items() if k in _ORIGIN})
 
 
+# Their results are read by nobody, and still they must not be removed.
+_enter_inference = fx.node.has_side_effect(torch.autograd.grad_mode._enter_inference_mode)
+_exit_inference = fx.node.has_side_effect(torch.autograd.grad_mode._exit_inference_mode)
+
+
 class _Retrace(fx.Interpreter):
     """Runs a graph under make_fx, keeping higher-order operators as single nodes."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.inference: list[fx.Proxy] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # make_fx records these two as they are called; only the context manager also obeys them.
@@ -195,11 +205,18 @@ class _Retrace(fx.Interpreter):
         if target is torch.amp.autocast_mode._exit_autocast:
             args[0].__exit__(None, None, None)
             return None
-        if not isinstance(target, HigherOrderOperator) and target is not under_transform:
-            return super().call_function(target, args, kwargs)
         proxy_mode = get_proxy_mode()
         assert proxy_mode is not None
         tracer: Any = proxy_mode.tracer
+        # make_fx obeys these two and records nothing, so that gradients would come back.
+        if target is _enter_inference:
+            self.inference.append(tracer.create_proxy("call_function", target, args, kwargs))
+        elif target is _exit_inference:
+            tracer.create_proxy("call_function", target, (self.inference.pop(),), {})
+        if not isinstance(target, HigherOrderOperator) and target is not under_transform:
+            if _subclasses(args, kwargs):
+                return self._as_is("call_function", target, args, kwargs)
+            return super().call_function(target, args, kwargs)
         proxies = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
         with disable_proxy_modes_tracing():
             name = getattr(target, "__name__", "")
@@ -231,6 +248,30 @@ class _Retrace(fx.Interpreter):
         )
         proxy = tracer.create_proxy("call_function", target, args, kwargs)
         return track_tensor_tree(out, proxy, constant=None, tracer=tracer)
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _subclasses(args, kwargs):
+            return self._as_is("call_method", target, args, kwargs)
+        return super().call_method(target, args, kwargs)
+
+    def _as_is(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Keeps a call on tensor subclasses (a quantized linear) as Dynamo wrote it.
+
+        The subclass would put operators on its inner tensors in its place, which are no inputs of
+        the graph.
+        """
+        proxy_mode = get_proxy_mode()
+        assert proxy_mode is not None
+        tracer: Any = proxy_mode.tracer
+        proxies = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
+        with disable_proxy_modes_tracing():
+            out = getattr(super(), kind)(target, args, kwargs)
+        proxy = tracer.create_proxy(kind, target, *proxies)
+        return track_tensor_tree(out, proxy, constant=None, tracer=tracer)
+
+
+def _subclasses(*given: Any) -> bool:
+    return any(map(is_traceable_wrapper_subclass, pytree.tree_leaves(given)))
 
 
 @contextlib.contextmanager
@@ -888,6 +929,14 @@ def compiled_call(model: torch.nn.Module) -> Call | None:
 
 def set_compiled_call(model: torch.nn.Module, call: Call | None) -> None:
     model._compiled_call_impl = call
+
+
+def is_left_out(module: torch.nn.Module) -> bool:
+    """Whether torch.compiler.disable keeps a module, and all that it calls, from compilation."""
+    context = getattr(module, "dynamo_ctx", None)
+    if isinstance(context, torch._dynamo.eval_frame.DisableContext):
+        return True
+    return getattr(module.forward, "_torchdynamo_disable_recursive", None) is True
 
 
 def is_compiled_module(model: object) -> bool:

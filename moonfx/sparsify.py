@@ -20,7 +20,6 @@ from moonfx.backend import (
     check_choice,
     miss,
     report_of,
-    report_on,
 )
 from moonfx.capture import (
     COMPILERS,
@@ -52,6 +51,7 @@ class _State:
         self.sparse: Callable[..., Any] | None = None
         self.dense: Callable[..., Any] | None = None
         self.judged = 0
+        self.skipped = False
         self.switches = 0
         self.hook: RemovableHandle | None = None
 
@@ -142,6 +142,9 @@ def _judged(
             new = state.backend.records[state.judged :]
             first, state.judged = state.judged == 0, len(state.backend.records)
             _judge(model, state, new, first)
+        elif not state.judged and not state.skipped:
+            state.skipped = True
+            _judge(model, state, [], True)
         return result
 
     return run
@@ -150,13 +153,20 @@ def _judged(
 def _judge(model: torch.nn.Module, state: _State, new: Sequence[Record], first_call: bool) -> None:
     """The first call must rewrite something; a later one must not lose what it rewrote."""
     backend, what = state.backend, type(model).__name__
-    report = report_on(new)
+    report = backend.report_on(new)
     if not first_call:
-        if report.declined and not report.rewritten and state.on_miss != "ignore":
+        lost = report.declined or any(record.failure for record in new)
+        if lost and not report.rewritten and state.on_miss != "ignore":
             miss("warn", report, what, f"a new kind of call of {what} is dense")
         return
     try:
-        if not report.rewritten:
+        if not new:
+            problem = (
+                f"nothing of {what} was compiled, and it runs dense: it, or what calls it, is "
+                "under torch.compiler.disable, torch.vmap or another transform of torch.func"
+            )
+            miss(state.on_miss, report, what, problem)
+        elif not report.rewritten:
             miss(state.on_miss, report, what)
         elif unused := backend.unused():
             problem = f"no attention of {what} fits layers[{', '.join(unused)}]"

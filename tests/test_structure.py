@@ -1,16 +1,28 @@
-"""What lies around attention: regions, transforms, shared layers. It is found there, or named."""
+"""Attention is found and right whatever is built around it, or the report says that it is not seen.
+
+Each row: what is around the attentions, the model, what the report must say of each of them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch._higher_order_ops.map import map as mapped_over
-from torch.compiler import nested_compile_region
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import moonfx
-from moonfx import LayerPolicy
-from moonfx import backend as backend_module
-from tests.tiny import Attention, TinyLM, tokens
+from moonfx.backend import NothingRewritten
+from moonfx.report import Report
+from tests.agreement import BLOCK, FEW, LENGTH, ROUNDING, Tolerance, outputs, sparsified
+from tests.tiny import TinyLM
+
+SPARSE = "sparse"
+X = torch.randint(0, 50, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+# bfloat16 has 8 bits: two roundings of values of order one differ by 2 ** -7.
+HALF = Tolerance(output=4e-2, gradient=2e-2, relative=2e-2)
 
 
 @pytest.fixture(autouse=True)
@@ -18,190 +30,243 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOONFX_VERIFY", "1")
 
 
-def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Every parameter's gradient, by backward(): reentrant checkpoints refuse autograd.grad."""
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+def forward(model: nn.Module) -> Any:
+    return model(X)
+
+
+def outcome(report: Report) -> list[tuple[str, str]]:
+    """Of each attention its layer, and "sparse" or the reason without its node."""
+    return [(r.layer, r.reason.split(" (node")[0] or r.action) for r in report.rows]
+
+
+# --- around each layer ----------------------------------------------------------------------------
 
 
 class Around(TinyLM):
-    """A model whose layers run in `step`."""
+    """Runs each layer by `around(layer, x)`."""
 
-    def step(self, layer: Attention, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    def __init__(self, around: Callable[[nn.Module, Tensor], Tensor], layers: int = 2) -> None:
+        super().__init__(layers)
+        self.around = around
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
         for layer in self.layers:
-            x = self.step(layer, x)
+            x = x + self.around(layer, x)
         return self.head(x)
 
 
-class Nested(Around):
-    @nested_compile_region
-    def step(self, layer: Attention, x: Tensor) -> Tensor:
-        return x + layer(x)
+def in_context(make: Callable[[], Any], layer: nn.Module, x: Tensor) -> Tensor:
+    with make():
+        return layer(x)
 
 
-class Reentrant(Around):
-    def step(self, layer: Attention, x: Tensor) -> Tensor:
-        return x + checkpoint(layer, x, use_reentrant=True)
+def in_inference_mode(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        y = layer(x)
+    return y.clone()
 
 
-class Recomputed(Around):
-    def step(self, layer: Attention, x: Tensor) -> Tensor:
-        return x + checkpoint(layer, x, use_reentrant=False)
+def by_set_grad_enabled(layer: nn.Module, x: Tensor) -> Tensor:
+    torch.set_grad_enabled(False)
+    y = layer(x)
+    torch.set_grad_enabled(True)
+    return y
 
 
-class NestedInCheckpoint(Around):
-    @nested_compile_region
-    def inner(self, layer: Attention, x: Tensor) -> Tensor:
-        return x + layer(x)
-
-    def step(self, layer: Attention, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, layer, x, use_reentrant=False)
+def then_break(layer: nn.Module, x: Tensor) -> Tensor:
+    y = layer(x)
+    torch._dynamo.graph_break()
+    return y
 
 
-class SharedAndTied(TinyLM):
-    """Every layer runs twice, and the head is the embedding."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for _ in range(2):
-            for layer in self.layers:
-                x = x + 0.1 * layer(x)
-        return x @ self.embed.weight.T + 0 * self.head(x)
+def then_print(layer: nn.Module, x: Tensor) -> Tensor:
+    y = layer(x)
+    print(float(y.sum()))  # noqa: T201
+    return y
 
 
-TWICE = [f"layers.{i}" for i in (0, 1)]
-FOUND = [
-    (Nested, TWICE),
-    (Reentrant, TWICE),
-    (Recomputed, TWICE),
-    (NestedInCheckpoint, TWICE),
-    (SharedAndTied, [*TWICE, *TWICE]),
-]
+def by_its_values(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x) if x.sum() > -1e9 else layer(-x)
 
 
-@pytest.mark.parametrize(("kind", "layers"), FOUND, ids=[k.__name__ for k, _ in FOUND])
-def test_attention_is_found_inside_and_full_topk_is_dense_with_its_gradients(kind, layers) -> None:
-    model, x = kind(), tokens()
-    dense = model(x)
-    expected = gradients(model, dense.square().mean())
-    moonfx.sparsify(model, 16, 6, compiler="aot_eager")
-    full = model(x)
-    found = gradients(model, full.square().mean())
-    assert [r.layer for r in moonfx.report(model).rewritten] == layers
-    # float32 sums in another order
-    torch.testing.assert_close(full, dense, atol=5e-6, rtol=1e-5)
-    for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, atol=2e-6, rtol=1e-3, msg=name)
-    moonfx.sparsify(model, 16, 2, compiler="aot_eager")
-    assert (model(x) - dense).abs().max() > 1e-3
+def with_other_weights(layer: nn.Module, x: Tensor) -> Tensor:
+    doubled = {name: p * 2 for name, p in layer.named_parameters()}
+    return torch.func.functional_call(layer, doubled, (x,))
 
 
-def test_regions_compiled_once_take_policies_of_their_own_and_share_code_where_alike(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    graphs: list[torch.fx.GraphModule] = []
-    original = backend_module.compile_graph
-
-    def spy(gm, *rest):  # type: ignore[no-untyped-def]
-        graphs.append(gm)
-        return original(gm, *rest)
-
-    monkeypatch.setattr(backend_module, "compile_graph", spy)
-    torch.manual_seed(0)
-    model, plain = Nested(layers=4), TinyLM(layers=4)
-    plain.load_state_dict(model.state_dict())
-    policy = {"layers": {"layers.1": None, "layers.3": LayerPolicy(8, 3)}, "compiler": "aot_eager"}
-    out = moonfx.sparsify(model, 16, 2, **policy)(tokens := torch.arange(96)[None] % 50)
-    rows = moonfx.report(model).rows
-    assert [str(r.policy or "dense") for r in rows] == ["16/2/1", "dense", "16/2/1", "8/3/1"]
-    torch.testing.assert_close(out, moonfx.sparsify(plain, 16, 2, **policy)(tokens))
-    calls = [n.args[1] for n in graphs[0].graph.nodes if str(n.target) == "invoke_subgraph"]
-    assert calls[0] == calls[2], "alike, and still compiled once"
-    assert len(set(calls)) == 3
+def twice(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(layer(x))
 
 
-def attend(x: Tensor) -> Tensor:
-    scores = x @ x.transpose(-1, -2)
-    hidden = torch.ones_like(scores, dtype=torch.bool).triu(1)
-    return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ x
+BOTH = [("layers.0", SPARSE), ("layers.1", SPARSE)]
+TWICE = [("layers.0", SPARSE)] * 2 + [("layers.1", SPARSE)] * 2
+# After a graph break one graph serves every layer, and counts once, by the first one's name.
+ONE_GRAPH = [("layers.0", SPARSE)]
 
+bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
 
-class InCond(Around):
-    def step(self, layer: Attention, x: Tensor) -> Tensor:
-        return torch.cond(x.sum() > 0, lambda y: y + layer(y), lambda y: y + 1, (x,))
-
-
-class SoftmaxInCond(Around):
-    def step(self, layer: Attention, x: Tensor) -> Tensor:
-        return torch.cond(x.sum() > 0, lambda y: attend(y), lambda y: y + 1, (x,))
-
-
-class InVmap(Around):
-    def step(self, layer: Attention, x: Tensor) -> Tensor:
-        return x + torch.vmap(lambda y: layer(y[None])[0])(x)
-
-
-class SoftmaxInVmap(Around):
-    def step(self, layer: Attention, x: Tensor) -> Tensor:
-        return x + torch.vmap(attend)(x)
-
-
-class InMap(Around):
-    def step(self, layer: Attention, x: Tensor) -> Tensor:
-        return x + mapped_over(lambda y: layer(y[None])[0], x)
-
-
-DECLINED = [
-    (InCond, TWICE, "inside cond"),
-    (SoftmaxInCond, ["(root)"] * 2, "inside cond"),
-    (InVmap, TWICE, "inside torch.vmap or torch.func"),
-    (SoftmaxInVmap, ["(root)"] * 2, "inside torch.vmap or torch.func"),
-    (InMap, TWICE, "inside map_impl"),
+AROUND = [
+    # name, around, report, tolerance
+    ("checkpoint", partial(checkpoint, use_reentrant=False), BOTH, ROUNDING),
+    ("reentrant checkpoint", partial(checkpoint, use_reentrant=True), BOTH, ROUNDING),
+    ("no_grad", partial(in_context, torch.no_grad), BOTH, ROUNDING),
+    ("set_grad_enabled", by_set_grad_enabled, BOTH, ROUNDING),
+    ("inference_mode", in_inference_mode, BOTH, ROUNDING),
+    ("autocast", partial(in_context, bfloat16), BOTH, HALF),
+    ("autocast off", partial(in_context, partial(bfloat16, enabled=False)), BOTH, ROUNDING),
+    ("graph break", then_break, ONE_GRAPH, ROUNDING),
+    ("print", then_print, ONE_GRAPH, ROUNDING),
+    ("branch on values", by_its_values, ONE_GRAPH, ROUNDING),
+    ("functional_call", with_other_weights, BOTH, ROUNDING),
+    ("shared layers", twice, TWICE, ROUNDING),
 ]
 
 
 @pytest.mark.parametrize(
-    ("kind", "layers", "where"), DECLINED, ids=[r[0].__name__ for r in DECLINED]
+    ("around", "expected", "tolerance"), [r[1:] for r in AROUND], ids=[r[0] for r in AROUND]
 )
-def test_attention_in_a_body_that_stays_opaque_is_declined_by_name(kind, layers, where) -> None:
-    model, x = kind(), tokens()
-    dense = model(x)
-    moonfx.sparsify(model, 16, 2, compiler="eager", on_miss="ignore")
-    assert torch.equal(model(x), dense)
-    report = moonfx.report(model)
+def test_attention_is_found_and_right_whatever_runs_its_layer(around, expected, tolerance) -> None:
+    report = sparsified(Around(around), forward, tolerance)
+    assert outcome(report) == expected
     assert report.failures == []
-    assert [r.layer for r in report.declined] == layers
-    assert all(where in r.reason and "call the attention outside" in r.reason for r in report.rows)
-    assert report.rewritten == []
 
 
-class VmapBeside(TinyLM):
-    """A layer under vmap, one as it is, and a mask of the second that vmap computed."""
+WHOLE = [
+    # name, what the call is in, tolerance
+    ("no_grad", torch.no_grad, ROUNDING),
+    ("inference_mode", torch.inference_mode, ROUNDING),
+    ("set_grad_enabled", partial(torch.set_grad_enabled, False), ROUNDING),
+    ("autocast", bfloat16, HALF),
+]
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        x = x + torch.vmap(lambda y: self.layers[0](y[None])[0])(x)
-        scaled = torch.vmap(torch.sin)(x)
-        return self.head(x + self.layers[1](scaled))
+
+@pytest.mark.parametrize(("make", "tolerance"), [r[1:] for r in WHOLE], ids=[r[0] for r in WHOLE])
+def test_attention_is_found_and_right_whatever_the_call_is_in(make, tolerance) -> None:
+    def call(model: nn.Module) -> Any:
+        with make():
+            return [t.clone() for t in outputs(model(X))]
+
+    assert outcome(sparsified(TinyLM(), call, tolerance)) == BOTH
 
 
-def test_a_region_under_vmap_keeps_its_meaning_beside_an_attention_that_is_rewritten() -> None:
-    """A retrace through vmap would put its batched tensors into the graph, as constants."""
-    model, x = VmapBeside(), tokens()
-    dense = model(x)
-    expected = gradients(model, dense.square().mean())
-    moonfx.sparsify(model, 16, 6, compiler="aot_eager")
-    full = model(x)
-    found = gradients(model, full.square().mean())
-    assert [(r.layer, r.action) for r in moonfx.report(model).rows] == [
-        ("layers.0", "declined"),
-        ("layers.1", "sparse"),
-    ]
-    torch.testing.assert_close(full, dense, atol=5e-6, rtol=1e-5)
-    for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, atol=2e-6, rtol=1e-3, msg=name)
+# --- modules and compilations inside modules ------------------------------------------------------
+
+
+class Tied(TinyLM):
+    """The head is the embedding, and the layers share one projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = self.embed.weight
+        self.layers[1].out = self.layers[0].out
+
+
+class OneLayerThreeTimes(TinyLM):
+    def __init__(self) -> None:
+        super().__init__(layers=1)
+        self.layers = nn.ModuleList([self.layers[0]] * 3)
+
+
+class CompiledInside(TinyLM):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0] = torch.compile(self.layers[0], backend="eager")
+        self.layers[1].compile(backend="eager")
+
+
+class Whole(nn.Module):
+    """A model of which another makes one pass with other weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TinyLM()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weights = {name: p * 1.5 for name, p in self.inner.named_parameters()}
+        return torch.func.functional_call(self.inner, weights, (tokens,))
+
+
+def called_functionally(model: nn.Module) -> Any:
+    return torch.func.functional_call(model, dict(model.named_parameters()), (X,))
+
+
+INNER = [(f"inner.{layer}", action) for layer, action in BOTH]
+MODULES = [
+    # name, model, call, report
+    ("tied weights", Tied, forward, BOTH),
+    ("one layer three times", OneLayerThreeTimes, forward, [("layers.0", SPARSE)] * 3),
+    ("compiled layers", CompiledInside, forward, [("layers.0._orig_mod", SPARSE), BOTH[1]]),
+    ("functional_call within", Whole, forward, INNER),
+    ("functional_call without", TinyLM, called_functionally, BOTH),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "call", "expected"), [r[1:] for r in MODULES], ids=[r[0] for r in MODULES]
+)
+def test_attention_is_found_and_right_however_modules_share_and_nest(make, call, expected) -> None:
+    # Weights on both sides of the model, or grown by half, make values of order ten.
+    report = sparsified(make(), call, Tolerance(output=5e-5, gradient=5e-5))
+    assert outcome(report) == expected
+    assert report.failures == []
+
+
+# --- what moonfx cannot see -----------------------------------------------------------------------
+
+
+class WithGradient(nn.Module):
+    """One attention as everywhere, and one inside a gradient that the model takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = TinyLM(1), TinyLM(1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        def loss(weights: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(self.inner, weights, (tokens,)).square().mean()
+
+        weights = dict(self.inner.named_parameters())
+        return self.outer(tokens) + torch.func.grad(loss)(weights)["head.bias"]
+
+
+def test_attention_inside_a_gradient_that_the_model_takes_is_declined_by_name() -> None:
+    first, second = outcome(sparsified(WithGradient(), forward))
+    assert first == ("outer.layers.0", SPARSE)
+    assert second[0] == "inner.layers.0"
+    assert "inside torch.vmap or torch.func" in second[1]
+
+
+class Disabled(TinyLM):
+    """Layers that Dynamo is told to leave out."""
+
+    def __init__(self, *layers: int) -> None:
+        super().__init__()
+        for i in layers:
+            self.layers[i].forward = torch.compiler.disable(self.layers[i].forward)
+
+
+def test_a_layer_under_compiler_disable_is_named_beside_those_that_are_sparse() -> None:
+    report = sparsified(Disabled(0), forward)
+    assert outcome(report) == [("layers.1", SPARSE)]
+    assert report.failures == ["layers.0 is under torch.compiler.disable"]
+
+
+def mapped_from_outside(model: nn.Module) -> Tensor:
+    return torch.vmap(lambda row: model(row[None])[0])(X)
+
+
+UNCOMPILED = [(lambda: Disabled(0, 1), forward), (TinyLM, mapped_from_outside)]
+
+
+@pytest.mark.parametrize(("make", "call"), UNCOMPILED, ids=["disable", "vmap around"])
+def test_a_call_of_which_nothing_is_compiled_is_not_silent(make, call) -> None:
+    model = make()
+    dense = call(model)
+    moonfx.sparsify(model, BLOCK, FEW, compiler="eager")
+    with pytest.warns(UserWarning, match="nothing of .* was compiled, and it runs dense"):
+        assert torch.equal(call(model), dense)
+    moonfx.sparsify(model, BLOCK, FEW, compiler="eager", on_miss="raise")
+    with pytest.raises(NothingRewritten, match="nothing of .* was compiled"):
+        call(model)
+    assert torch.equal(call(model), dense)
