@@ -559,7 +559,8 @@ def input_name(node: fx.Node) -> tuple[bool, str] | None:
         return bool(inside), str(name)
     source = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
     text = str(source() if callable(source) else source)
-    first, *rest = re.findall(r"\['([^']+)'\]", text) or [""]
+    words = re.findall(r"\['([^']+)'\]", text) or [""]
+    first, *rest = (w for w in words if w not in ("_buffers", "_parameters", "_modules"))
     if first == "self" and rest:
         return True, ".".join(rest)
     name = [first, *rest][-1]
@@ -947,5 +948,5 @@ def is_compiled_module(model: object) -> bool:
 def fake_values(gm: fx.GraphModule) -> Iterator[None]:
     """Runs operators on the graph's fake values."""
     mode = fake_mode_of(gm)
-    with mode if mode is not None else contextlib.nullcontext():
+    with mode if mode is not None else contextlib.nullcontext(), enable_python_dispatcher():
         yield

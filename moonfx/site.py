@@ -1,6 +1,7 @@
 """What a pass found in a graph, or why it declined."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -27,14 +28,14 @@ class Mask:
         padding: the proved predicate over (row, key) that says which keys are real, or None.
         segments: what, over (row, key), tells the packed sequences of a row apart: a query sees the
             keys where it is what it is at the query's own token. None where nothing is packed.
-        bias: what is added to the scores, over (row, head, key), the same for every query up to a
-            constant that softmax does not see. None for none.
+        bias: what is added to the scores, over (row, head, key): a passes.key_bias.Bias, the same
+            for every query up to a constant that softmax does not see. None for none.
     """
 
     kind: str
-    padding: object | None = None
-    segments: object | None = None
-    bias: object | None = None
+    padding: Any = None
+    segments: Any = None
+    bias: Any = None
 
     @property
     def causal(self) -> bool:
@@ -55,6 +56,7 @@ class AttentionSite:
         scale: softmax scale; None is head_dim ** -0.5.
         factors: scalars unknown to the graph that scale the query, as (node, "mul" | "div").
         masks: nodes of the masks, as (node, how) with how one of "additive", "keep", "drop".
+        mask_scales: additive masks that are multiplied after they were added -> by what.
         causal: the operator itself was told to be causal (is_causal=True, top-left aligned).
         softcap: c where the scores are c * tanh(scaled scores / c) before any mask, 0.0 for none.
         sink_logits: a node with one logit per query head (every other dim is 1), which joins the
@@ -74,6 +76,7 @@ class AttentionSite:
     scale: float | None = None
     factors: list[tuple[fx.Node, str]] = field(default_factory=list)
     masks: list[tuple[fx.Node, str]] = field(default_factory=list)
+    mask_scales: dict[fx.Node, float] = field(default_factory=dict)
     causal: bool = False
     softcap: float = 0.0
     sink_logits: fx.Node | None = None
@@ -91,11 +94,16 @@ class AttentionSite:
     policy: LayerPolicy | None = None
 
     @property
+    def unfolds(self) -> bool:
+        """Whether heads that lie in the batch can be told apart."""
+        return self.folded and (self.heads or 1) > 1
+
+    @property
     def modifiers(self) -> str:
         """What acts on the scores beside scale and mask, for the report: "softcap 50, ALiBi"."""
         found = [f"softcap {self.softcap:g}"] if self.softcap else []
         if self.sink_logits is not None:
             found.append("sink logits")
         if self.mask is not None and self.mask.bias is not None:
-            found.append("ALiBi")
+            found.append(str(self.mask.bias))
         return ", ".join(found)

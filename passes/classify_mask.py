@@ -1,22 +1,24 @@
 """Proves what a mask is, for every shape.
 
     before  mask [B, 1, Nq, Nk] from 20 to 35 nodes of arange, le, index, expand, where, ...
-    after   site.mask = "causal" or "causal & padding", or site.reject with the part in the way
+    after   site.mask = "causal", "all", "... & padding", "... & packed", with a bias of the keys,
+            or site.reject with the part in the way
 
 The mask is read at symbolic indices (batch b, head h, query i, key j) and brought to a conjunction
 of conditions. Each condition must be one that the rewrite supports: causal with the offset
-Nk - Nq (the last query sees the last key), key padding, or true for every index.
+Nk - Nq (the last query sees the last key), key padding, packed sequences, or true for every index.
 """
 
 import sympy
 from torch import fx
 
-from moonfx.passes.additive import NotAMask, kept
-from moonfx.passes.atoms import ANTI_CAUSAL, WINDOW, classify_atom
 from moonfx.passes.context import Context
 from moonfx.passes.decode_step import appended
-from moonfx.passes.expressions import Expr, head_symbol, loads, name_of, to_bool
+from moonfx.passes.expressions import Expr, head_symbol, loads, name_of
+from moonfx.passes.prove_mask import Given, Proof, prove
+from moonfx.passes.same_tokens import same_tokens
 from moonfx.passes.symbols import BATCH, HEAD, KEY, QUERY, Lengths, lengths_of
+from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, Mask, Reject
 
 
@@ -42,76 +44,113 @@ def classify(site: AttentionSite, context: Context) -> Mask | Reject:
             f"({lengths.keys[0]}) is not proved equal to the query length ({lengths.queries[0]})",
             site.output,
         )
-    if not site.masks and not site.causal:
-        return _without_mask(site, lengths)
-
-    conditions: list[Expr] = [sympy.Le(KEY, QUERY)] if site.causal else []
+    given: list[Given] = []
     for node, how in site.masks:
-        index = mask_index(site, len(node.meta["val"].shape))
-        if index is None:
-            return Reject(f"the mask has {len(node.meta['val'].shape)} dimensions", node)
-        value = context.reader.broadcast(node, index).subs(head_symbol(site.heads or 1), HEAD)
-        written = [x for x in loads(value) if context.mutated(context.reader.leaf(x))]
-        if written:
-            name = name_of(written[0])
-            if not written[0].has(QUERY, KEY):
-                return Reject(
-                    f"the mask compares positions with '{name}', which is written to in place "
-                    "(a static cache?)",
-                    node,
-                )
-            return Reject(f"the mask is written to in place ('{name}')", node)
-        try:
-            keep = kept(value) if how == "additive" else to_bool(value)
-        except NotAMask as found:
-            what = "additive bias (ALiBi, relative positions or learned) that is not a mask"
-            return Reject(f"{what}: {found}", node)
-        conditions.append(sympy.Not(keep) if how == "drop" else keep)
-    atoms = sympy.And.make_args(sympy.to_nnf(sympy.And(*conditions), simplify=False))
-    return _support(atoms, site, lengths)
+        read = _read(node, how, site, context)
+        if isinstance(read, Reject):
+            return read
+        given.append(read)
+    proof = _proved(tuple(given), lengths, site, context)
+    if proof.reason:
+        node = site.masks[proof.at][0] if site.masks else site.output
+        return Reject(proof.reason + _already_sparse(proof, site, context), node)
+    causal = proof.causal or (lengths.one_query and appended(site))
+    if not causal and (reject := _both_ways(site, lengths, context)) is not None:
+        return reject
+    kind = "causal" if causal else "all"
+    kind += " & padding" if proof.padding is not None else ""
+    kind += " & packed" if proof.segments is not None else ""
+    return Mask(kind, proof.padding, proof.segments, proof.bias)
+
+
+def _read(node: fx.Node, how: str, site: AttentionSite, context: Context) -> Given | Reject:
+    """A mask at (batch, head, query, key)."""
+    index = mask_index(site, len(node.meta["val"].shape))
+    if index is None:
+        return Reject(f"the mask has {len(node.meta['val'].shape)} dimensions", node)
+    reader = context.real if how == "additive" else context.reader
+    value = reader.broadcast(node, index).subs(head_symbol(site.heads or 1), HEAD)
+    written = [x for x in loads(value) if context.mutated(reader.leaf(x))]
+    if not written:
+        return Given(value, how, site.mask_scales.get(node, 1.0))
+    name = name_of(written[0])
+    if written[0].has(QUERY, KEY):
+        return Reject(f"the mask is written to in place ('{name}')", node)
+    return Reject(
+        f"the mask compares positions with '{name}', which is written to in place (a static "
+        "cache? a DynamicCache can be proved)",
+        node,
+    )
 
 
 def mask_index(site: AttentionSite, rank: int) -> tuple[Expr, ...] | None:
     """(batch, head, query, key) as a mask of this rank sees them; None if it has too many dims.
 
-    With heads folded into the batch, row b of a [B * H, Nq, Nk] mask is b // H, b % H of a 4-D one.
+    With heads folded into the batch, row b * H + h of a [B * H, Nq, Nk] mask is b, h of a 4-D one;
+    where H is not known a row is a batch of its own.
     """
-    if rank > 4 or (site.folded and rank == 4 and not site.heads):
+    if rank > 4:
         return None
-    if not site.folded:
-        return BATCH, head_symbol(site.heads or 1), QUERY, KEY
-    if rank < 4:
-        return BATCH, QUERY, KEY
-    return sympy.floor(BATCH / site.heads), sympy.Mod(BATCH, site.heads), QUERY, KEY
+    if site.folded and not site.unfolds:
+        return (BATCH, QUERY, KEY) if rank < 4 else (BATCH, sympy.S.Zero, QUERY, KEY)
+    head = head_symbol(site.heads or 1)
+    if site.folded and rank == 3:
+        return BATCH * (site.heads or 1) + head, QUERY, KEY
+    return BATCH, head, QUERY, KEY
 
 
-def _without_mask(site: AttentionSite, lengths: Lengths) -> Mask | Reject:
-    """One decode step needs no mask: the last token sees every key."""
-    if not lengths.one_query:
-        return Reject("bidirectional: no mask and not causal", site.output)
-    if not appended(site):
-        return Reject(
-            "one query without a mask whose keys are not a cache that it was appended to: "
-            "cross-attention or pooling, for all that can be proved",
-            site.output,
+def _proved(
+    given: tuple[Given, ...], lengths: Lengths, site: AttentionSite, context: Context
+) -> Proof:
+    """The proof for these masks, made once for all layers that have them."""
+    once = (given, lengths, site.causal, site.sink_logits is not None)
+    if once not in context.masks:
+        context.masks[once] = prove(
+            given,
+            lengths,
+            context.reader,
+            is_causal=site.causal,
+            sink=site.sink_logits is not None,
         )
-    return Mask("causal")
+    return context.masks[once]
 
 
-def _support(atoms: tuple[Expr, ...], site: AttentionSite, lengths: Lengths) -> Mask | Reject:
-    causal, padding = False, []
-    kinds = [classify_atom(atom, lengths) for atom in atoms]
-    if not lengths.one_query and not any(k.startswith("causal") for k in kinds):
-        kinds = [ANTI_CAUSAL if k.startswith(WINDOW) else k for k in kinds]
-    for atom, kind in zip(atoms, kinds, strict=True):
-        if kind == "causal":
-            causal = True
-        elif kind == "padding":
-            padding.append(atom)
-        elif kind != "always":
-            return Reject(kind, site.masks[0][0] if site.masks else site.output)
-    if not causal and not (lengths.one_query and appended(site)):
-        return Reject("the mask is not causal", site.masks[0][0])
-    if not padding:
-        return Mask("causal")
-    return Mask("causal & padding", sympy.And(*padding))
+def _already_sparse(proof: Proof, site: AttentionSite, context: Context) -> str:
+    """What a user may know of a window in the way: that it is no longer than what MoBA attends."""
+    if proof.window is None:
+        return ""
+    policy = context.policy(site, context.sites, context.root)
+    if not isinstance(policy, LayerPolicy):
+        return ""
+    attended = policy.block * policy.topk
+    if (proof.window <= attended) != True:  # noqa: E712
+        return ""
+    return f", which is already sparse: {proof.window} tokens <= block*topk = {attended}"
+
+
+def _both_ways(site: AttentionSite, lengths: Lengths, context: Context) -> Reject | None:
+    """Why attention whose queries see keys behind them cannot be sparse, None if it can."""
+    node = site.masks[0][0] if site.masks else site.output
+    if lengths.one_query:
+        what = "whose mask hides no key behind it and" if site.masks else "without a mask"
+        return Reject(
+            f"one query {what} whose keys are not a cache that it was appended to: "
+            "cross-attention or pooling, for all that can be proved",
+            node,
+        )
+    what = "the mask is not causal" if site.masks else "no mask and not causal"
+    if context.causal_only:
+        return Reject(f"bidirectional: {what}; causal_only=False makes self-attention sparse", node)
+    if sympy.Integer(0) not in lengths.offsets:
+        return Reject(
+            f"cross-attention: {lengths.queries[0]} queries and {lengths.keys[0]} keys, which are "
+            "not proved to be as many",
+            node,
+        )
+    if not same_tokens(site, context):
+        return Reject(
+            f"bidirectional ({what}), and query and key are not proved to be projections of the "
+            "same tokens: cross-attention, for all that can be proved",
+            node,
+        )
+    return None

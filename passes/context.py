@@ -2,8 +2,9 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,6 +14,7 @@ from moonfx.passes.index_algebra import Reader
 from moonfx.passes.modes import Mode, inside, modes
 from moonfx.passes.mutation import last_writes
 from moonfx.passes.nodes import body_of, operands_of
+from moonfx.passes.real_values import RealReader
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, Reject
 
@@ -53,6 +55,8 @@ class Context:
                 if (body := body_of(node)) is not None:
                     self._outer[body.graph] = node
         self.reader = Reader(self.outer, self.mutated, self.name_of)
+        self.real = RealReader(self.reader)
+        self.masks: dict[tuple[Hashable, ...], Any] = {}
 
     def graphs(self) -> Iterator[fx.GraphModule]:
         yield from nested_graphs(self.gm)

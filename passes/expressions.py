@@ -32,6 +32,10 @@ def head_symbol(heads: int) -> sympy.Symbol:
     return symbol
 
 
+def head_symbols() -> set[sympy.Symbol]:
+    return set(_BOUNDS)
+
+
 def divided(index: Expr, size: Expr) -> tuple[Expr, Expr]:
     """(index // size, index % size): for size * x + head, with head < size, x and head."""
     for symbol in index.free_symbols:

@@ -104,6 +104,7 @@ def parse_softmax(node: fx.Node, context: Context) -> AttentionSite | None:
         return site
     site.query, site.key, site.form = scores.query, scores.key, f"{scores.form} + softmax"
     site.scale, site.masks, site.factors = scores.scale, scores.masks, scores.factors
+    site.mask_scales = scores.mask_scales
     site.softcap = scores.softcap
     site.sink_logits = scores.sink.logits if scores.sink is not None else None
     site.key_transposed = True

@@ -116,6 +116,15 @@ def untranspose(site: AttentionSite) -> None:
         site.key, site.key_transposed = site.key.args[0], False  # type: ignore[assignment]
 
 
+def views_itself(node: fx.Node) -> bool:
+    """Whether a view gives a tensor the shape that it has."""
+    source = node.args[0] if node.target in FOLDS else None
+    if not isinstance(source, fx.Node):
+        return False
+    before, after = source.meta["val"].shape, node.meta["val"].shape
+    return len(before) == len(after) and all(map(same_size, before, after))
+
+
 def folded_heads(node: fx.Node) -> int | None:
     """H of a view between [B, H, Nq, Nk] and [B * H, Nq, Nk], in either direction, else None."""
     source = node.args[0] if node.target in FOLDS else None

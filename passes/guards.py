@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from moonfx.passes.additive import NotAMask, kept
+from moonfx.passes.additive import NotAMask, split
 from moonfx.passes.classify_mask import mask_index
 from moonfx.passes.context import Context
 from moonfx.passes.expressions import head_symbol, to_bool
@@ -137,7 +137,7 @@ def _visible(site: AttentionSite, context: Context) -> set[Any]:
         if value is None:
             continue
         try:
-            condition = kept(value) if how == "additive" else to_bool(value)
+            condition = split(value).keep if how == "additive" else to_bool(value)
         except NotAMask:
             continue
         condition = sympy.Not(condition) if how == "drop" else condition

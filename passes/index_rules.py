@@ -298,9 +298,74 @@ def _triangular(relation: Callable[[Expr, Expr], Expr]) -> Rule:
     return rule
 
 
+def _bounded(lower: int | None, low_name: str, upper: int | None, high_name: str) -> Rule:
+    """clamp and its relatives, of numbers that are known but for their indices."""
+
+    def rule(reader: "Reader", node: fx.Node, index: Index) -> Expr | None:
+        value = to_number(reader.broadcast(node.args[0], index))
+        low = None if lower is None else argument(node, lower, low_name)
+        high = None if upper is None else argument(node, upper, high_name)
+        if loads(value):
+            return None  # NaN is neither above nor below
+        if low is not None:
+            value = _extreme(sympy.Max, sympy.Ge, value, to_number(reader.broadcast(low, index)))
+        if high is not None:
+            value = _extreme(sympy.Min, sympy.Le, value, to_number(reader.broadcast(high, index)))
+        return value
+
+    return rule
+
+
+def _extreme(function: Any, first: Any, a: Expr, b: Expr) -> Expr:
+    """Max or Min; of choices a choice, so that conditions stay in sight."""
+    if a.has(sympy.Piecewise) or b.has(sympy.Piecewise):
+        return sympy.piecewise_fold(function(a, b))
+    return function(a, b)
+
+
+def _absolute(reader: "Reader", node: fx.Node, index: Index) -> Expr:
+    value = to_number(reader.broadcast(node.args[0], index))
+    if isinstance(value, sympy.Piecewise):
+        return sympy.Piecewise(*((sympy.Abs(v), c) for v, c in value.args))
+    return sympy.Abs(value)
+
+
+def _log(reader: "Reader", node: fx.Node, index: Index) -> Expr | None:
+    """Of 0 and 1 alone: a mask that is multiplied, made one that is added."""
+    value = to_number(reader.broadcast(node.args[0], index))
+    known = {sympy.S.Zero: -sympy.oo, sympy.S.One: sympy.S.Zero}
+    if isinstance(value, sympy.Piecewise) and all(v in known for v, _ in value.args):
+        return sympy.Piecewise(*((known[v], c) for v, c in value.args))
+    return known.get(value)
+
+
+def _floor_divide(reader: "Reader", node: fx.Node, index: Index) -> Expr | None:
+    """Of integers, by a positive constant: floor, as Python's //."""
+    if node.kwargs.get("rounding_mode", "floor") != "floor":
+        return None
+    value, divisor = (to_number(reader.broadcast(x, index)) for x in node.args[:2])
+    if not (value.is_integer and divisor.is_Integer and divisor > 0):
+        return None
+    return sympy.floor(value / divisor)
+
+
+def _padded(reader: "Reader", node: fx.Node, index: Index) -> Expr | None:
+    """Padding by nothing, as a library writes it that pads to a size it has already."""
+    return reader.read(node.args[0], index) if not any(argument(node, 1, "pad")) else None
+
+
+def _joined(reader: "Reader", node: fx.Node, index: Index) -> Expr | None:
+    """cat, where the index says which part it is in: the first, or none of what is empty."""
+    parts, dim = node.args[0], axis(node, argument(node, 1, "dim", 0))
+    assert isinstance(parts, list | tuple)
+    filled = [p for p in parts if isinstance(p, fx.Node) and 0 not in shape(p)]
+    return reader.read(filled[0], index) if len(filled) == 1 and dim >= 0 else None
+
+
+_CASTS = ("to.dtype", "to.device", "to.dtype_layout", "to.other", "_to_copy", "type_as")
 _OPERATORS: list[tuple[Rule, Sequence[str]]] = [
     (_same, ["alias", "clone", "contiguous", "detach", "detach_", "lift_fresh_copy", "lift_fresh"]),
-    (_cast, ["to.dtype", "to.device", "to.dtype_layout", "to.other", "_to_copy", "type_as"]),
+    (_cast, _CASTS),
     (_arange, ["arange", "arange.start", "arange.start_step"]),
     (_fill(1), ["full", "full_like"]),
     (_fill(2), ["new_full"]),
@@ -337,6 +402,16 @@ _OPERATORS: list[tuple[Rule, Sequence[str]]] = [
     (_masked_fill, ["masked_fill.Scalar", "masked_fill.Tensor"]),
     (_triangular(sympy.Le), ["tril"]),
     (_triangular(sympy.Ge), ["triu"]),
+    (_absolute, ["abs", "absolute"]),
+    (_log, ["log"]),
+    (_bounded(1, "min", 2, "max"), ["clamp", "clamp.Tensor", "clip"]),
+    (_bounded(1, "min", None, ""), ["clamp_min"]),
+    (_bounded(None, "", 1, "max"), ["clamp_max"]),
+    (_bounded(1, "other", None, ""), ["maximum", "max.other"]),
+    (_bounded(None, "", 1, "other"), ["minimum", "min.other"]),
+    (_floor_divide, ["floor_divide", "floor_divide.Scalar", "div.Tensor_mode", "div.Scalar_mode"]),
+    (_padded, ["pad", "constant_pad_nd"]),
+    (_joined, ["cat"]),
     (_cumsum, ["cumsum"]),
     (_diff, ["diff"]),
 ]
@@ -364,6 +439,9 @@ def _overload(name: str) -> Any:
     return getattr(getattr(aten, packet), overload or "default")
 
 
+CASTS = {_overload(name) for name in _CASTS}
+_VIEW_RULES = (_same, _unsqueeze, _permute, _reshape, _slice, _select)
+VIEWS = {_overload(n) for rule, names in _OPERATORS if rule in _VIEW_RULES for n in names}
 RULES: dict[Any, Rule] = {
     _overload(n): rule for rule, names in (*_OPERATORS, *_IN_PLACE) for n in names
 }

@@ -11,7 +11,7 @@ from torch import fx
 
 from moonfx.passes import einsum
 from moonfx.passes.context import Context
-from moonfx.passes.groups import folded_heads
+from moonfx.passes.groups import folded_heads, views_itself
 from moonfx.passes.guards import Guard, guard_of
 from moonfx.passes.nodes import argument, permutation, short
 from moonfx.passes.softmax import Softmax
@@ -152,7 +152,7 @@ def _enters(node: fx.Node, product: fx.Node) -> bool:
 
 def _passes(node: fx.Node) -> bool:
     if node.target in FOLDS:
-        return folded_heads(node) is not None
+        return views_itself(node) or folded_heads(node) is not None
     if node.target in SLICES:
         rank = len(node.meta["val"].shape)
         return int(argument(node, 1, "dim", 0)) % rank == rank - 1

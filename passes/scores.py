@@ -21,7 +21,7 @@ from torch import fx
 from moonfx.passes import einsum
 from moonfx.passes.context import Context
 from moonfx.passes.expressions import MASKED_BELOW
-from moonfx.passes.groups import folded_heads
+from moonfx.passes.groups import folded_heads, views_itself
 from moonfx.passes.nodes import argument, insert, short
 from moonfx.passes.shifts import peak_of
 from moonfx.passes.sinks import Sink, join_of
@@ -67,6 +67,7 @@ class Scores:
     softcap: float = 0.0
     sink: Sink | None = None
     masks: list[tuple[fx.Node, str]] = field(default_factory=list)
+    mask_scales: dict[fx.Node, float] = field(default_factory=dict)
     factors: list[tuple[fx.Node, str]] = field(default_factory=list)
     path: list[fx.Node] = field(default_factory=list)
     inner: set[fx.Node] = field(default_factory=set)
@@ -85,6 +86,7 @@ class _Walk:
         self.softcap = 0.0
         self.sink: Sink | None = None
         self.masks: list[tuple[fx.Node, str]] = []
+        self.mask_scales: dict[fx.Node, float] = {}
         self.factors: list[tuple[fx.Node, str]] = []
         self.path: list[fx.Node] = []
         self.inner: set[fx.Node] = set()
@@ -94,7 +96,8 @@ class _Walk:
         # softcap * tanh(scale * query @ key^T / softcap)
         scale = self.scale * (self.softcap or 1.0)
         found = (node, query, key, form, scale, self.softcap, self.sink)
-        return Scores(*found, self.masks, self.factors, self.path, self.inner, self.heads)
+        masks = (self.masks, self.mask_scales)
+        return Scores(*found, *masks, self.factors, self.path, self.inner, self.heads)
 
     def reject(self, node: fx.Node, reason: str) -> Reject | None:
         """A Reject if the softmax is over a product of tensors at all, else None: no attention."""
@@ -106,9 +109,9 @@ class _Walk:
         return found is not None and not self.factors and found * self.scale <= MASKED_BELOW
 
     def add_mask(self, node: fx.Node) -> bool:
-        """Takes an additive mask; False if it is scaled down before the softmax."""
+        """Takes an additive mask; False if it is scaled by what is not known, or in two ways."""
         self.masks.append((node, "additive"))
-        return not self.factors and self.scale >= 1.0
+        return not self.factors and self.mask_scales.setdefault(node, self.scale) == self.scale
 
     def seen_by(self) -> str | None:
         """What, between here and the softmax, tells scores from scores shifted by a constant."""
@@ -139,6 +142,8 @@ def _step(node: fx.Node, walk: _Walk) -> Step:
     if target in CASTS | COPIES:
         if not node.meta["val"].dtype.is_floating_point:
             return Reject("the scores are cast to integers", node)
+        return node.args[0]  # type: ignore[return-value]
+    if views_itself(node):
         return node.args[0]  # type: ignore[return-value]
     if target in FOLDS and (heads := folded_heads(node)) is not None:
         if walk.heads not in (None, heads):

@@ -112,19 +112,6 @@ def test_padding_never_changes_a_real_token(
         torch.testing.assert_close(got[row, at], unpadded[0], atol=2e-5, rtol=1e-3)
 
 
-def test_bloom_is_declined_because_of_alibi() -> None:
-    model, tokens = build("bloom", "eager"), ids()
-    dense = logits(model, tokens)
-    assert torch.equal(logits(sparse(model), tokens), dense)
-    report = moonfx.report(model)
-    assert facts(report) == [("baddbmm + softmax", "", "declined")] * 2
-    for row in report.rows:
-        assert row.reason.startswith("additive bias (ALiBi")
-        assert "(node " in row.reason
-        assert row.layer.endswith("self_attention")
-        assert row.line.startswith("modeling_bloom.py:")
-
-
 def test_multihead_attention_that_returns_its_weights_is_declined() -> None:
     model, tokens = build("mha", "returned"), ids()
     dense = logits(model, tokens)

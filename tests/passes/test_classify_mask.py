@@ -135,7 +135,7 @@ MASKS: list[tuple[str, Callable[..., Tensor], str]] = [
     (
         "padding or causal",
         lambda n, k, m: (columns(k) <= rows(n) + (k - n)) | real_keys(m),
-        "the mask mixes",
+        "prefix-LM: the keys of a prefix (by 'stack')",
     ),
     (
         "padding shifted back",
@@ -159,7 +159,7 @@ MASKS: list[tuple[str, Callable[..., Tensor], str]] = [
         lambda n, k, m: (
             float_mask(columns(k) <= rows(n) + (k - n)) + (1.0 - m[:, None, None].float()) * NEG
         ),
-        "additive bias",
+        PADDED,
     ),
     (
         "or everything",
