@@ -29,7 +29,7 @@ ZOO = [
     ("nano", "sdpa", "sdpa", 4),
     ("nano", "eager", "matmul + softmax", 4),
     ("mha", "sdpa", "sdpa", 4),
-    ("mha", "eager", "baddbmm + softmax", 1),
+    ("mha", "eager", "baddbmm + softmax", 4),
 ]
 PADDABLE = [row for row in ZOO if row[0] != "nano"]
 FIELDS = ("name", "form", "found", "kv_heads")
