@@ -334,6 +334,26 @@ def test_a_model_without_sparse_attention_is_not_written(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@torch.library.custom_op("moonfx_test_onnx::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return x + x
+
+
+@twice.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_an_operator_that_onnx_has_not_is_named(tmp_path: Path) -> None:
+    class Doubled(TinyLM):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return twice(super().forward(tokens))
+
+    with pytest.raises(ValueError, match="model calls moonfx_test_onnx.twice, which"):
+        moonfx.export_onnx(sparse(Doubled(1).eval()), (tokens(),), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_program_with_sizes_of_its_own_takes_no_others(
     program: torch.export.ExportedProgram, tmp_path: Path
 ) -> None:

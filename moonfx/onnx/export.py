@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -79,8 +80,8 @@ def export_onnx(
         What was written, and the error at each size; prints as a table.
     Raises:
         ImportError: if onnx, onnxscript or onnxruntime is missing.
-        TypeError, ValueError: for a bad argument, a model that is not sparsified, or one without
-            an attention that can be sparse.
+        TypeError, ValueError: for a bad argument, a model that is not sparsified, one without an
+            attention that can be sparse, or one that calls an operator that ONNX has not.
         OnnxMismatch: if the check fails. Nothing is written then, and an old file stays.
     """
     _require_packages()
@@ -244,14 +245,22 @@ def _exported(
 def _translated(program: ExportedProgram, inputs: sizes.Inputs, opset: int) -> Any:
     """An onnx program of standard operators alone, its dynamic axes named."""
     with _quiet():
-        translated: Any = torch.onnx.export(
-            program,
-            dynamo=True,
-            custom_translation_table=onnx_table(),
-            opset_version=opset,
-            output_names=_output_names(program),
-            verbose=False,
-        )
+        try:
+            translated: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                custom_translation_table=onnx_table(),
+                opset_version=opset,
+                output_names=_output_names(program),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            unknown = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error))
+            if unknown is None:
+                raise
+            raise ValueError(
+                f"the model calls {unknown[1]}, which torch.onnx cannot write as standard operators"
+            ) from error
         if inputs.axes:
             translated.rename_axes({str(symbol): name for symbol, name in inputs.axes.items()})
     model = translated.model
