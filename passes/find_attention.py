@@ -17,7 +17,7 @@ from moonfx.capture import hint, is_higher_order, module_path, opaque_body, same
 from moonfx.passes import fused
 from moonfx.passes.between import overwritten, split_by_mode
 from moonfx.passes.context import Context
-from moonfx.passes.groups import fold_groups, heads_in_batch, merge_heads, untranspose
+from moonfx.passes.groups import fold_groups, heads_in_batch, merge_heads, unfold_heads, untranspose
 from moonfx.passes.guards import unproved
 from moonfx.passes.keys import token_major
 from moonfx.passes.mutation import remove_dead_code
@@ -130,6 +130,8 @@ def parse_softmax(node: fx.Node, context: Context) -> AttentionSite | None:
             site.heads = heads_in_batch(site.query)
         untranspose(site)
         site.reject = merge_heads(site)
+        if site.folded and site.sink_logits is not None:
+            site.reject = unfold_heads(site)
         fold_groups(site)
         context.changed(node.graph)
     return site

@@ -158,6 +158,29 @@ def heads_in_batch(query: fx.Node) -> int | None:
         node = source
 
 
+def unfold_heads(site: AttentionSite) -> Reject | None:
+    """Brings attention over [B * H, N, D] to [B, H, N, D], for what differs by head."""
+    at, heads = site.output, site.heads
+    if not heads:
+        return Reject("the heads lie in the batch, and how many they are is not known", at)
+    for node, _ in site.masks:
+        sizes = node.meta["val"].shape
+        if len(sizes) == 3 and not same_size(sizes[0], 1):
+            return Reject("the mask lies in the batch with the heads, the sink logits do not", node)
+
+    def unfolded(node: fx.Node) -> fx.Node:
+        return insert(aten.unflatten.int, (node, 0, [-1, heads]), at)
+
+    site.query, site.key, site.value = map(unfolded, (site.query, site.key, site.value))
+    after = at.next
+    site.output = insert(aten.unflatten.int, (at, 0, [-1, heads]), after, at)
+    back = insert(aten.flatten.using_ints, (site.output, 0, 1), after, at)
+    own = {site.output, back}
+    at.replace_all_uses_with(back, delete_user_cb=lambda user: user not in own)
+    site.folded = False
+    return None
+
+
 # --- two head dims --------------------------------------------------------------------------------
 
 

@@ -105,8 +105,7 @@ def unproved(guard: Guard, site: AttentionSite, scores: Scores, context: Context
     if condition is not None:
         visible = _visible(site, context)
         given = to_bool(condition) if keep else sympy.Not(to_bool(condition))
-        wanted = sympy.And.make_args(sympy.to_nnf(given, simplify=False))
-        if all(atom == True or atom in visible for atom in wanted):  # noqa: E712
+        if all(atom == True or atom in visible for atom in _atoms(given)):  # noqa: E712
             return None
     return Reject(
         "the probabilities are set to 0 where the scores are not known to be masked", node
@@ -141,5 +140,11 @@ def _visible(site: AttentionSite, context: Context) -> set[Any]:
         except NotAMask:
             continue
         condition = sympy.Not(condition) if how == "drop" else condition
-        atoms.update(sympy.And.make_args(sympy.to_nnf(condition, simplify=False)))
+        atoms.update(_atoms(condition))
     return atoms
+
+
+def _atoms(condition: Any) -> list[Any]:
+    """The parts of a conjunction, i >= j and j <= i written alike."""
+    parts = sympy.And.make_args(sympy.to_nnf(condition, simplify=False))
+    return [getattr(part, "canonical", part) for part in parts]
