@@ -20,7 +20,6 @@ import moonfx.ops  # noqa: F401  (registers the operators that the passes emit)
 from moonfx.capture import (
     COMPILERS,
     CaptureError,
-    buffer_value,
     capture,
     capture_exported,
     compile_graph,
@@ -32,8 +31,9 @@ from moonfx.capture import (
     mode_options,
     name_invoked_bodies,
 )
+from moonfx.guards import Values, checked
+from moonfx.passes import given_masks
 from moonfx.passes.context import Context
-from moonfx.passes.index_algebra import summary
 from moonfx.passes.order import run_passes
 from moonfx.policy import LayerPolicy, Policies, check_flag
 from moonfx.report import Report, Row, row_of
@@ -118,16 +118,23 @@ class Backend:
         graph, guards = self.rewrite(gm, example_inputs)
         stamp = f"{self.policies}"
         compiled = compile_graph(graph, example_inputs, self.compiler, stamp, self.config)
-        return checked(compiled, guards) if guards else compiled
+        if not guards:
+            return compiled
+        record = self.records[-1]
+
+        def note(what: str) -> None:
+            record.failure = what
+
+        return checked(compiled, guards, gm.forward, note)
 
     def rewrite(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any]
-    ) -> tuple[fx.GraphModule, dict[int, tuple[float, float]]]:
+    ) -> tuple[fx.GraphModule, dict[int, Values]]:
         """Captures and rewrites one graph and records what happened.
 
         Returns:
             The graph to compile, the given one if nothing in it became sparse; and, for the inputs
-            that are buffers whose values a proof rests on, what they were: position -> values.
+            (buffers and masks) whose values a proof rests on, what they were: position -> values.
         """
         if self.policies is None:
             return gm, {}
@@ -141,6 +148,7 @@ class Backend:
             record.failure = str(error)
             log.warning("a graph could not be captured and runs as it was: %s", error)
             return gm, {}
+        given_masks.mark(captured, example_inputs)
         root = graph_root(gm, example_inputs, self.parameter_names)
         context = self.run_passes(captured, root, record)
         if context is None:
@@ -150,7 +158,7 @@ class Backend:
         guards = {
             placeholders.index(node): values
             for node, values in context.proofs.items()
-            if node in placeholders and buffer_value(node) is not None
+            if node in placeholders
         }
         return captured, guards
 
@@ -238,34 +246,6 @@ def _key(site: AttentionSite) -> tuple[str, int]:
 
 def _code(gm: fx.GraphModule) -> str:
     return gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else ""
-
-
-def checked(
-    compiled: Callable[..., Any], guards: dict[int, tuple[float, float]]
-) -> Callable[..., Any]:
-    """Runs `compiled`, first checking that the buffers behind a proof still hold what they held.
-
-    Dynamo guards a buffer's shape, not its values; a version counter makes the check free. A write
-    through `.data` does not count, to this check as to autograd.
-    """
-    proved: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
-
-    def run(*args: Any) -> Any:
-        for position, values in guards.items():
-            buffer = args[position]
-            version = -1 if buffer.is_inference() else buffer._version
-            last, then = proved.get(position, (None, -1))
-            if last is not None and last() is buffer and version == then >= 0:
-                continue
-            if summary(buffer) != values:
-                raise RuntimeError(
-                    "a buffer that was proved to hold a causal mask has changed since the model "
-                    f"was compiled (graph input {position}); call moonfx.sparsify again"
-                )
-            proved[position] = (weakref.ref(buffer), version)
-        return compiled(*args)
-
-    return run
 
 
 # --- the backend found by name --------------------------------------------------------------------

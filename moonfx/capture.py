@@ -292,7 +292,7 @@ def _keep_placeholders(
 ) -> None:
     """Gives placeholders their first names, and module buffers their values.
 
-    A mask kept in a buffer can be proved from its value; `backend.checked` watches that it stays.
+    A mask kept in a buffer can be proved from its value; `moonfx.guards` watches that it stays.
     """
     before = [n for n in gm.graph.nodes if n.op == "placeholder"]
     after = [n for n in captured.graph.nodes if n.op == "placeholder"]

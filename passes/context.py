@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from moonfx.capture import input_name, nested_graphs
+from moonfx.passes.given_masks import Given
 from moonfx.passes.index_algebra import Reader
 from moonfx.passes.modes import Mode, inside, modes
 from moonfx.passes.mutation import last_writes
@@ -33,7 +34,7 @@ class Context:
         root: name of the module that the graph starts in, "" for the model itself, None if that is
             not known.
         causal_only: whether bidirectional self-attention stays dense.
-        proofs: constants of the graph that a rewrite rests on -> their values.
+        proofs: constants and given masks of the graph that a rewrite rests on -> their values.
     """
 
     gm: fx.GraphModule
@@ -42,7 +43,7 @@ class Context:
     root: str | None = ""
     causal_only: bool = True
     sites: list[AttentionSite] = field(default_factory=list)
-    proofs: dict[fx.Node, tuple[float, float]] = field(default_factory=dict)
+    proofs: dict[fx.Node, tuple[float, float] | Given] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._outer: dict[fx.Graph, fx.Node] = {}

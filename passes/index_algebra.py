@@ -17,6 +17,7 @@ from torch import fx
 
 from moonfx.capture import buffer_value, expression
 from moonfx.passes.expressions import Expr, choose, constant, load_symbol, name_of, stored
+from moonfx.passes.given_masks import Given, given_of, where_kept
 from moonfx.passes.index_rules import RULES, Index
 from moonfx.passes.nodes import dtype, shape
 
@@ -41,7 +42,7 @@ class Reader:
         self.name = name
         self.mutated = mutated
         self.leaves: dict[str, fx.Node] = {}
-        self.constants: dict[fx.Node, tuple[float, float]] = {}
+        self.constants: dict[fx.Node, tuple[float, float] | Given] = {}
         self._names: dict[fx.Node, str] = {}
         self._memo: dict[tuple[fx.Node, Index], Expr] = {}
 
@@ -95,11 +96,15 @@ class Reader:
         return self.load(node, index) if result is None else result
 
     def _read_constant(self, node: fx.Node, index: Index) -> Expr:
-        """A buffer or a constant tensor: one repeated value, or a triangle."""
+        """A buffer or a constant tensor: one repeated value, or a triangle. Or a `Given` mask."""
         value = buffer_value(node)
         known = None if value is None else summary(value)
         if known is None:
-            return self.load(node, index)
+            if (given := given_of(node)) is None:
+                return self.load(node, index)
+            self.constants[node] = given
+            real = where_kept(node, index, self.load)
+            return choose(real, constant(given.kept), constant(given.hidden))
         self.constants[node] = known
         on_and_below, above = (constant(x) for x in known)
         if on_and_below == above:
