@@ -166,6 +166,55 @@ MASKS: list[tuple[str, Callable[..., Tensor], str]] = [
         lambda n, k: (columns(k) <= rows(n) + (k - n)) | (rows(n) >= 0),
         "the mask is not causal",
     ),
+    ("triu of True", lambda n, k: ~torch.ones(n, k, dtype=torch.bool).triu(k - n + 1), CAUSAL),
+    ("clamped", lambda n, k: (columns(k) - rows(n) - (k - n)).clamp(min=0) == 0, "unsupported"),
+    ("log of 0 and 1", lambda n, k: torch.ones(n, k).tril(k - n).log(), CAUSAL),
+    (
+        "min and min",
+        lambda n, k, m: (
+            torch.where(columns(k) <= rows(n) + (k - n), 0.0, NEG)
+            + torch.where(real_keys(m), 0.0, NEG)
+        ),
+        PADDED,
+    ),
+    (
+        "1 - product",
+        lambda n, k, m: (
+            (1.0 - (columns(k) <= rows(n) + (k - n)).float() * real_keys(m).float()) * NEG
+        ),
+        PADDED,
+    ),
+    (
+        "counted positions",
+        lambda n, k: torch.ones(k).cumsum(0)[None] <= torch.ones(n).cumsum(0)[:, None] + (k - n),
+        CAUSAL,
+    ),
+    (
+        "chunk",
+        lambda n, k: (
+            (columns(k) <= rows(n) + (k - n)) & (columns(k) // 4 == (rows(n) + (k - n)) // 4)
+        ),
+        "chunked attention of 4 tokens",
+    ),
+    (
+        "window to both sides",
+        lambda n, k: (rows(n) + (k - n) - columns(k)).abs() <= 3,
+        "sliding window of 7 tokens, 3 to either side",
+    ),
+    (
+        "prefix",
+        lambda n, k, m: (
+            (columns(k) <= rows(n) + (k - n)) | (columns(k) < m.sum(1)[:, None, None, None])
+        ),
+        "prefix-LM: the keys of a prefix (by 'sum_1')",
+    ),
+    (
+        "groups seen both ways",
+        lambda n, k, m: (
+            (columns(k) <= rows(n) + (k - n)) | (m[:, None, -n:, None] == m[:, None, None])
+        ),
+        "a choice between masks: causal, or",
+    ),
     (
         "nothing",
         lambda n, k: (columns(k) <= rows(n) + (k - n)) & (rows(n) < 0),
@@ -324,18 +373,6 @@ def test_a_step_on_a_static_cache_is_declined_by_name() -> None:
     torch.testing.assert_close(got, dense, atol=5e-6, rtol=1e-4)
 
 
-def test_packed_position_ids_are_declined_by_name() -> None:
-    model, ids = llama(), torch.arange(2, 42)[None]
-    positions = torch.cat([torch.arange(25), torch.arange(15)])[None]
-    got = model(ids, position_ids=positions, use_cache=False).logits
-    rows = moonfx.report(model).rows
-    assert {r.action for r in rows} == {"declined"}
-    assert all(r.reason.startswith("packed sequences") for r in rows)
-    assert all("pass attention_mask to prove" in r.reason for r in rows)
-    moonfx.restore(model)
-    torch.testing.assert_close(got, model(ids, position_ids=positions, use_cache=False).logits)
-
-
 def mistral() -> Any:
     config = transformers.MistralConfig(
         vocab_size=100,
@@ -355,8 +392,13 @@ def test_a_sliding_window_model_is_declined_by_name() -> None:
     moonfx.sparsify(model, 8, 3, compiler="eager", on_miss="ignore")
     assert torch.equal(model(ids, use_cache=False).logits, dense)
     assert {r.reason.split(" (node")[0] for r in moonfx.report(model).rows} == {
-        "sliding window of 16 tokens"
+        "sliding window of 16 tokens, which is already sparse: 16 tokens <= block*topk = 24"
     }
+
+
+def test_a_window_longer_than_what_moba_attends_is_only_named() -> None:
+    report = moonfx.explain(mistral(), torch.arange(2, 50)[None], block=4, topk=3, use_cache=False)
+    assert {r.reason.split(" (node")[0] for r in report.rows} == {"sliding window of 16 tokens"}
 
 
 @pytest.mark.parametrize("windowed_cache", [False, True])
