@@ -21,8 +21,8 @@ nothing, and a unit belongs to one. So a packed sequence gives, bit for bit, wha
 (where it has more than 32 rows per kv head).
 
 Scratch grows with the sequence, never with its square: packed copies of K and V (2 forward, 3
-backward), the block means, and per thread the accumulators of one unit. Up to 32 rows per kv head
-(decoding) pack neither.
+backward; each segment's padded to a multiple of at most 16 keys), the block means, and per thread
+the accumulators of one unit. Up to 32 rows per kv head (decoding) pack neither.
 """
 
 import ctypes

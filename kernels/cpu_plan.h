@@ -133,6 +133,14 @@ struct Plan {
     void fill(int64_t b, List* first, List* last, const int32_t* which) {
         int64_t before = a.Nk - a.Nq, keys = b * a.Nk, query = b * a.Nq;
         const uint8_t* mask = a.key_mask ? a.key_mask + b * a.Nk : nullptr;
+        if (!mask && !which) {  // the common case: a decoded token should not wait for the loops
+            first->length = first->real = a.Nk;
+            first->keys = keys;
+            first->queries = a.Nq;
+            first->query = query;
+            for (int64_t i = 0; i < a.Nq; ++i) rank[query + i] = (int32_t)(before + i);
+            return;
+        }
         for (int64_t j = 0; j < a.Nk; ++j) {
             List& x = first[which ? which[j] : 0];
             ++x.length;

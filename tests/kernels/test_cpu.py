@@ -68,11 +68,12 @@ PARTS: dict[str, dict[str, Any]] = {
     "packing": {"packing": "runs", "length": 90, "queries": 90},
     "value wider than key": {"dim": 8, "value_dim": 40},
     "three query heads per kv head": {"group": 3, "kv_heads": 1},
-    "blocks wider than a key tile": {"batch": 1, "length": 1300, "queries": 1300, "block": 512},
+    "blocks wider than backward's tile": {"batch": 1, "kv_heads": 1, "length": 1100, "block": 512,
+                                          "queries": 1100, "dim": 104, "topk": 2, "sinks": 0},
     "dense": {"topk": 200},
     "bidirectional": {"causal": False},
     "a few queries": {"queries": 3, "causal": True},
-}
+}  # fmt: skip
 PAIRS = [
     (f"{one}, {other}", Case(topk=3, sinks=1).but(**PARTS[one] | PARTS[other]))
     for one, other in itertools.combinations(PARTS, 2)
@@ -422,8 +423,9 @@ def test_an_empty_problem_gives_empty_results() -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sequence", [None, 1024, 48], ids=lambda x: f"sequences of {x}")
 def test_scratch_is_a_few_copies_of_key_and_value(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, threads: None
+    sequence: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, threads: None
 ) -> None:
     used: list[int] = []
     call = cpu.call
@@ -437,8 +439,10 @@ def test_scratch_is_a_few_copies_of_key_and_value(
     sizes = {}
     for length in (4096, 8192):
         q, k, v = (torch.randn(1, h, length, 64, dtype=dtype) for h in (4, 2, 2))
-        out, lse = cpu.forward(q, k, v, 64, 4, 1, None, None)
-        cpu.backward(out, None, q, k, v, out, lse, 64, 4, 1, None, None)
+        ids = None if sequence is None else torch.arange(length)[None] // sequence
+        policy = (64, 4, 1, None, None, True, 0.0, None, ids)
+        out, lse = cpu.forward(q, k, v, *policy)
+        cpu.backward(out, None, q, k, v, out, lse, *policy)
         sizes[length] = used[-2:]
     for index, copies in enumerate((2, 3)):
         grown = sizes[8192][index] - sizes[4096][index]
