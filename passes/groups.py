@@ -223,7 +223,9 @@ def merge_heads(site: AttentionSite) -> Reject | None:
     site.query = merged(site.query)
     site.key = merged(narrow["key", group] or site.key)
     site.value = merged(narrow["value", group] or site.value)
-    site.masks = [(_without_heads(node, at), how) for node, how in site.masks]
+    merged_masks = [(node, _without_heads(node, at), how) for node, how in site.masks]
+    site.masks = [(new, how) for _, new, how in merged_masks]
+    site.mask_scales = {new: site.mask_scales.get(old, 1.0) for old, new, _ in merged_masks}
     first = insert(aten.transpose.int, (at, 1, 2), at.next, at) if swap else at
     after = first.next
     site.output = insert(aten.flatten.using_ints, (first, 1, 2), after, at)

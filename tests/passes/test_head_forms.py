@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moonfx.kernels.reference import moba_attention
-from tests.passes.forms import SCALE, B, D, H, Model, N, causal, check_form
+from tests.passes.forms import SCALE, B, D, H, Model, N, causal, check_form, inputs, run
 
 G, X = 2, 2  # group, key heads
 
@@ -88,6 +88,20 @@ def test_a_group_shares_its_keys(body: Callable[..., Any], form: str) -> None:
     form = form if form == "sdpa" else f"{form} + softmax"
     expected = lambda q, k, v: moba_attention(q, k, v, 4, 2)[0]  # noqa: E731
     check_form(body, expected, form=form, heads=(H, X), kv_heads=X)
+
+
+def test_a_bias_is_scaled_where_heads_are_cut_in_two_as_where_they_are_not() -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q.view(B, X, G, N, D) @ k[:, :, None].transpose(-2, -1) * SCALE
+        s = (s + 0.1 * torch.arange(N).view(1, 1, 1, 1, N)) * 2
+        s = s.masked_fill(~causal(), -torch.inf)
+        return (s.softmax(-1) @ v[:, :, None]).flatten(1, 2)
+
+    q, k, v = inputs()
+    k, v = k[:, :X], v[:, :X]
+    out, report = run(Model(body), q, k, v)
+    assert [r.action for r in report.rows] == ["sparse"]
+    torch.testing.assert_close(out, body(Model(body), q, k, v), atol=5e-6, rtol=1e-4)
 
 
 def one_expanded(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
