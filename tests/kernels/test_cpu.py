@@ -6,6 +6,7 @@ import shlex
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ needs_kernel = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.av
 # float32: sums of some hundred products, and an exponential good to 1e-7, of values up to 10.
 # The others: one rounding of the result on each side, the weights' rounding, a delta taken from the
 # rounded output: two units in the last place (2**-7, 2**-10), or of the largest term of a sum.
-TOLERANCE = {
+TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-5, "atol": 2e-5},
     torch.bfloat16: {"rtol": 2**-6, "atol": 2**-5},
     torch.float16: {"rtol": 2**-9, "atol": 2**-8},
@@ -106,7 +107,8 @@ def assert_like_reference(case: Case, inputs: tuple[Tensor, Tensor, Tensor] | No
         # A candidate may then have any number of keys, and its mean be inexact: no ties, please.
         generator = torch.Generator().manual_seed(case.seed)
         drawn = (torch.rand(x.shape, generator=generator) for x in tensors)
-        tensors = tuple((x * y).to(x) for x, y in zip(tensors, drawn, strict=True))
+        query, key, value = ((x * y).to(x) for x, y in zip(tensors, drawn, strict=True))
+        tensors = query, key, value
     leaves = [x.detach().double().requires_grad_() for x in tensors]
     named = case.named()
     if (bias := case.key_bias()) is not None:  # unbroadcast, as the kernel's gradient is
@@ -134,7 +136,7 @@ def assert_like_reference(case: Case, inputs: tuple[Tensor, Tensor, Tensor] | No
         torch.testing.assert_close(
             *(mine.double(), theirs),
             **tolerance[torch.float32 if name == "lse" else case.dtype],
-            msg=lambda m, n=name: f"{n}: {m}",
+            msg=partial("{}: {}".format, name),
         )
 
 
