@@ -232,7 +232,8 @@ def _opaque(node: fx.Node, context: Context) -> list[AttentionSite]:
     name = str(getattr(node.target, "__name__", node.target))
     if "flex_attention" in name:
         site = _site(node, context, name)
-        site.reject = Reject("flex_attention keeps its own block mask", node)
+        instead = "use scaled_dot_product_attention or eager attention"
+        site.reject = Reject(f"flex_attention keeps its own block mask: {instead}", node)
         return [site]
     form = "torch.vmap or torch.func" if name == "under_transform" else name
     sites = []
