@@ -27,8 +27,10 @@ import torch
 import torch._dynamo
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import trace_rules
 from torch._dynamo.code_context import code_context
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.external_utils import wrap_inline
 from torch._functorch._aot_autograd.frontend_utils import construct_fake_mode, process_inputs
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -918,9 +920,13 @@ Call = Callable[..., Any]
 
 
 def plain_call(model: torch.nn.Module) -> Call:
-    """What nn.Module.compile compiles: hooks and forward."""
+    """What nn.Module.compile compiles: hooks and forward.
+
+    Dynamo passes over functions of torch itself, as the forward of nn.TransformerEncoder is, unless
+    they are called by another.
+    """
     call: Call = model._call_impl
-    return call
+    return wrap_inline(call) if trace_rules.check(model.forward) else call
 
 
 def compiled_call(model: torch.nn.Module) -> Call | None:
