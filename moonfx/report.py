@@ -129,9 +129,10 @@ class Report:
             if row.queries is None or row.keys is None or row.policy is None:
                 continue
             weight = (row.heads or 1) * (row.head_dim or 1)
-            dense += weight * attended_keys(row.queries, row.keys, row.keys, 1)
+            causal = not row.mask.startswith("all")
+            dense += weight * attended_keys(row.queries, row.keys, row.keys, 1, causal)
             block, topk = row.policy.block, row.policy.topk
-            sparse += weight * attended_keys(row.queries, row.keys, block, topk)
+            sparse += weight * attended_keys(row.queries, row.keys, block, topk, causal)
             longest = max(longest, row.keys)
         if not sparse:
             return {"keys": None, "attended_share": None, "ideal_speedup": None, "dense": False}

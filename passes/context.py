@@ -119,7 +119,7 @@ class Context:
     def mode(self, node: fx.Node) -> Mode:
         """The mode that a node runs under; in a nested body, also that of its call."""
         graph = node.graph
-        if graph not in self._modes:
+        if node not in self._modes.get(graph, {}):
             call = self.call_of(graph)
             self._modes[graph] = modes(
                 graph, self._start if call is None else inside(call, self.mode(call))

@@ -64,7 +64,6 @@ def keep(old: fx.Node, new: fx.Node, context: Context) -> fx.Node:
         node.meta["val"] = value
         if node.target in _VIEW:
             node.target = aten.reshape.default
-    context.changed(old.graph)
     return new
 
 
@@ -95,9 +94,12 @@ def _follow(old: fx.Node, new: fx.Node, context: Context) -> dict[fx.Node, Any] 
     written = context.writes(old.graph)
     if old in written:
         return None
-    for node in old.graph.nodes:
-        if not any(n in moved for n in node.all_input_nodes):
+    node, awaited = old, set(old.users)
+    while awaited:  # in the order of the graph, and no further than it reaches
+        node = node.next
+        if node not in awaited:
             continue
+        awaited.remove(node)
         if node.op != "call_function" or node in written or writes(node) or _needs_strides(node):
             return None
         try:
@@ -106,6 +108,7 @@ def _follow(old: fx.Node, new: fx.Node, context: Context) -> dict[fx.Node, Any] 
             return None
         if not same_layout(value, node.meta.get("val")):
             moved[node] = value
+            awaited.update(node.users)
     return found
 
 

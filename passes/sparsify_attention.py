@@ -48,14 +48,18 @@ def run(graph: fx.Graph, context: Context) -> int:
             context.decline(site, Reject(str(reason), site.output))
             continue
         site.action, rewritten = "sparse", rewritten + 1
+    if rewritten:
+        context.changed(
+            graph
+        )  # once: what was put in writes nowhere, and comes before what is left
     return rewritten
 
 
 def rewrite(site: AttentionSite, policy: LayerPolicy, written: Written, context: Context) -> None:
     """Replaces one site's output by the operator."""
-    graph, old = site.output.graph, site.output
+    old = site.output
     dtype = old.meta["val"].dtype
-    with graph.inserting_before(old), fake_values(context.gm):
+    with old.graph.inserting_before(old), fake_values(context.gm):
         key_mask, modifiers = _of_the_mask(site, written, context)
         operands = [_as_operand(x, site, dtype) for x in _operands(site)]
         setting = (policy.block, policy.topk, policy.sinks, site.scale, key_mask)
@@ -76,7 +80,6 @@ def rewrite(site: AttentionSite, policy: LayerPolicy, written: Written, context:
             {k: old.meta[k] for k in ("stack_trace", "nn_module_stack") if k in old.meta}
         )
     old.replace_all_uses_with(new)
-    context.changed(graph)
     site.output = new
 
 
