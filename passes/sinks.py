@@ -41,7 +41,7 @@ def join_of(node: fx.Node, scores: fx.Node) -> Sink | str:
     """What a cat joins to scores [B, Hq, Nq, Nk], or why it is no column of sink logits."""
     parts = node.args[0]
     assert isinstance(parts, list | tuple)
-    (column,) = (p for p in parts if p is not scores)
+    (column,) = (p for p in parts if isinstance(p, fx.Node) and p is not scores)
     sizes = scores.meta["val"].shape
     if int(argument(node, 1, "dim", 0)) % len(sizes) != len(sizes) - 1:
         return "something is joined to the scores (cat), not along the keys"
@@ -50,7 +50,7 @@ def join_of(node: fx.Node, scores: fx.Node) -> Sink | str:
     if not same_size(column.meta["val"].shape[-1], 1):
         return "more than one column is joined to the scores (cat): no attention sink logits"
     passed: set[fx.Node] = set()
-    current = column
+    current: fx.Node = column
     while not _one_per_head(current):
         source = current.args[0] if current.op == "call_function" and current.args else None
         keeps = current.target in _REPEATS | COPIES | CASTS or _same_shape(current)
