@@ -1,11 +1,19 @@
 """moonfx changes how a model that someone else wrote runs, without an edit to its code."""
 
+import importlib.machinery
+import importlib.util
+import sys
 from pathlib import Path
 
 # In a bare checkout the passes and kernels lie beside this package; installed, they lie inside it.
+# Not through __path__: whoever walks this package (TORCH_LOGS does) would find it in itself.
 _root = Path(__file__).resolve().parents[1]
 if (_root / "passes" / "sparsify_attention.py").is_file():
-    __path__.append(str(_root))
+    for _name in ("passes", "kernels"):
+        _spec = importlib.machinery.ModuleSpec(f"moonfx.{_name}", None, is_package=True)
+        _spec.submodule_search_locations = [str(_root / _name)]
+        sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
+        globals()[_name] = sys.modules[_spec.name]
 
 from moonfx.onnx import export_onnx, onnx_table  # noqa: E402
 from moonfx.ops.moba import moba_attention  # noqa: E402

@@ -191,7 +191,6 @@ class Backend:
         assert self.policies is not None
         causal_only = self.policies.causal_only
         context = Context(captured, self.policy_of, self.names, root, causal_only)
-        before = _code(captured)
         try:
             rewritten = run_passes(context)
         except DenseLastUnknown:
@@ -203,7 +202,6 @@ class Backend:
             log.exception("a pass failed, and the graph runs as it was; please report this")
             return None
         record.rows += map(row_of, context.sites)
-        log.debug("before:\n%s\nafter:\n%s", before, _code(captured))
         return context if rewritten else None
 
     def policy_of(
@@ -242,10 +240,6 @@ class Backend:
 
 def _key(site: AttentionSite) -> tuple[str, int]:
     return site.layer, site.ordinal
-
-
-def _code(gm: fx.GraphModule) -> str:
-    return gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else ""
 
 
 # --- the backend found by name --------------------------------------------------------------------

@@ -10,6 +10,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import logging
 import operator
 import re
 import shutil
@@ -34,6 +35,8 @@ from torch._dynamo.external_utils import wrap_inline
 from torch._functorch._aot_autograd.frontend_utils import construct_fake_mode, process_inputs
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._logging import trace_structured
+from torch._logging._internal import trace_log
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.exported_program import ExportedProgram
@@ -685,26 +688,41 @@ def fake_mode_of(gm: fx.GraphModule) -> Any:
     return detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
 
 
+def readable(gm: fx.GraphModule) -> str:
+    """A graph and its bodies as Python, with the shape, dtype and strides of each value."""
+    text = gm.print_readable(print_output=False, include_stride=True)
+    return re.sub(r"class <\w+>\(", "class Graph(", text)
+
+
+def tracing() -> bool:
+    """Whether someone asked for structured traces (TORCH_TRACE)."""
+    return trace_log.isEnabledFor(logging.DEBUG) and bool(trace_log.handlers)
+
+
+def trace_artifact(name: str, text: str) -> None:
+    """Leaves a text for tlparse, where structured traces are on."""
+    metadata = {"name": name, "encoding": "string"}
+    trace_structured("artifact", metadata_fn=lambda: metadata, payload_fn=lambda: text)
+
+
 # --- sources and cache stamps ---------------------------------------------------------------------
 
 
 @functools.cache
 def source_hash() -> str:
     """Hash of every source of moonfx, its passes and its kernels."""
+    import moonfx.kernels
+    import moonfx.passes
+
     package = Path(__file__).resolve().parent
-    roots = {package, *(Path(p) / s for p in _package_path() for s in ("passes", "kernels"))}
+    parts = (*moonfx.passes.__path__, *moonfx.kernels.__path__)
+    roots = {package, *map(Path, parts)}
     digest = hashlib.sha256()
     for root in sorted(roots):
         for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu")):
             digest.update(str(path.relative_to(root.parent)).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _package_path() -> list[str]:
-    import moonfx
-
-    return list(moonfx.__path__)
 
 
 class Stamp(CustomGraphPass):

@@ -16,16 +16,23 @@ from tqdm import tqdm
 import moonfx
 from moonfx import doctor
 from moonfx.policy import check_block_topk_sinks
+from moonfx.tiny_config import Sizes, tiny
 
-# Sizes that make any model small and leave its attention's structure as it is.
-TINY = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
-
-POSITIONS = ("max_position_embeddings", "max_seq_len")  # tables that the input must fit in
+# Tables that the input must fit in.
+POSITIONS = (
+    "max_position_embeddings",
+    "max_seq_len",
+    "n_positions",
+    "n_ctx",
+    "context_length",
+    "max_target_positions",
+)
 ROOM = 2 << 30  # bytes of a model that are worth filling with random numbers
 
 BENCHMARKS = {
     "attention": "moonfx.bench.attention",
     "compile": "moonfx.bench.compile_time",
+    "passes": "moonfx.bench.passes",
 }
 
 Call = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -59,8 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+# What the environment changes, for `moonfx --help` and `moonfx doctor`.
+ENVIRONMENT = """environment:
+  MOONFX_DUMP=DIR       writes each graph before and after each pass into DIR, as Python
+  MOONFX_VERIFY=1       checks each graph after each pass; a pass that fails raises
+  TORCH_LOGS=moonfx     says what became of each attention; +moonfx also what each pass did
+  TORCH_TRACE=DIR       adds the graphs of MOONFX_DUMP to torch's own traces, for tlparse
+"""
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="moonfx", description=__doc__)
+    top = argparse.ArgumentParser(
+        prog="moonfx",
+        description=__doc__,
+        epilog=ENVIRONMENT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     explain = commands.add_parser(
@@ -104,7 +125,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "what",
         choices=BENCHMARKS,
-        help="attention: sparse against dense; compile: what sparsify adds to torch.compile's time",
+        help="attention: sparse against dense; compile: what sparsify adds to torch.compile; "
+        "passes: what the retrace and the passes add to Dynamo's capture",
     )
     return top
 
@@ -133,7 +155,15 @@ def run_explain(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise UsageError(f"--{name} must be at least 1, got {getattr(options, name)}")
     model, args, kwargs = load(options)
-    report = moonfx.explain(model, *args, **settings, **kwargs)
+    try:
+        report = moonfx.explain(model, *args, **settings, **kwargs)
+    except Exception as error:
+        if ":" in options.target:  # the user's own code: theirs to see whole
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"transformers' {type(model).__name__} does not run so: {reason}"
+        ) from error
     print(report.to_json() if options.json else report)
     return 0
 
@@ -203,34 +233,35 @@ def hugging_face_config(target: str, options: argparse.Namespace) -> Any:
             f"unknown model type {target!r}{nearest(target, known)}; "
             "a model of your own is named module:factory"
         )
-    parts = [part.model_type for part in type(default).sub_configs.values()]
-    if any(part in known for part in parts):
-        raise UsageError(f"{target!r} is made of several models: name one, {' or '.join(parts)}")
     try:
-        return resized(default, options)
+        return small(text_part(default), options)
     except Exception as error:  # each validator of the library has a type of its own
         raise cannot_build(target, error) from error
 
 
-def resized(default: Any, options: argparse.Namespace) -> Any:
-    """Makes the configuration anew: few layers, enough positions and, unless full, narrow layers.
+def text_part(config: Any) -> Any:
+    """A model that reads text as it is; of one made of several, the part that does."""
+    transformers = importlib.import_module("transformers")
+    if config.is_encoder_decoder or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config
+    text = config.get_text_config(decoder=True)
+    return text if hasattr(text, "vocab_size") else config
 
-    The ratio of query heads to key heads stays: it decides which grouped-query form is traced.
-    """
-    changed: dict[str, Any] = {"num_hidden_layers": options.layers}
-    if not options.full:
-        changed |= TINY
-        heads, kv_heads = (
-            getattr(default, name, None) for name in ("num_attention_heads", "num_key_value_heads")
-        )
-        if heads and kv_heads:
-            changed["num_key_value_heads"] = max(1, TINY["num_attention_heads"] * kv_heads // heads)
-    if getattr(default, "rope_parameters", None) is None:  # rotary positions need no table
+
+def small(default: Any, options: argparse.Namespace) -> Any:
+    """Few layers of each kind, enough positions and, unless full, narrow layers."""
+    sizes = Sizes(
+        layers=options.layers,
+        most=options.layers,
+        positions=options.length,
+        window=max(8, options.length // 8),
+    )
+    config = tiny(default, sizes, narrow=not options.full)
+    if getattr(config, "rope_parameters", None) is None:  # rotary positions need no table
         for name in POSITIONS:
-            changed[name] = max(options.length, getattr(default, name, 0))
-    own = default.to_diff_dict()
-    own = {name: value for name, value in own.items() if name not in ("layer_types", "model_type")}
-    return type(default)(**own | {k: v for k, v in changed.items() if hasattr(default, k)})
+            if isinstance(getattr(config, name, None), int):
+                setattr(config, name, max(options.length, getattr(config, name)))
+    return config
 
 
 def hugging_face_call(config: Any, options: argparse.Namespace) -> Call:
@@ -238,6 +269,7 @@ def hugging_face_call(config: Any, options: argparse.Namespace) -> Call:
     if getattr(config, "use_cache", False):
         config.use_cache = False
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    causal &= not config.is_encoder_decoder
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     try:
         with torch.device("meta"):
@@ -247,7 +279,7 @@ def hugging_face_call(config: Any, options: argparse.Namespace) -> Call:
         device = torch.device("cpu" if sum(t.nbytes for t in tensors) <= ROOM else "meta")
         if device.type == "cpu":
             model = auto.from_config(config, attn_implementation=options.attention).eval()
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # a model's own code may fail in any way
         raise cannot_build(options.target, error) from error
     return model, (), hugging_face_inputs(model, options, device)
 

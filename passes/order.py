@@ -2,14 +2,18 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable
 
 from torch import fx
 
+from moonfx.dump import Dump
 from moonfx.passes import classify_mask, find_attention, remove_dead, sparsify_attention, verify
 from moonfx.passes.context import Context
+from moonfx.report import row_of
 
 log = logging.getLogger("moonfx.passes")
+sites_log = logging.getLogger("moonfx.sites")
 
 Pass = Callable[[fx.Graph, Context], int]
 
@@ -30,16 +34,23 @@ def run_passes(context: Context, *, check: bool | None = None) -> int:
         How many sites became sparse.
     """
     check = bool(os.environ.get("MOONFX_VERIFY")) if check is None else check
-    for name, run in PASSES:
+    dump = Dump(context.gm)
+    for number, (name, run) in enumerate(PASSES, 1):
+        dump.write(f"{number:02}_{name}_before", context.sites)
+        start = time.perf_counter()
         count = sum(run(gm.graph, context) for gm in list(context.graphs()))
-        log.debug("%s: %d", name, count)
+        log.debug("%s: %d in %.1f ms", name, count, 1e3 * (time.perf_counter() - start))
         if name == "find_attention":
             _in_order_of_execution(context)
         if check:
             for gm in context.graphs():
                 verify.run(gm.graph, context)
+        dump.write(f"{number:02}_{name}_after", context.sites)
     for gm in reversed(list(context.graphs())):
         gm.recompile()
+    for row in (row_of(site) for site in context.sites if site.reject is None):
+        outcome = row.policy or row.reason
+        sites_log.info("%s (%s): %s, %s: %s", row.layer, row.line, row.form, row.action, outcome)
     return sum(site.action == "sparse" for site in context.sites)
 
 
