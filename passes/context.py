@@ -127,9 +127,15 @@ class Context:
         return self._modes[graph][node]
 
     def changed(self, graph: fx.Graph) -> None:
-        """Says that a pass put nodes into the graph: what is known of it is out of date."""
-        for known in (self._writes, self._modes, self._inputs):
+        """Says that a pass put nodes into the graph: what is known of it is out of date.
+
+        That nothing in it is written to stays true: no pass puts a write into a graph. To look for
+        writes again after each site would take time that grows with the square of the graph.
+        """
+        for known in (self._modes, self._inputs):
             known.pop(graph, None)
+        if self._writes.get(graph):
+            del self._writes[graph]
 
     def mutated(self, node: fx.Node) -> bool:
         return node in self.writes(node.graph)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moonfx import cli
-from moonfx.bench import attention, compile_time, machine
+from moonfx.bench import attention, compile_time, machine, passes
 from moonfx.ops.flops import attended_keys
 
 SMALL = ["--length", "256", "--dim", "16", "--block", "32", "--topk", "2", "--repeats", "1"]
@@ -106,3 +106,17 @@ def test_compile_time_compares_the_best_turns_of_both(monkeypatch, capsys):
     assert cli.main(["bench", "compile", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ratio"] == pytest.approx(22 / 20)
     assert order == list(compile_time.WAYS) * 2
+
+
+@pytest.mark.parametrize("form", ["eager", "sdpa"])
+def test_the_passes_cost_little_beside_dynamo_and_grow_with_the_graph_and_no_faster(form) -> None:
+    """Process time, medians of three: what else runs on the machine does not count."""
+    passes.once(form, 1, 64)
+    turns = {layers: [passes.once(form, layers, 64) for _ in range(3)] for layers in (3, 6)}
+    few, many = (passes.summary(form, layers, turns[layers]) for layers in (3, 6))
+    assert many["nodes"] < 2 * few["nodes"]
+    for part in ("retrace s", "passes s"):
+        assert many[part] < 2.6 * few[part], part
+    # Measured: 0.35 to 0.55 for the retrace, 0.02 to 0.08 for the passes.
+    assert many["retrace / dynamo"] < 0.9
+    assert many["passes / dynamo"] < 0.2

@@ -11,7 +11,7 @@ import pytest
 
 import moonfx
 from moonfx.passes.order import PASSES
-from tests.test_structure import Nested
+from tests.test_regions import Nested
 from tests.tiny import TinyLM, tokens
 
 PROGRAM = """
