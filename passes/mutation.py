@@ -1,5 +1,6 @@
 """Which nodes of a graph are written to in place, directly or through a view."""
 
+import functools
 import operator
 
 import torch
@@ -35,28 +36,33 @@ def aliases(node: fx.Node) -> list[fx.Node]:
     """The arguments whose memory the node's result may share."""
     if node.target is operator.getitem or node.target in _UNMARKED:
         return node.all_input_nodes
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not any(r.alias_info is not None for r in schema.returns):
-        return []
-    found: list[fx.Node] = []
-    for position, given in enumerate(schema.arguments):
-        if given.alias_info is not None:
-            found += _nodes(_given(node, position, given.name))
-    return found
+    places = _marked(node.target)[0]
+    return [n for place in places for n in _nodes(_given(node, *place))]
 
 
 def writes(node: fx.Node) -> list[fx.Node]:
     """The arguments that the node writes into."""
     if node.op == "call_function" and is_higher_order(node):
         return _body_writes(node)
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or node.target in _HARMLESS:
+    if node.target in _HARMLESS:
         return []
-    found: list[fx.Node] = []
-    for position, given in enumerate(schema.arguments):
-        if given.alias_info is not None and given.alias_info.is_write:
-            found += _nodes(_given(node, position, given.name))
-    return found
+    places = _marked(node.target)[1]
+    return [n for place in places for n in _nodes(_given(node, *place))]
+
+
+Places = list[tuple[int, str]]
+
+
+@functools.cache
+def _marked(target: object) -> tuple[Places, Places]:
+    """Which arguments an operator's schema says that its result shares, and which it writes."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return [], []
+    marked = [(i, a.name, a.alias_info) for i, a in enumerate(schema.arguments) if a.alias_info]
+    shares = any(r.alias_info is not None for r in schema.returns)
+    shared = [(i, name) for i, name, _ in marked] if shares else []
+    return shared, [(i, name) for i, name, info in marked if info.is_write]
 
 
 def _body_writes(node: fx.Node) -> list[fx.Node]:
