@@ -267,9 +267,11 @@ def report(model: torch.nn.Module | ExportedProgram) -> Report:
         return own
     found = report_of(list(model.parameters())) if isinstance(model, torch.nn.Module) else None
     if found is None:
+        inside = _sparse_inside(model) if isinstance(model, torch.nn.Module) else []
+        hint = f", but {', '.join(inside)} within it is: ask for its report" if inside else ""
         raise ValueError(
             "model must be under moonfx.sparsify, or compiled with backend='moonfx' and called "
-            f"once; this {type(model).__name__} is neither"
+            f"once; this {type(model).__name__} is neither{hint}"
         )
     return found
 
@@ -331,9 +333,13 @@ def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
     return {name: first[id(module)] for name, module in every}
 
 
+def _sparse_inside(model: torch.nn.Module) -> list[str]:
+    """The names of the modules in a model that are under `sparsify` themselves."""
+    return [name for name, m in model.named_modules() if name and _state(m) is not None]
+
+
 def _check_submodules(model: torch.nn.Module) -> None:
-    inside = [name for name, m in model.named_modules() if name and _state(m) is not None]
-    if inside:
+    if inside := _sparse_inside(model):
         raise ValueError(
             f"model holds modules under moonfx.sparsify already ({', '.join(inside)}), and one "
             "policy would undo the other: moonfx.restore them and use layers={name: policy}"

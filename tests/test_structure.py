@@ -409,3 +409,16 @@ def test_a_model_with_adapters_is_sparse_in_training_switched_and_merged() -> No
     assert (dense["default"] - dense["other"]).abs().max() > 1e-4
     merged = moonfx.restore(model).merge_and_unload()
     assert outcome(sparsified(merged, forward)) == LLAMA
+
+
+def test_a_sparse_model_that_adapters_are_put_on_stays_sparse_and_knows_its_report() -> None:
+    model = moonfx.sparsify(llama(), BLOCK, FEW, compiler="eager", on_miss="raise")
+    wrapper = adapted(model).eval()
+    found = wrapper(X).logits
+    assert outcome(moonfx.report(model)) == LLAMA
+    with pytest.raises(ValueError, match="but base_model.model within it is: ask for its report"):
+        moonfx.report(wrapper)
+    moonfx.restore(model)
+    assert (wrapper(X).logits - found).abs().max() > 1e-4
+    moonfx.sparsify(wrapper, BLOCK, FEW, compiler="eager")
+    torch.testing.assert_close(wrapper(X).logits, found, atol=5e-6, rtol=1e-4)
