@@ -396,7 +396,7 @@ def _expands_nothing(node: fx.Node) -> bool:
 
 def _whole_product(node: fx.Node) -> None:
     """Writes view(bmm(view(a), view(b))), what decompositions make of a 4-D a @ b, as matmul."""
-    sides = [x.args[0] if x.target in _VIEWS else x for x in node.all_input_nodes]
+    sides: list[Any] = [x.args[0] if x.target in _VIEWS else x for x in node.all_input_nodes]
     out = next(iter(node.users), node)
     if len(sides) != 2 or len(node.users) != 1 or out.target not in _VIEWS:
         return
@@ -467,7 +467,7 @@ def _copying_specs() -> Iterator[None]:
 
 def _results(gm: fx.GraphModule) -> Sequence[Any]:
     (output,) = (n for n in gm.graph.nodes if n.op == "output")
-    return output.args[0]  # type: ignore[return-value]
+    return output.args[0]
 
 
 def name_invoked_bodies(gm: fx.GraphModule, retraced: bool) -> None:

@@ -112,12 +112,12 @@ def sparsify(
                 f"compiler={compiler!r} is not for an ExportedProgram, which is rewritten and not "
                 "compiled: call its module() as it is, or give that to torch.compile"
             )
-        return sparsify_exported(model, policies, on_miss)
+        return sparsify_exported(model, policies, on_miss)  # type: ignore[return-value]
     _check_model(model)
     policies.check_names(_canonical_names(model))
     _check_submodules(model)
     if isinstance(model, fx.GraphModule):
-        model = copy_of_graph_module(model)
+        model = copy_of_graph_module(model)  # type: ignore[assignment]
     old = _state(model)
     before = old.before if old is not None else compiled_call(model)
     state = _State(before, Backend(policies, compiler, model), on_miss)

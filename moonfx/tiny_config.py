@@ -247,7 +247,8 @@ def fewer_layers(default: Any, old: Fields, picked: list[int], sizes: Sizes | No
     if own := default.to_dict().get("per_layer_config"):
         fixed = OVERRIDES.get(default.model_type, {})
         at = {int(i): dict(fields) for i, fields in own.items()}
-        for fields in at.values() if sizes else ():
+        for fields in at.values() if sizes is not None else ():
+            assert sizes is not None
             fields |= narrower(fields, sizes) | key_heads(fields, sizes)
             fields |= {k: v for k, v in fixed.items() if k in fields}
         new["per_layer_config"] = {j: at[i] for j, i in enumerate(picked) if i in at}
@@ -268,7 +269,7 @@ def small_tokens(old: Fields, sizes: Sizes) -> Fields:
 
 def small_rope(old: Mapping[str, Any], sizes: Sizes) -> Fields:
     """Sections of a rotary dimension are shares of it."""
-    new = {}
+    new: Fields = {}
     for name, value in old.items():
         if isinstance(value, Mapping):
             new[name] = small_rope(value, sizes)

@@ -48,6 +48,7 @@ def run(graph: fx.Graph, context: Context) -> int:
             site = parse_softmax(node, context)
         elif is_higher_order(node):
             for declined in _opaque(node, context):
+                assert declined.reject is not None
                 context.sites.append(declined)
                 context.decline(declined, declined.reject)
         else:

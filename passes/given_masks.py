@@ -90,7 +90,9 @@ def _real(node: fx.Node) -> fx.Node:
     """The node of who is real; made when it is first asked for, since unused it would be dead."""
     if _REAL not in node.meta:
         first = next(n for n in node.graph.nodes if n.op != "placeholder")
-        with node.graph.inserting_before(first), fake_values(node.graph.owning_module):
+        owner = node.graph.owning_module
+        assert owner is not None
+        with node.graph.inserting_before(first), fake_values(owner):
             row = _call(aten.select.int, node, -2, -1)
             if row.meta["val"].dim() == 3:
                 row = _call(aten.select.int, row, 1, 0)

@@ -42,10 +42,10 @@ def ungrouped(node: fx.Node, dim: int, before: fx.Node) -> fx.Node | None:
     if node.op != "call_function":
         return None
     if (order := permutation(node)) is not None:
-        source = ungrouped(node.args[0], order[dim], before)  # type: ignore[arg-type]
-        if source is None:
+        inner = ungrouped(node.args[0], order[dim], before)  # type: ignore[arg-type]
+        if inner is None:
             return None
-        return insert(aten.permute.default, (source, order), before)
+        return insert(aten.permute.default, (inner, order), before)
     if node.target is aten.repeat_interleave.self_int:
         source, along = node.args[0], argument(node, 2, "dim")
         same = isinstance(along, int) and along % len(node.meta["val"].shape) == dim

@@ -81,10 +81,11 @@ def unproved(guard: Guard, site: AttentionSite, scores: Scores, context: Context
     """A Reject unless the guard changes only what the masks of the site hide, or NaN."""
     if guard.condition is None:
         return None
-    node, keep = guard.condition, guard.keep
+    node: Any = guard.condition
+    keep = guard.keep
     while node.target in COPIES | _NOT:
         keep ^= node.target in _NOT
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     row = {aten.any.dim: True, aten.all.dim: False}.get(node.target)
     if row is not None:
         dim, keepdim = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)

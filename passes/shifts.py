@@ -6,6 +6,8 @@ after   s
 
 import operator
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -26,23 +28,23 @@ def peak_of(node: object, scores: object) -> set[fx.Node] | str | None:
     if not isinstance(node, fx.Node) or not isinstance(scores, fx.Node):
         return None
     inner: set[fx.Node] = set()
-    node = _behind(node, inner)
+    peak: Any = _behind(node, inner)
     restored: int | None = None
-    if node.target is aten.unsqueeze.default:
-        restored = int(node.args[1])  # type: ignore[arg-type]
-        inner.add(node)
-        node = _behind(node.args[0], inner)
-    if node.target is operator.getitem and node.args[1] == 0:
-        inner.add(node)
-        node = node.args[0]  # type: ignore[assignment]
-    if node.target in (aten.amax.default, aten.max.dim):
-        dims, keepdim = argument(node, 1, "dim", []), argument(node, 2, "keepdim", False)
-    elif node.target is aten.max.default:
+    if peak.target is aten.unsqueeze.default:
+        restored = int(peak.args[1])
+        inner.add(peak)
+        peak = _behind(peak.args[0], inner)
+    if peak.target is operator.getitem and peak.args[1] == 0:
+        inner.add(peak)
+        peak = peak.args[0]
+    if peak.target in (aten.amax.default, aten.max.dim):
+        dims, keepdim = argument(peak, 1, "dim", []), argument(peak, 2, "keepdim", False)
+    elif peak.target is aten.max.default:
         dims, keepdim = [], True
     else:
         return None
-    inner.add(node)
-    if _behind(node.args[0], inner) is not _behind(scores, set()):
+    inner.add(peak)
+    if _behind(peak.args[0], inner) is not _behind(scores, set()):
         return None
     rank = len(scores.meta["val"].shape)
     reduced = {int(d) % rank for d in ([dims] if isinstance(dims, int) else dims)} or set(
@@ -50,7 +52,7 @@ def peak_of(node: object, scores: object) -> set[fx.Node] | str | None:
     )
     if restored is not None and not keepdim:
         keepdim = reduced == {rank - 1} and restored % rank == rank - 1
-    if node.target is aten.max.default:
+    if peak.target is aten.max.default:
         return inner
     return inner if keepdim and rank - 1 in reduced else _WRONG
 

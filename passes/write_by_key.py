@@ -82,8 +82,8 @@ class Writer:
         return self._once("key_bias", value, self._bias)
 
     def _once(self, name: str, expr: Expr, write: Any) -> fx.Node:
-        once = (name, expr, expression(self.rows), expression(self.length), self.heads)
-        once += (self.site.unfolds,)
+        sizes = expression(self.rows), expression(self.length), self.heads
+        once = (name, expr, *sizes, self.site.unfolds)
         if once not in self.written:
             leaves = [self.context.reader.leaf(x) for x in loads(expr)] or [self.site.key]
             home = leaves[0].graph
