@@ -68,7 +68,7 @@ def ungrouped(node: fx.Node, dim: int, before: fx.Node) -> fx.Node | None:
     if narrow.target is aten.unsqueeze.default:
         at = int(narrow.args[1]) % len(before_fold)  # type: ignore[arg-type]
         if at == dim + 1:
-            return whole(narrow.args[0])  # type: ignore[no-any-return]
+            return whole(narrow.args[0])
     return insert(aten.squeeze.dim, (narrow, dim + 1), before)
 
 
@@ -92,7 +92,7 @@ def _one_repeated(node: fx.Node, dim: int) -> fx.Node | None:
     if len(wide) != len(narrow) or not same_size(narrow[dim], 1):
         return None
     kept = all(same_size(wide[d], narrow[d]) for d in range(len(wide)) if d != dim)
-    return source if kept else None  # type: ignore[no-any-return]
+    return source if kept else None
 
 
 def whole(node: Any) -> Any:

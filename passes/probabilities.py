@@ -12,7 +12,7 @@ from torch import fx
 from moonfx.passes import einsum
 from moonfx.passes.context import Context
 from moonfx.passes.groups import folded_heads, views_itself
-from moonfx.passes.guards import Guard, guard_of
+from moonfx.passes.nan_guards import Guard, guard_of
 from moonfx.passes.nodes import argument, permutation, short
 from moonfx.passes.softmax import Softmax
 from moonfx.passes.vocabulary import (

@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     once(options.forms[0], min(options.layers), options.length)
     spent: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in cases}
     turns = [case for _ in range(options.repeats) for case in cases]
-    for case in tqdm(turns, unit="capture", leave=False, disable=None):
-        spent[case].append(once(*case, options.length))
+    for form, layers in tqdm(turns, unit="capture", leave=False, disable=None):
+        spent[form, layers].append(once(form, layers, options.length))
     rows = [summary(form, layers, spent[form, layers]) for form, layers in cases]
     if options.json:
         print(json.dumps({**where, "length": options.length, "cases": rows}, indent=2))

@@ -93,10 +93,10 @@ def unproved(guard: Guard, site: AttentionSite, scores: Scores, context: Context
         whole = keepdim and dim % rank == rank - 1 and row == keep
         if not whole:
             return Reject("the probabilities are set to 0 by a test not of whole rows", node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
         while node.target in COPIES | _NOT:
             keep ^= node.target in _NOT
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         tested = node.args[0] if node.target is aten.eq.Scalar else None
         if tested in scores.path and node.args[1] == -torch.inf and not keep:
             scores.inner.add(node)
