@@ -18,9 +18,9 @@ from moonfx.passes import fused
 from moonfx.passes.between import overwritten, split_by_mode
 from moonfx.passes.context import Context
 from moonfx.passes.groups import fold_groups, heads_in_batch, merge_heads, unfold_heads, untranspose
-from moonfx.passes.nan_guards import unproved
 from moonfx.passes.keys import token_major
 from moonfx.passes.mutation import remove_dead_code
+from moonfx.passes.nan_guards import unproved
 from moonfx.passes.nodes import insert
 from moonfx.passes.opaque import attentions_inside
 from moonfx.passes.private import out_of_place, used_elsewhere

@@ -5,7 +5,6 @@ after   s
 """
 
 import operator
-
 from typing import Any
 
 import torch
