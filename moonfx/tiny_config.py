@@ -102,7 +102,7 @@ UNSAID = ("model_type", "transformers_version", "architectures", "dtype")
 # default to None, which the library fills in only from a checkpoint's own configuration.
 OVERRIDES: dict[str, Fields] = {
     "axk2": {"index_topk": 8},
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
@@ -112,9 +112,14 @@ OVERRIDES: dict[str, Fields] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"head_dim": 32, "qk_nope_head_dim": 24, "index_topk": 8},
     "gemma3n_text": {"num_kv_shared_layers": 2},
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},
@@ -131,12 +136,18 @@ OVERRIDES: dict[str, Fields] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 48)},
     "roc_bert": {"shape_vocab_size": 100, "pronunciation_vocab_size": 100},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
-    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 32},
+    "zamba2": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "mamba_headdim": 32,
+        "hybrid_layer_ids": [1, 3],
+    },
 }
 
 # Layers of the default that are kept, where the first ones of each kind would not fit together.
@@ -247,10 +258,10 @@ def fewer_layers(default: Any, old: Fields, picked: list[int], sizes: Sizes | No
     if own := default.to_dict().get("per_layer_config"):
         fixed = OVERRIDES.get(default.model_type, {})
         at = {int(i): dict(fields) for i, fields in own.items()}
-        for fields in at.values() if sizes is not None else ():
-            assert sizes is not None
-            fields |= narrower(fields, sizes) | key_heads(fields, sizes)
-            fields |= {k: v for k, v in fixed.items() if k in fields}
+        if sizes is not None:
+            for fields in at.values():
+                fields |= narrower(fields, sizes) | key_heads(fields, sizes)
+                fields |= {k: v for k, v in fixed.items() if k in fields}
         new["per_layer_config"] = {j: at[i] for j, i in enumerate(picked) if i in at}
     return new
 

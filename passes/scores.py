@@ -101,7 +101,8 @@ class _Walk:
 
     def reject(self, node: fx.Node, reason: str) -> Reject | None:
         """A Reject if the softmax is over a product of tensors at all, else None: no attention."""
-        return Reject(reason, node) if _after_product(self.start) else None
+        near = reaches_product(self.start) or _after_product(self.start)
+        return Reject(reason, node) if near else None
 
     def hides(self, value: object) -> bool:
         """Whether a fill value makes a score vanish, scaled as it will be."""
@@ -306,7 +307,7 @@ def _joined(node: fx.Node, walk: _Walk) -> Step:
         return walk.reject(node, sink)
     walk.sink = sink
     walk.inner |= sink.inner
-    return scores[0]
+    return scores[0]  # type: ignore[return-value]
 
 
 def _product(node: fx.Node, walk: _Walk) -> Step:
@@ -368,8 +369,8 @@ def reaches_product(node: object) -> bool:
         if not isinstance(node, fx.Node) or node in seen:
             continue
         seen.add(node)
-        if node.target in PRODUCTS:
-            return len(node.meta["val"].shape) >= 3
+        if node.target in PRODUCTS and len(node.meta["val"].shape) >= 3:
+            return True
         if node.target in SCORES_PASS:
             stack.extend(node.args)
     return False
