@@ -1,13 +1,11 @@
 """The `moonfx` command: explain a model, benchmark, look at this machine."""
 
 import argparse
-import difflib
 import importlib
 import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -15,31 +13,14 @@ from tqdm import tqdm
 
 import moonfx
 from moonfx import doctor
+from moonfx.hugging_face import Call, UsageError, Wish, call_of, inputs_of, nearest, one_line
 from moonfx.policy import check_block_topk_sinks
-from moonfx.tiny_config import Sizes, tiny
-
-# Tables that the input must fit in.
-POSITIONS = (
-    "max_position_embeddings",
-    "max_seq_len",
-    "n_positions",
-    "n_ctx",
-    "context_length",
-    "max_target_positions",
-)
-ROOM = 2 << 30  # bytes of a model that are worth filling with random numbers
 
 BENCHMARKS = {
     "attention": "moonfx.bench.attention",
     "compile": "moonfx.bench.compile_time",
     "passes": "moonfx.bench.passes",
 }
-
-Call = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
-
-
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message is one line that says what can."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,36 +130,42 @@ def run_explain(options: argparse.Namespace) -> int:
         check_block_topk_sinks(**settings)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
-    if options.length is None:  # nothing is computed, so a length that shows the savings is free
-        options.length = 2 * options.block * options.topk
-    for name in ("length", "batch", "layers"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    model, args, kwargs = load(options)
+    # Nothing is computed, so a length that shows the savings is free.
+    length = 2 * options.block * options.topk if options.length is None else options.length
+    for name, value in (("length", length), ("batch", options.batch), ("layers", options.layers)):
+        if value < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}")
+    model, args, kwargs = load(
+        Wish(
+            target=options.target,
+            layers=options.layers,
+            batch=options.batch,
+            length=length,
+            may_shorten=options.length is None,
+            attention=options.attention,
+            full=options.full,
+        )
+    )
     try:
         report = moonfx.explain(model, *args, **settings, **kwargs)
     except Exception as error:
         if ":" in options.target:  # the user's own code: theirs to see whole
             raise
-        reason = " ".join(str(error).split())[:300]
         raise UsageError(
-            f"transformers' {type(model).__name__} does not run so: {reason}"
+            f"transformers' {type(model).__name__} does not run so: {one_line(error)}"
         ) from error
     print(report.to_json() if options.json else report)
     return 0
 
 
-def load(options: argparse.Namespace) -> Call:
+def load(wish: Wish) -> Call:
     """Builds what TARGET names."""
-    target: str = options.target
-    if ":" in target:
-        return from_factory(target, options)
-    return hugging_face_call(hugging_face_config(target, options), options)
+    return from_factory(wish) if ":" in wish.target else call_of(wish)
 
 
-def from_factory(target: str, options: argparse.Namespace) -> Call:
+def from_factory(wish: Wish) -> Call:
     """Calls `module:factory`; the module may lie in the current folder."""
-    module_name, _, name = target.partition(":")
+    module_name, _, name = wish.target.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -206,109 +193,12 @@ def from_factory(target: str, options: argparse.Namespace) -> Call:
         and isinstance(kwargs, Mapping)
     ):
         raise UsageError(
-            f"{target}() must return a torch.nn.Module, (model, args) or (model, args, kwargs), "
-            f"got {type(made).__name__}"
+            f"{wish.target}() must return a torch.nn.Module, (model, args) or "
+            f"(model, args, kwargs), got {type(made).__name__}"
         )
     if not args and not kwargs and hasattr(model, "main_input_name"):
-        return model, (), hugging_face_inputs(model, options, torch.device("cpu"))
+        return model, (), inputs_of(model, wish.batch, wish.length)
     return model, tuple(args), dict(kwargs)
-
-
-def hugging_face_config(target: str, options: argparse.Namespace) -> Any:
-    """The library's own configuration of a model type, or that of a folder, with few layers."""
-    try:
-        transformers = importlib.import_module("transformers")
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            "a model type needs Hugging Face transformers: pip install transformers"
-        ) from error
-    transformers.logging.set_verbosity_error()
-    known = list(transformers.CONFIG_MAPPING.keys())
-    if os.path.isfile(os.path.join(target, "config.json")):
-        default = transformers.AutoConfig.from_pretrained(target, local_files_only=True)
-    elif target in known:
-        default = transformers.CONFIG_MAPPING[target]()
-    else:
-        raise UsageError(
-            f"unknown model type {target!r}{nearest(target, known)}; "
-            "a model of your own is named module:factory"
-        )
-    try:
-        return small(text_part(default), options)
-    except Exception as error:  # each validator of the library has a type of its own
-        raise cannot_build(target, error) from error
-
-
-def text_part(config: Any) -> Any:
-    """A model that reads text as it is; of one made of several, the part that does."""
-    transformers = importlib.import_module("transformers")
-    if config.is_encoder_decoder or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        return config
-    text = config.get_text_config(decoder=True)
-    return text if hasattr(text, "vocab_size") else config
-
-
-def small(default: Any, options: argparse.Namespace) -> Any:
-    """Few layers of each kind, enough positions and, unless full, narrow layers."""
-    sizes = Sizes(
-        layers=options.layers,
-        most=options.layers,
-        positions=options.length,
-        window=max(8, options.length // 8),
-    )
-    config = tiny(default, sizes, narrow=not options.full)
-    if getattr(config, "rope_parameters", None) is None:  # rotary positions need no table
-        for name in POSITIONS:
-            if isinstance(getattr(config, name, None), int):
-                setattr(config, name, max(options.length, getattr(config, name)))
-    return config
-
-
-def hugging_face_call(config: Any, options: argparse.Namespace) -> Call:
-    transformers = importlib.import_module("transformers")
-    if getattr(config, "use_cache", False):
-        config.use_cache = False
-    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    causal &= not config.is_encoder_decoder
-    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    try:
-        with torch.device("meta"):
-            model = auto.from_config(config, attn_implementation=options.attention).eval()
-        tensors = [*model.parameters(), *model.buffers()]
-        # Large ones stay without data: numbers that nobody reads are not worth minutes to fill in.
-        device = torch.device("cpu" if sum(t.nbytes for t in tensors) <= ROOM else "meta")
-        if device.type == "cpu":
-            model = auto.from_config(config, attn_implementation=options.attention).eval()
-    except Exception as error:  # a model's own code may fail in any way
-        raise cannot_build(options.target, error) from error
-    return model, (), hugging_face_inputs(model, options, device)
-
-
-def hugging_face_inputs(
-    model: torch.nn.Module, options: argparse.Namespace, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Random tokens [batch, length], int64."""
-    config: Any = model.config
-    if model.main_input_name != "input_ids":
-        raise UsageError(
-            f"{type(model).__name__} reads {model.main_input_name}, not tokens: "
-            "name a module:factory that returns (model, args)"
-        )
-    vocabulary = int(config.get_text_config().vocab_size)
-    tokens = torch.randint(vocabulary, (options.batch, options.length), device=device)
-    names = ["input_ids", *(["decoder_input_ids"] if config.is_encoder_decoder else [])]
-    return dict.fromkeys(names, tokens)
-
-
-def cannot_build(target: str, error: Exception) -> UsageError:
-    """The library's reason, such as an attention form that the model does not have."""
-    reason = " ".join(str(error).split())
-    return UsageError(f"transformers cannot build {target!r} so: {reason}")
-
-
-def nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
-    return f"; the nearest are {', '.join(close)}" if close else ""
 
 
 if __name__ == "__main__":

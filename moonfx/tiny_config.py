@@ -129,6 +129,9 @@ OVERRIDES: dict[str, Fields] = {
         "ext_pw_out_channel": 8,
         "nemo_conv_channels": 8,
     },
+    # Their checkpoints' configurations say it; the library's own leaves it to the model's code.
+    "qwen2_vl_text": {"rope_parameters": {"mrope_section": [4, 2, 2]}},
+    "qwen2_5_vl_text": {"rope_parameters": {"mrope_section": [4, 2, 2]}},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,

@@ -22,6 +22,23 @@ EXPLAINED = [
     ("llama at its own width", ["llama", "--full"], 2),
 ]
 
+# Words after `moonfx explain`, attentions made sparse, attentions declined. Between them: tables of
+# queries by keys, widths that are never filled, sound, parts that read pixels, three inputs of
+# positions, windows, experts, an encoder.
+ARCHITECTURES = [
+    (["falcon"], 2, 0),
+    (["falcon", "--full"], 2, 0),
+    (["gpt_neo"], 1, 1),
+    (["qwen2_vl"], 2, 0),
+    (["qwen2_5_vl"], 2, 0),
+    (["whisper"], 2, 4),
+    (["gemma3"], 1, 1),
+    (["gemma3", "--full"], 1, 1),
+    (["llava"], 2, 0),
+    (["mixtral"], 2, 0),
+    (["bart"], 2, 4),
+]
+
 # name, words after `moonfx`, what the one line on stderr says
 REFUSED = [
     ("misspelt model", ["explain", "lama"], "unknown model type 'lama'; the nearest are llama"),
@@ -31,6 +48,9 @@ REFUSED = [
     ("sinks fill topk", ["explain", "llama", "--topk", "2", "--sinks", "2"], "sinks must be"),
     ("no layers", ["explain", "llama", "--layers", "0"], "--layers must be at least 1, got 0"),
     ("no tokens", ["explain", "llama", "--length", "0"], "--length must be at least 1, got 0"),
+    ("id on the hub", ["explain", "meta-llama/Llama-3.1-8B"], "name the model type (llama)"),
+    ("id, a digit", ["explain", "google/gemma-2-9b-it"], "name the model type (gemma2)"),
+    ("id of nobody", ["explain", "me/q"], "name the model type, or a folder"),
     ("no sdpa form", ["explain", "bloom", "--attention", "sdpa"], "cannot build 'bloom'"),
     ("pixels", ["explain", "vit"], "reads pixel_values, not tokens"),
     ("no such module", ["explain", "no_such_module:f"], "there is no module 'no_such_module'"),
@@ -83,6 +103,17 @@ def test_explain_finds_every_layer_of_a_hugging_face_model(words, sites, capsys)
     report = json.loads(capsys.readouterr().out)
     assert [site["action"] for site in report["sites"]] == ["sparse"] * sites
     assert report["savings"]["keys"] == 2 * 4096 * 12
+
+
+@pytest.mark.parametrize(
+    ("words", "sparse", "declined"), ARCHITECTURES, ids=[" ".join(row[0]) for row in ARCHITECTURES]
+)
+def test_explain_builds_any_kind_of_architecture(words, sparse, declined, capsys):
+    assert cli.main(["explain", *words, "--json"]) == 0
+    sites = json.loads(capsys.readouterr().out)["sites"]
+    found = [site["action"] for site in sites]
+    assert (found.count("sparse"), found.count("declined")) == (sparse, declined)
+    assert len(found) == sparse + declined
 
 
 def test_explain_prints_the_report_as_text(capsys):
