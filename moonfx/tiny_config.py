@@ -117,6 +117,12 @@ OVERRIDES: dict[str, Fields] = {
         "mamba_d_head": 16,
         "layer_types": ["linear_attention", "full_attention"],
     },
+    "hrm_text": {  # the depth is layers of a stack until the library multiplies it by the cycles
+        "num_layers_per_stack": None,
+        "num_hidden_layers": 1,
+        "L_cycles": 1,
+        "L_bp_cycles": [1],
+    },
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},

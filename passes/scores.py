@@ -307,7 +307,7 @@ def _joined(node: fx.Node, walk: _Walk) -> Step:
         return walk.reject(node, sink)
     walk.sink = sink
     walk.inner |= sink.inner
-    return scores[0]  # type: ignore[return-value]
+    return scores[0]
 
 
 def _product(node: fx.Node, walk: _Walk) -> Step:

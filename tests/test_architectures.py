@@ -1,0 +1,62 @@
+"""Every causal language model of transformers: all attention accounted for, and equal to dense."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers
+
+from tests.architectures import (
+    DOCS,
+    FORMS,
+    NAMES,
+    document,
+    line,
+    quiet,
+    survey,
+    totals,
+    written,
+)
+
+CASES = [(name, form) for name in NAMES for form in FORMS]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread, so that sums round alike wherever the test runs, and no logs."""
+    threads, logger = torch.get_num_threads(), logging.getLogger("torch._dynamo")
+    level = logger.level
+    quiet()
+    yield
+    torch.set_num_threads(threads)
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("name", "form"), CASES, ids=[f"{n}-{f}" for n, f in CASES])
+def test_all_attention_is_accounted_for_and_equals_dense(name: str, form: str) -> None:
+    row = survey(name, form)
+    assert row.wrong == ""
+    if row.report is not None:
+        assert row.unaccounted() == []
+        assert all(r.reason for r in row.report.rows if r.action != "sparse")
+        assert row.report.failures == []
+    version, lines = written()
+    if version == transformers.__version__:  # another version has other architectures
+        again = f"python -m tests.architectures {name} --write"
+        assert line(row) == lines.get((name, form)), f"docs/architectures.md is old: {again}"
+
+
+def test_of_the_causal_attention_in_the_docs_98_percent_is_rewritten_and_nothing_else() -> None:
+    version, lines = written()
+    if version != transformers.__version__:
+        pytest.skip(f"the docs are about transformers {version}, not {transformers.__version__}")
+    assert sorted(lines) == sorted(CASES)
+    assert document([lines[key] for key in sorted(lines)]) == DOCS.read_text()
+    sums = totals(list(lines.values()))
+    assert sums["rewritten"]["causal"] >= 0.98 * sums["attention"]["causal"]
+    assert set(sums["rewritten"]) == {"causal"}
