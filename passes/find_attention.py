@@ -17,7 +17,14 @@ from moonfx.capture import hint, is_higher_order, module_path, opaque_body, same
 from moonfx.passes import fused
 from moonfx.passes.between import overwritten, split_by_mode
 from moonfx.passes.context import Context
-from moonfx.passes.groups import fold_groups, heads_in_batch, merge_heads, unfold_heads, untranspose
+from moonfx.passes.groups import (
+    fold_groups,
+    heads_in_batch,
+    merge_heads,
+    unfold_heads,
+    unfold_product,
+    untranspose,
+)
 from moonfx.passes.keys import token_major
 from moonfx.passes.mutation import remove_dead_code
 from moonfx.passes.nan_guards import unproved
@@ -25,7 +32,7 @@ from moonfx.passes.nodes import insert
 from moonfx.passes.opaque import attentions_inside
 from moonfx.passes.private import out_of_place, used_elsewhere
 from moonfx.passes.probabilities import Product, product_beyond, product_of
-from moonfx.passes.scores import Scores, parse_scores, reaches_product
+from moonfx.passes.scores import Scores, constant_of, parse_scores, reaches_product
 from moonfx.passes.sinks import cuts_off
 from moonfx.passes.softmax import read_softmax
 from moonfx.passes.vocabulary import EXP, LOG_SOFTMAX, SOFTMAX
@@ -129,8 +136,11 @@ def parse_softmax(node: fx.Node, context: Context) -> AttentionSite | None:
         out_of_place(scores, context)
         if site.folded and site.heads is None:
             site.heads = heads_in_batch(site.query)
+        if site.folded and len(site.value.meta["val"].shape) == 4:
+            site.masks = [m for m in site.masks if constant_of(m[0], context) != 0]
+            site.reject = unfold_product(site)
         untranspose(site)
-        site.reject = merge_heads(site)
+        site.reject = site.reject or merge_heads(site)
         if site.folded and site.sink_logits is not None:
             site.reject = unfold_heads(site)
         fold_groups(site)

@@ -181,6 +181,24 @@ def unfold_heads(site: AttentionSite) -> Reject | None:
     return None
 
 
+def unfold_product(site: AttentionSite) -> Reject | None:
+    """Brings query @ key^T over [B * H, N, N] to the [B, H, N, N] that the softmax sees it as."""
+    heads, value = site.heads, site.value.meta["val"]
+    if not heads or not same_size(value.shape[1], heads):
+        return Reject(
+            "query and key have their heads in the batch, and value has others", site.output
+        )
+    for node, _ in site.masks:
+        if len(node.meta["val"].shape) == 3:
+            return Reject("the mask lies in the batch with the heads, the value does not", node)
+    site.query, site.key = (
+        insert(aten.unflatten.int, (node, 0, [-1, heads]), site.output)
+        for node in (site.query, site.key)
+    )
+    site.folded = False
+    return None
+
+
 # --- two head dims --------------------------------------------------------------------------------
 
 

@@ -51,12 +51,23 @@ def test_all_attention_is_accounted_for_and_equals_dense(name: str, form: str) -
         assert line(row) == lines.get((name, form)), f"docs/architectures.md is old: {again}"
 
 
-def test_of_the_causal_attention_in_the_docs_98_percent_is_rewritten_and_nothing_else() -> None:
+# Architectures with causal attention that stays dense; docs/architectures.md has each reason.
+DENSE = {
+    *("inkling2_text", "inkling_text", "prophetnet"),  # a bias of query and key together
+    *("granite_swa", "granitemoe_swa"),  # logsumexp of the same scores
+    "jetmoe",  # a graph break hands the probabilities on
+    "openai-gpt",  # scores times a mask
+}
+
+
+def test_of_causal_attention_all_but_some_named_ones_is_rewritten_and_nothing_else_is() -> None:
     version, lines = written()
     if version != transformers.__version__:
         pytest.skip(f"the docs are about transformers {version}, not {transformers.__version__}")
     assert sorted(lines) == sorted(CASES)
     assert document([lines[key] for key in sorted(lines)]) == DOCS.read_text()
     sums = totals(list(lines.values()))
-    assert sums["rewritten"]["causal"] >= 0.98 * sums["attention"]["causal"]
     assert set(sums["rewritten"]) == {"causal"}
+    short = {key[0] for key, text in lines.items() if totals([text])["attention"]["causal"]
+             > totals([text])["rewritten"]["causal"]}  # fmt: skip
+    assert short == DENSE
