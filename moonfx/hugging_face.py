@@ -207,11 +207,11 @@ def parameters_without_data() -> Iterator[None]:
             parameter = torch.nn.Parameter(shape, requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    torch.nn.Module.register_parameter = without_data  # type: ignore[method-assign]
+    torch.nn.Module.register_parameter = without_data  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        torch.nn.Module.register_parameter = register  # type: ignore[assignment,method-assign]
 
 
 def inputs_of(model: torch.nn.Module, batch: int, length: int) -> dict[str, torch.Tensor]:

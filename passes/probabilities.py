@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from moonfx.capture import same_size
 from moonfx.passes import einsum
 from moonfx.passes.context import Context
 from moonfx.passes.groups import folded_heads, views_itself
 from moonfx.passes.nan_guards import Guard, guard_of
 from moonfx.passes.nodes import argument, permutation, short
+from moonfx.passes.scores import reaches_product
 from moonfx.passes.softmax import Softmax
 from moonfx.passes.vocabulary import (
     CASTS,
@@ -80,7 +82,7 @@ def product_of(softmax: Softmax, context: Context) -> Product | None:
                 step = user
                 break
         if step is None:
-            far = product_beyond(node)
+            far = product_beyond(node, reaches_product(softmax.operand))
             if far is None:
                 return None
             reason = f"'{short(far)}' stands between the softmax and its product with the values"
@@ -159,8 +161,14 @@ def _passes(node: fx.Node) -> bool:
     return node.target in CASTS | COPIES | DROPOUT
 
 
-def product_beyond(node: fx.Node) -> fx.Node | None:
-    """The first operator in the way, if an elementwise path leads from node to a product."""
+def product_beyond(node: fx.Node, attention: bool = False) -> fx.Node | None:
+    """The first operator in the way, if a path of elementwise operators leads to a product.
+
+    Args:
+        node: a softmax, or what is made of it.
+        attention: whether the softmax is known to be over query @ key^T. Then any operator that
+            keeps queries and keys as dims may stand in the way: a convolution over heads, a power.
+    """
     through = SCORES_PASS | DROPOUT | SLICES | _RESHAPED
     for user in node.users:
         stack = [user]
@@ -172,6 +180,19 @@ def product_beyond(node: fx.Node) -> fx.Node | None:
             seen.add(current)
             if current.target in PRODUCTS:
                 return user
-            if current.target in through or permutation(current) is not None:
+            kept = attention and _keeps_queries_and_keys(current, node)
+            if kept or current.target in through or permutation(current) is not None:
                 stack.extend(current.users)
     return None
+
+
+def _keeps_queries_and_keys(current: fx.Node, node: fx.Node) -> bool:
+    """Whether a tensor has, among its dims, the last two of a node: as many queries, and keys."""
+    here, there = (getattr(n.meta.get("val"), "shape", ()) for n in (current, node))
+    rest = list(here)
+    for size in there[-2:]:
+        same = next((i for i, other in enumerate(rest) if same_size(other, size)), None)
+        if same is None:
+            return False
+        del rest[same]
+    return len(here) > 2

@@ -30,6 +30,7 @@ from moonfx.passes.vocabulary import (
     CASTS,
     CLAMP,
     COPIES,
+    DISTANCES,
     DIVIDE,
     FAR,
     FOLDS,
@@ -101,8 +102,12 @@ class _Walk:
 
     def reject(self, node: fx.Node, reason: str) -> Reject | None:
         """A Reject if the softmax is over a product of tensors at all, else None: no attention."""
-        near = reaches_product(self.start) or _after_product(self.start)
-        return Reject(reason, node) if near else None
+        if reaches_product(self.start):
+            return Reject(reason, node)
+        near = _product_above(self.start)
+        if near is not None and near.target in DISTANCES:
+            return Reject("the scores are a distance (cdist), not query @ key^T", near)
+        return Reject(reason, node) if near is not None else None
 
     def hides(self, value: object) -> bool:
         """Whether a fill value makes a score vanish, scaled as it will be."""
@@ -376,8 +381,8 @@ def reaches_product(node: object) -> bool:
     return False
 
 
-def _after_product(start: fx.Node) -> bool:
-    """Whether a product of tensors lies anywhere near above the softmax."""
+def _product_above(start: fx.Node) -> fx.Node | None:
+    """A product or a distance of tensors anywhere near above the softmax."""
     upstream = [start]
     seen: set[fx.Node] = set()
     while upstream:
@@ -385,7 +390,7 @@ def _after_product(start: fx.Node) -> bool:
         if current in seen or len(seen) > FAR:
             continue
         seen.add(current)
-        if current.target in PRODUCTS:
-            return True
+        if current.target in PRODUCTS | DISTANCES:
+            return current
         upstream.extend(current.all_input_nodes)
-    return False
+    return None

@@ -20,6 +20,8 @@ LOG_SOFTMAX = {aten.log_softmax.int, aten._log_softmax.default, aten.special_log
 
 MATMUL = {aten.matmul.default, aten.bmm.default}
 PRODUCTS = MATMUL | {aten.baddbmm.default, aten.einsum.default}
+# Scores that are no products: attention that is never rewritten, and not to be passed over.
+DISTANCES = {aten.cdist.default, aten._cdist_forward.default, aten._euclidean_dist.default}
 
 CASTS = {
     aten.to.dtype,

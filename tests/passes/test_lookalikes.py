@@ -218,6 +218,22 @@ def talking_heads(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(torch.einsum("bhij,hg->bgij", scores(q, k), self.mix), v)
 
 
+def mixed_after(mix: Callable[[Tensor, Tensor], Tensor]) -> Body:
+    """Probabilities that are changed between the softmax and the values."""
+
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return mix(masked(q, k).softmax(-1), self.mix) @ v
+
+    return body
+
+
+def by_distance(distance: Callable[[Tensor, Tensor], Tensor]) -> Body:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(-distance(q, k) * SCALE, v)
+
+    return body
+
+
 def negative_scale(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(scores(q, k) * -1.0, v)
 
@@ -552,6 +568,24 @@ LOOKALIKES: list[Row] = [
     ("clamped above", clamped(max=2.0), "the scores are clamped at 2.0"),
     ("no less than 0", no_less_than_zero, "the scores are clamped at zeros"),
     ("talking heads", talking_heads, "einsum 'bhij,hg->bgij' is not query @ key^T"),
+    (
+        "talking heads, after",
+        mixed_after(lambda p, mix: F.conv2d(p, mix[:, :, None, None])),
+        "'conv2d' stands between the softmax and its product",
+    ),
+    (
+        "talking heads, a linear",
+        mixed_after(lambda p, mix: F.linear(p.movedim(1, 3), mix).movedim(3, 1)),
+        "stands between the softmax and its product",
+    ),
+    ("squared", mixed_after(lambda p, mix: p.pow(2)), "'pow' stands between the softmax and its"),
+    ("sharpened", mixed_after(lambda p, mix: F.normalize(p, p=1, dim=-1)), "stands between"),
+    ("cdist", by_distance(torch.cdist), "the scores are a distance (cdist)"),
+    (
+        "cdist squared",
+        by_distance(lambda q, k: torch.cdist(q, k) ** 2),
+        "the scores are a distance",
+    ),
     ("negative scale", negative_scale, "the scores are scaled by -1.0"),
     ("negative scale, sdpa", negative_scale_sdpa, "the scores are scaled by -0.3"),
     ("scale by head", scale_by_head, "the scores are scaled by a tensor"),
