@@ -28,14 +28,14 @@ from moonfx.passes.groups import (
 from moonfx.passes.keys import token_major
 from moonfx.passes.mutation import remove_dead_code
 from moonfx.passes.nan_guards import unproved
-from moonfx.passes.nodes import insert
+from moonfx.passes.nodes import insert, short
 from moonfx.passes.opaque import attentions_inside
 from moonfx.passes.private import out_of_place, used_elsewhere
 from moonfx.passes.probabilities import Product, product_beyond, product_of
 from moonfx.passes.scores import Scores, constant_of, parse_scores, reaches_product
 from moonfx.passes.sinks import cuts_off
 from moonfx.passes.softmax import read_softmax
-from moonfx.passes.vocabulary import EXP, LOG_SOFTMAX, SOFTMAX
+from moonfx.passes.vocabulary import EXP, LOG_SOFTMAX, POWERS, SOFTMAX
 from moonfx.site import AttentionSite, Reject
 
 aten = torch.ops.aten
@@ -51,7 +51,7 @@ def run(graph: fx.Graph, context: Context) -> int:
             continue
         if fused.is_attention(node):
             site = parse_fused(node, context)
-        elif node.target in SOFTMAX | EXP:
+        elif node.target in SOFTMAX | EXP | POWERS:
             site = parse_softmax(node, context)
         elif is_higher_order(node):
             for declined in _opaque(node, context):
@@ -102,7 +102,7 @@ def parse_softmax(node: fx.Node, context: Context) -> AttentionSite | None:
     softmax = read_softmax(node)
     product = None if softmax is None else product_of(softmax, context)
     if softmax is None or product is None:
-        return _by_exponentials(node, context) if node.target in EXP else None
+        return _by_exponentials(node, context) if node.target in EXP | POWERS else None
     site = _site(node, context, "softmax", output=product.node, value=product.value)
     scores = parse_scores(softmax.operand, context)
     if scores is None:
@@ -166,13 +166,14 @@ def _sink_agrees(scores: Scores, product: Product) -> Reject | None:
 
 def _by_exponentials(node: fx.Node, context: Context) -> AttentionSite | None:
     """A declined site for exp() between query @ key^T and a product: a softmax in other words."""
-    source = node.args[0]
+    source = node.args[1 if node.target is aten.pow.Scalar else 0]
     assert isinstance(source, fx.Node)
     logarithm = source.target in LOG_SOFTMAX
     scores = source.args[0] if logarithm else source
     if product_beyond(node) is None or not reaches_product(scores):
         return None
-    what = "log_softmax().exp()" if logarithm else "a softmax written with exp() and a sum"
+    name = short(node)
+    what = "log_softmax().exp()" if logarithm else f"a softmax written with {name}() and a sum"
     site = _site(node, context, "exp")
     site.reject = Reject(f"{what} is not read: write softmax(x, dim=-1)", node)
     return site
@@ -202,6 +203,9 @@ def check_shapes(site: AttentionSite) -> Reject | None:
     for name, other in (("key", key_shape), ("value", value.shape)):
         if same_size(other[0], 1) != same_size(query.shape[0], 1):
             return Reject(f"{name} is broadcast over the batch", site.output)
+        if site.folded and hint(other[0]) != hint(query.shape[0]):  # enable_gqa
+            reason = f"{name} has fewer heads than query, which lie in the batch: unsqueeze(0)"
+            return Reject(reason, site.output)
     if not same_size(key_shape[-1], query.shape[-1]):
         return Reject("query and key differ in head_dim", site.output)
     expected = [*query.shape[:-1], value.shape[-1]]

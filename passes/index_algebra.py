@@ -16,10 +16,19 @@ import torch
 from torch import fx
 
 from moonfx.capture import buffer_value, expression
-from moonfx.passes.expressions import Expr, choose, constant, load_symbol, name_of, stored
+from moonfx.passes.expressions import (
+    Expr,
+    choose,
+    constant,
+    head_symbols,
+    load_symbol,
+    name_of,
+    stored,
+)
 from moonfx.passes.given_masks import Given, given_of, where_kept
 from moonfx.passes.index_rules import RULES, Index
 from moonfx.passes.nodes import dtype, shape
+from moonfx.passes.symbols import BATCH
 
 
 class Reader:
@@ -100,7 +109,8 @@ class Reader:
         value = buffer_value(node)
         known = None if value is None else summary(value)
         if known is None:
-            if (given := given_of(node)) is None:
+            given = given_of(node)
+            if given is None or _of_a_row(index):  # [B, Nk] may look like it, where B < Nk
                 return self.load(node, index)
             self.constants[node] = given
             real = where_kept(node, index, self.load)
@@ -110,6 +120,11 @@ class Reader:
         if on_and_below == above:
             return on_and_below
         return choose(sympy.Le(index[-1], index[-2]), on_and_below, above)
+
+
+def _of_a_row(index: Index) -> bool:
+    """Whether a mask's last dim but one is read at rows of the batch, or heads, not queries."""
+    return bool(sympy.sympify(index[-2]).free_symbols & {BATCH, *head_symbols()})
 
 
 def summary(value: torch.Tensor) -> tuple[float, float] | None:

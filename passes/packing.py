@@ -76,8 +76,6 @@ def _detected(node: fx.Node) -> fx.Node | None:
     """p of cumsum(diff(p, prepend=...) != 1) over the last dim."""
     if node.target is not aten.cumsum.default or not _over_last(node, 1):
         return None
-    if dtype(node) not in (torch.int64, torch.int32):  # a narrow count starts again at 0
-        return None
     unequal = node.args[0]
     if not isinstance(unequal, fx.Node) or unequal.target is not aten.ne.Scalar:
         return None
@@ -87,6 +85,9 @@ def _detected(node: fx.Node) -> fx.Node | None:
     if difference.target is not aten.diff.default or not _over_last(difference, 2):
         return None
     source = difference.args[0]
+    wide = (torch.int64, torch.int32)  # a narrow one starts again at 0
+    if dtype(node) not in wide or dtype(difference) not in wide:
+        return None
     prepend, append = argument(difference, 3, "prepend"), argument(difference, 4, "append")
     once = argument(difference, 1, "n", 1) == 1 and append is None
     if not (once and isinstance(prepend, fx.Node) and isinstance(source, fx.Node)):

@@ -4,6 +4,7 @@ softmax -> {cast, inactive dropout, view of the heads, NaN guard, sink logits cu
         -> (matmul | bmm | einsum)(., value) -> division by the sum, where softmax left that out
 """
 
+import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +37,15 @@ from moonfx.site import Reject
 aten = torch.ops.aten
 
 _RESHAPED = {DETACH, aten.expand.default, aten.constant_pad_nd.default, aten.pad.default}
+# What takes a tensor apart into several.
+_APART = {
+    operator.getitem,
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+}
 _NOT_DIVIDED = (
     "a softmax written with exp() and a sum is not read, as the product with the values is not "
     "divided by that sum: write softmax()"
@@ -158,7 +168,9 @@ def _passes(node: fx.Node) -> bool:
     if node.target in SLICES:
         rank = len(node.meta["val"].shape)
         return int(argument(node, 1, "dim", 0)) % rank == rank - 1
-    return node.target in CASTS | COPIES | DROPOUT
+    if node.target in CASTS:
+        return bool(node.meta["val"].dtype.is_floating_point)
+    return node.target in COPIES | DROPOUT
 
 
 def product_beyond(node: fx.Node, attention: bool = False) -> fx.Node | None:
@@ -169,7 +181,7 @@ def product_beyond(node: fx.Node, attention: bool = False) -> fx.Node | None:
         attention: whether the softmax is known to be over query @ key^T. Then any operator that
             keeps queries and keys as dims may stand in the way: a convolution over heads, a power.
     """
-    through = SCORES_PASS | DROPOUT | SLICES | _RESHAPED
+    through = SCORES_PASS | DROPOUT | SLICES | _RESHAPED | _APART
     for user in node.users:
         stack = [user]
         seen: set[fx.Node] = set()

@@ -6,6 +6,9 @@
 The token dim is followed back through operators that treat each token by itself. What the first
 projection on every way reads is where tokens come from; a chain of projections and norms before it
 may lead on (LoRA, latent attention). Tables of positions that are multiplied in are no source.
+
+A tensor may be cut and joined along the features of a token, as query, key and value are from one
+projection. Along any other dim that would be another row of the batch: x[:1] attends to x[1:].
 """
 
 from collections.abc import Iterator
@@ -68,15 +71,15 @@ _RESHAPES = {
     aten.squeeze.dims,
     aten.unsqueeze.default,
 }
-_ALONG = {  # operator -> where it names the dim that it cuts
+_CUTS = {  # operator -> where it names the dim that it cuts
     aten.slice.Tensor: (1, "dim", 0),
     aten.split.Tensor: (2, "dim", 0),
     aten.split.sizes: (2, "dim", 0),
     aten.split_with_sizes.default: (2, "dim", 0),
     aten.chunk.default: (2, "dim", 0),
-    aten.cat.default: (1, "dim", 0),
 }
 _COMPLEX = {aten.view_as_complex.default, aten.view_as_real.default}
+_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.convolution.default}
 _WEIGHTED = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default}
 
 
@@ -179,17 +182,27 @@ def _before(place: Place) -> Iterator[Place]:
         if dim < min(rank, len(shape(source))) - (node.target is aten.view_as_real.default):
             yield source, dim
     elif node.target is aten.stack.default:
-        new = argument(node, 1, "dim", 0) % rank
-        if new != dim:
-            yield from ((n, dim - (new < dim)) for n in source)
+        if argument(node, 1, "dim", 0) % rank == rank - 1 != dim:
+            yield from ((n, dim) for n in source)
     elif node.target is aten.select.int:
         at = argument(node, 1, "dim") % (rank + 1)
-        yield source, dim + (at <= dim)
-    elif node.target in _ALONG:
-        cut = argument(node, *_ALONG[node.target]) % rank
-        if cut != dim:
-            parts = source if isinstance(source, list | tuple) else [source]
-            yield from ((n, dim) for n in parts)
+        if _of_features(source, at):
+            yield source, dim + (at <= dim)
+    elif node.target is aten.cat.default:
+        if argument(node, 1, "dim", 0) % rank == rank - 1 != dim or len(set(source)) == 1:
+            yield from ((n, dim) for n in source)
+    elif node.target in _CUTS:
+        yield from _cut(node, dim)
+
+
+def _cut(node: fx.Node, dim: int) -> Iterator[Place]:
+    """What slice, split or chunk cuts along the features, or not at all."""
+    source: Any = node.args[0]
+    sizes = shape(source)
+    cut = argument(node, *_CUTS[node.target]) % len(sizes)
+    whole = node.target is aten.slice.Tensor and shape(node)[cut] == sizes[cut]
+    if cut != dim and (whole or cut == len(sizes) - 1 or _of_features(source, cut)):
+        yield source, dim
 
 
 def _part(source: Any, dim: int) -> Iterator[Place]:
@@ -197,11 +210,44 @@ def _part(source: Any, dim: int) -> Iterator[Place]:
     if source.target is aten.unbind.int:
         inner = source.args[0]
         at = argument(source, 1, "dim", 0) % len(shape(inner))
-        yield inner, dim + (at <= dim)
-    elif source.target in _ALONG:
-        inner = source.args[0]
-        if argument(source, *_ALONG[source.target]) % len(shape(inner)) != dim:
-            yield inner, dim
+        if _of_features(inner, at):
+            yield inner, dim + (at <= dim)
+    elif source.target in _CUTS:
+        yield from _cut(source, dim)
+
+
+def _of_features(node: Any, dim: int) -> bool:
+    """Whether a dim counts features that a projection made, and no rows of a batch."""
+    while isinstance(node, fx.Node) and node.op == "call_function" and node.args:
+        source: Any = node.args[0]
+        if node.target in _WEIGHTED:
+            return dim == len(shape(node)) - 1
+        if node.target in _CONVOLUTIONS:
+            return dim == 1
+        if (order := permutation(node)) is not None:
+            dim = order[dim]
+        elif node.target in _RESHAPES:
+            before = list(_reshaped_from(source, node, dim))
+            if len(before) != 1:
+                return False
+            (dim,) = before
+        elif getattr(node.target, "__name__", "") == "getitem" and source.target in _CUTS:
+            source = source.args[0]
+        elif node.target is aten.select.int:
+            dim += argument(node, 1, "dim") % len(shape(source)) <= dim
+        elif not (node.target in _UNARY | _BINARY | _LAST_DIM or node.target in _CUTS):
+            return False
+        if not isinstance(source, fx.Node) or dim >= len(shape(source)):
+            return False
+        node = source
+    return False
+
+
+def _reshaped_from(source: fx.Node, node: fx.Node, dim: int) -> Iterator[int]:
+    """The dims of `source`, of more than one element, that a dim of its reshape comes from."""
+    for ins, outs in reshape_groups(shape(source), shape(node)) or []:
+        if dim in outs:
+            yield from (d for d in ins if shape(source)[d] != 1)
 
 
 def _reshaped(source: fx.Node, node: fx.Node, dim: int) -> Iterator[Place]:

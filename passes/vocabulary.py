@@ -16,6 +16,8 @@ SOFTMAX = {
     aten.special_softmax.default,
 }
 EXP = {aten.exp.default, aten.exp_.default}
+# exp() to another base: reported, not read
+POWERS = {aten.exp2.default, aten.exp2_.default, aten.pow.Scalar, aten.expm1.default}
 LOG_SOFTMAX = {aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.default}
 
 MATMUL = {aten.matmul.default, aten.bmm.default}

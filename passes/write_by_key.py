@@ -128,6 +128,10 @@ class Writer:
 
     def _bias(self, expr: Expr) -> fx.Node:
         node = self._write(expr, ROW_HEAD_KEY)
+        if not isinstance(node, fx.Node):  # a constant, which sink logits see
+            device = self.site.key.meta["val"].device
+            made = {"dtype": torch.float32, "device": device}
+            node = call(aten.full.default, [1, 1, 1], node, graph=self.sizes.graph, **made)
         if node.meta["val"].dtype != torch.float32:
             node = call(aten.to.dtype, node, torch.float32)
         if any(x.has(KEY) and not x.is_integer for x in loads(expr)):

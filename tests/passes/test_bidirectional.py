@@ -146,6 +146,7 @@ class Projected(nn.Module):
         torch.manual_seed(0)
         self.query, self.key = query, key
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.both = nn.Linear(WIDTH, 2 * WIDTH)
         self.low, self.high = nn.Linear(WIDTH, 4), nn.Linear(4, WIDTH)
         self.norm, self.norms = nn.LayerNorm(WIDTH), nn.LayerNorm(4)
         self.table = nn.Parameter(torch.randn(N, WIDTH))
@@ -162,6 +163,14 @@ def rope(m: Projected, x: Tensor) -> Tensor:
     return x * turn.cos() + torch.cat([-second, first], -1) * turn.sin()
 
 
+def rows(x: Tensor, *order: int) -> Tensor:
+    return torch.cat([x[n : n + 1] for n in order])
+
+
+def pair(x: Tensor, y: Tensor) -> Tensor:
+    return torch.stack([x, y])
+
+
 SELF: list[tuple[str, Any, Any]] = [
     ("linear", lambda m, x, y: m.q(x), lambda m, x, y: m.k(x)),
     ("matmul", lambda m, x, y: x @ m.q.weight, lambda m, x, y: x @ m.k.weight),
@@ -170,6 +179,16 @@ SELF: list[tuple[str, Any, Any]] = [
     ("low rank", lambda m, x, y: m.high(m.norms(m.low(x))), lambda m, x, y: m.k(x)),
     ("adapter", lambda m, x, y: m.q(x) + m.high(m.low(x)) * 0.1, lambda m, x, y: m.k(x)),
     ("places", lambda m, x, y: m.q(x) + m.table, lambda m, x, y: m.k(x) + m.table),
+    (
+        "one projection",
+        lambda m, x, y: m.both(x).chunk(2, -1)[0],
+        lambda m, x, y: m.both(x)[..., WIDTH:],
+    ),
+    (
+        "one projection, by part",
+        lambda m, x, y: m.both(x).view(2, N, 2, WIDTH).permute(2, 0, 1, 3)[0],
+        lambda m, x, y: m.both(x).view(2, N, 2, WIDTH).unbind(2)[1],
+    ),
     ("no projection", lambda m, x, y: x * 0.5, lambda m, x, y: x),
 ]
 ACROSS: list[tuple[str, Any, Any]] = [
@@ -190,6 +209,20 @@ ACROSS: list[tuple[str, Any, Any]] = [
     ("the other way round", lambda m, x, y: m.q(x), lambda m, x, y: m.k(x).flip(1)),
     ("shifted", lambda m, x, y: m.q(x), lambda m, x, y: m.k(x.roll(1, 1))),
     ("mixed", lambda m, x, y: m.q(x), lambda m, x, y: m.k(x @ x.mT @ y)),
+    ("two rows", lambda m, x, y: rows(m.q(x), 0, 1), lambda m, x, y: rows(m.k(x), 1, 0)),
+    ("neighbours", lambda m, x, y: m.q(rows(x, 0, 1)), lambda m, x, y: m.k(rows(x, 1, 0))),
+    ("a pair", lambda m, x, y: m.q(pair(x, y)[0]), lambda m, x, y: m.k(pair(x, y)[1])),
+    ("a projected pair", lambda m, x, y: m.q(pair(x, y))[0], lambda m, x, y: m.k(pair(x, y))[1]),
+    (
+        "halves of a batch",
+        lambda m, x, y: m.q(torch.cat([x, y])).chunk(2)[0],
+        lambda m, x, y: m.k(torch.cat([x, y])).chunk(2)[1],
+    ),
+    (
+        "a pair of projections",
+        lambda m, x, y: pair(m.q(x), m.k(y)).unbind()[0],
+        lambda m, x, y: pair(m.q(x), m.k(y)).unbind()[1],
+    ),
     ("sum of both", lambda m, x, y: m.q(x) + m.q(y), lambda m, x, y: m.k(x)),
 ]
 

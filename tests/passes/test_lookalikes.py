@@ -62,6 +62,30 @@ def probabilities_scaled(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     return (scores(q, k).masked_fill(~causal(), NEG).softmax(-1) * 2.0) @ v
 
 
+def changed(change: Callable[[Tensor], Tensor]) -> Body:
+    """Probabilities that something is done to before they meet the values."""
+
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return change(scores(q, k).masked_fill(~causal(), NEG).softmax(-1)) @ v
+
+    return body
+
+
+def powers(power: Callable[[Tensor], Tensor]) -> Body:
+    """Softmax in another base, or of another function."""
+
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        e = power(scores(q, k).masked_fill(~causal(), -1e9))
+        return e / e.sum(-1, keepdim=True) @ v
+
+    return body
+
+
+def heads_in_the_batch_and_shared(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q[0], k[0, ::2], v[0, ::2]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
 def scores_reused(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     return attend(s, v) + s.mean(-1, keepdim=True)
@@ -494,6 +518,19 @@ LOOKALIKES: list[Row] = [
     ("probabilities reused", probabilities_reused, "the probabilities are also used by"),
     ("probabilities as values", probabilities_as_values, "the probabilities are also the values"),
     ("probabilities scaled", probabilities_scaled, "'mul' stands between the softmax and its"),
+    ("probabilities, whole", changed(lambda p: p.to(torch.int32).float()), "'to' stands between"),
+    (
+        "probabilities, split",
+        changed(lambda p: p.split([N, 0], -1)[0]),
+        "'split_with_sizes' stands",
+    ),
+    ("probabilities, mean of heads", changed(lambda p: p.mean(1, True)), "'mean' stands between"),
+    ("probabilities, squared", changed(lambda p: p**2), "'pow' stands between"),
+    ("probabilities, rolled", changed(lambda p: p.roll(1, -1)), "'roll' stands between"),
+    ("probabilities, some", changed(lambda p: p[..., torch.arange(N)]), "'index' stands between"),
+    ("powers of 2", powers(torch.exp2), "written with exp2"),
+    ("powers of 3", powers(lambda s: 3.0**s), "written with pow"),
+    ("heads in the batch, shared", heads_in_the_batch_and_shared, "key has fewer heads than query"),
     ("scores reused", scores_reused, "the scores are used more than once"),
     ("6-D", six_dimensions, "query has 6 dimensions"),
     ("5-D sdpa", five_dimensions_sdpa, "query has 5 dimensions"),

@@ -153,3 +153,18 @@ def test_ids_of_two_kinds_at_once_are_declined() -> None:
 
     _, report = run(Model(body), *inputs(1, H, N, D), SEGMENTS, SEGMENTS // 2)
     assert outcome(report) == ["packed sequences, told apart by 2 tensors at once"]
+
+
+def test_narrow_positions_that_start_again_at_0_are_no_sequence() -> None:
+    """255 and 0 of uint8 differ by one, and 255 <= 0 does not hold."""
+
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor, place: Tensor) -> Tensor:
+        ids = (place.diff(prepend=place[:, :1]) != 1).cumsum(-1)
+        mask = (place[:, None] <= place[:, :, None]) & (ids[:, None] == ids[:, :, None])
+        return F.scaled_dot_product_attention(q, k, v, mask[:, None])
+
+    given = (*inputs(1, H, N, D), (torch.arange(N) + 240).to(torch.uint8)[None])
+    dense = body(Model(body), *given)
+    out, report = run(Model(body), *given)
+    assert outcome(report)[0].startswith("packed sequences: queries and keys are compared")
+    assert torch.equal(out, dense)

@@ -190,3 +190,33 @@ def test_padding_and_sink_logits_go_together() -> None:
     dense = body(Model(body, sink=SINK), q, k, v, real)
     mine = real[:, None, :, None].expand_as(out)
     torch.testing.assert_close(out[mine], dense[mine], atol=2e-6, rtol=1e-5)
+
+
+def test_sink_logits_see_a_constant_that_is_added() -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = torch.cat([scores(q, k) + self.shift, self.sink.expand(B, H, N, 1)], -1)
+        return s.softmax(-1)[..., :-1] @ v
+
+    model, given = Model(body, sink=SINK, shift=torch.full((1,), 0.7)), inputs()
+    dense = body(model, *given)
+    out, report = run(model, *given)
+    assert [(r.action, r.modifiers) for r in report.rows] == [("sparse", "sink logits, key bias")]
+    torch.testing.assert_close(out, dense, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", [0, 2], ids=["left by two", "right by one"])
+def test_padding_of_the_whole_batch_is_not_taken_for_a_causal_mask(first: int) -> None:
+    """A bool mask [B, N] may have the values of a causal one of B queries."""
+
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+        return scores(q, k).masked_fill(~real[:, None, None], -torch.inf).softmax(-1) @ v
+
+    real = torch.ones(B, N, dtype=torch.bool)
+    real[:, :first] = False
+    real[0, -1] = first > 0
+    given = (*inputs(), real)
+    dense = body(Model(body), *given)
+    out, report = run(Model(body), *given)
+    assert outcome(report) == ["causal & padding"]
+    mine = real[:, None, :, None].expand_as(out)
+    torch.testing.assert_close(out[mine], dense[mine], atol=2e-6, rtol=1e-5)
