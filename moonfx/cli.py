@@ -120,7 +120,8 @@ def run_doctor(options: argparse.Namespace) -> int:
     else:
         rows = [(c.component, c.found, c.needed_by, c.status, c.fix or "-") for c in checks]
         print(tabulate(rows, ["component", "found", "needed by", "status", "fix"]))
-        print(f"\nmoonfx {'works' if works else 'does not work'} on this machine.")
+        print(f"\nmoonfx {'works' if works else 'does not work'} on this machine.\n")
+        print(ENVIRONMENT, end="")
     return 0 if works else 1
 
 

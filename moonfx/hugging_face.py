@@ -1,5 +1,5 @@
 """Builds a Hugging Face model from its type's name alone, for `moonfx explain`: nothing is read
-from a network, and of a model too large to fill with numbers only the shapes are real.
+from a network, and of a model too large to fill with numbers the weights are views of one zero.
 
     "falcon"                       FalconForCausalLM, 2 narrow layers, {"input_ids": [1, 98304]}
     "whisper"                      WhisperModel, {"input_features": .., "decoder_input_ids": ..}
@@ -7,6 +7,7 @@ from a network, and of a model too large to fill with numbers only the shapes ar
 """
 
 import contextlib
+import copy
 import difflib
 import importlib
 import os
@@ -28,6 +29,7 @@ POSITIONS = (
     "context_length",
     "max_target_positions",
 )
+SPARE = 8  # rows that a table of positions may keep for itself, before those of the tokens
 ROOM = 2 << 30  # bytes of a model that are worth filling with random numbers
 SHORT = 4096  # tokens, where a model keeps a table of queries by keys
 
@@ -63,29 +65,54 @@ class Wish:
 
 def call_of(wish: Wish) -> Call:
     """The model that a wish names, and arguments for it."""
-    transformers: Any = library()
     default = configuration(wish.target)
+    first: Exception | None = None
+    for config in forms_of(default):
+        try:
+            model, length = model_of(config, wish)
+        except Exception as error:  # noqa: BLE001 - a model's own code may fail in any way
+            first = first or error
+            continue
+        return model, (), inputs_of(model, wish.batch, length)
+    assert first is not None
+    raise UsageError(f"transformers cannot build {wish.target!r} so: {one_line(first)}") from first
+
+
+def forms_of(default: Any) -> Iterator[Any]:
+    """What to build of a configuration, best first; the others where the library refuses it.
+
+    A model made of several may need packages for pixels or sound, and its decoder not; and some are
+    a language model only if they are told that they decode.
+    """
+    best = text_part(default)
+    yield best
+    text = default.get_text_config(decoder=True)
+    if text is not best:
+        yield text
+    if getattr(best, "is_decoder", None) is False:
+        decoder = copy.deepcopy(best)
+        decoder.is_decoder = True
+        yield decoder
+
+
+def model_of(default: Any, wish: Wish) -> tuple[torch.nn.Module, int]:
+    """A model, and the length of its input: the wished one, or a short one that its tables fit."""
+    transformers = library()
     lengths = [wish.length, SHORT] if wish.may_shorten and wish.length > SHORT else [wish.length]
     for length in lengths:
-        try:
-            config = small(text_part(default), wish, length)
-            # An encoder-decoder's class for causal language models is its decoder alone.
-            causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-            causal &= not config.is_encoder_decoder
-            auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        config = small(default, wish, length)
+        # An encoder-decoder's class for causal language models is its decoder alone.
+        causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        causal &= not config.is_encoder_decoder
+        auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
 
-            def make(config: Any = config, auto: Any = auto) -> torch.nn.Module:
-                return auto.from_config(config, attn_implementation=wish.attention).eval()
+        def make(config: Any = config, auto: Any = auto) -> torch.nn.Module:
+            return auto.from_config(config, attn_implementation=wish.attention).eval()
 
-            model = built(make, last=length == lengths[-1])
-        except Exception as error:  # a model's own code, and its validators, may fail in any way
-            raise UsageError(
-                f"transformers cannot build {wish.target!r} so: {one_line(error)}"
-            ) from error
+        model = built(make, last=length == lengths[-1])
         if model is not None:
-            break
-    assert model is not None
-    return model, (), inputs_of(model, wish.batch, length)
+            return model, length
+    raise AssertionError("the last length is built whatever it takes")
 
 
 def library() -> Any:
@@ -111,7 +138,12 @@ def configuration(target: str) -> Any:
         except Exception as error:
             raise UsageError(f"{target}/config.json is not read: {one_line(error)}") from error
     if target in known:
-        return transformers.CONFIG_MAPPING[target]()
+        try:
+            return transformers.CONFIG_MAPPING[target]()
+        except Exception as error:
+            raise UsageError(
+                f"transformers has no sound default of {target!r}: {one_line(error)}"
+            ) from error
     if "/" in target:
         raise UsageError(
             f"{target!r} is no folder with a config.json, and nothing is downloaded: name the "
@@ -164,8 +196,9 @@ def small(default: Any, wish: Wish, length: int) -> Any:
             part.use_cache = False
         if getattr(part, "rope_parameters", None) is None:  # rotary positions need no table
             for name in POSITIONS:
-                if isinstance(getattr(part, name, None), int):
-                    setattr(part, name, max(length, getattr(part, name)))
+                rows = getattr(part, name, None)
+                if isinstance(rows, int) and 0 < rows < length + SPARE:  # -1: without bound
+                    setattr(part, name, length + SPARE)
     return config
 
 
@@ -211,7 +244,7 @@ def parameters_without_data() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.nn.Module.register_parameter = register  # type: ignore[assignment,method-assign]
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def inputs_of(model: torch.nn.Module, batch: int, length: int) -> dict[str, torch.Tensor]:

@@ -81,8 +81,10 @@ def sparsify(
     module (a PEFT wrapper, say).
 
     A torch.export.ExportedProgram is rewritten at once, into a new program with the same state:
-    the given one is unchanged. So is an fx.GraphModule, of which a copy that shares its parameters
-    is returned. `restore` has nothing to undo there: keep what you gave.
+    the given one is unchanged. A mask that is proved from a buffer's values is proved for those in
+    the program at that time: load others before, not after. Nor is an fx.GraphModule changed, of
+    which a copy that shares its parameters is returned. `restore` has nothing to undo in either:
+    keep what you gave.
 
     Args:
         model: any nn.Module that torch.compile takes, an fx.GraphModule or an ExportedProgram.

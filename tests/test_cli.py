@@ -24,7 +24,8 @@ EXPLAINED = [
 
 # Words after `moonfx explain`, attentions made sparse, attentions declined. Between them: tables of
 # queries by keys, widths that are never filled, sound, parts that read pixels, three inputs of
-# positions, windows, experts, an encoder.
+# positions, windows, experts, encoders, no bound on
+# positions, a part that cannot be built.
 ARCHITECTURES = [
     (["falcon"], 2, 0),
     (["falcon", "--full"], 2, 0),
@@ -37,6 +38,9 @@ ARCHITECTURES = [
     (["llava"], 2, 0),
     (["mixtral"], 2, 0),
     (["bart"], 2, 4),
+    (["roberta"], 0, 2),
+    (["xlnet"], 0, 2),
+    (["gemma3n"], 2, 2),
 ]
 
 # name, words after `moonfx`, what the one line on stderr says
@@ -190,6 +194,9 @@ def test_the_doctor_prints_one_row_per_component(capsys):
     assert re.split(r"\s{2,}", lines[0]) == ["component", "found", "needed by", "status", "fix"]
     for component in ("torch", "triton", "C++ compiler", "OpenMP", "GPU", "transformers", "onnx"):
         assert sum(line.startswith(component + " ") for line in lines) == 1
+    environment = lines[lines.index("environment:") + 1 :]
+    variables = [re.split(r"\W", line.strip())[0] for line in environment]
+    assert variables == ["MOONFX_DUMP", "MOONFX_VERIFY", "TORCH_LOGS", "TORCH_TRACE"]
 
 
 def test_whatever_is_missing_has_exactly_one_fix_and_nothing_else_has():
