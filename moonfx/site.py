@@ -55,7 +55,8 @@ class AttentionSite:
         key_transposed: the key node is [B, Hkv, D, Nk].
         scale: softmax scale; None is head_dim ** -0.5.
         factors: scalars unknown to the graph that scale the query, as (node, "mul" | "div").
-        masks: nodes of the masks, as (node, how) with how one of "additive", "keep", "drop".
+        masks: nodes of the masks, as (node, how) with how one of "additive", "keep", "drop", or
+            "times" for 0 and 1 that multiply the scores under another mask.
         mask_scales: additive masks that are multiplied after they were added -> by what.
         causal: the operator itself was told to be causal (is_causal=True, top-left aligned).
         softcap: c where the scores are c * tanh(scaled scores / c) before any mask, 0.0 for none.

@@ -22,7 +22,7 @@ from moonfx.passes.atoms import (
     Atom,
     classify_atom,
 )
-from moonfx.passes.expressions import Expr, to_bool
+from moonfx.passes.expressions import Expr, to_bool, to_number
 from moonfx.passes.index_algebra import Reader
 from moonfx.passes.key_bias import Bias, NotByKey
 from moonfx.passes.symbols import KEY, QUERY, Lengths
@@ -75,6 +75,7 @@ def prove(
         sink: whether attention sink logits join the softmax.
     """
     conditions: list[Expr] = [sympy.Le(KEY, QUERY)] if is_causal else []
+    times: list[tuple[int, Expr]] = []
     added: list[Added] = []
     for at, mask in enumerate(given):
         if mask.how == "additive":
@@ -84,10 +85,21 @@ def prove(
             except NotAMask as found:
                 return Proof(reason=f"additive bias: {found}", at=at)
             conditions.append(added[-1].keep)
+        elif mask.how == "times":
+            if (keep := _where_one(mask.value)) is None:
+                return Proof(reason="the scores are scaled by a tensor", at=at)
+            times.append((at, keep))
         else:
             keep = to_bool(mask.value)
             conditions.append(sympy.Not(keep) if mask.how == "drop" else keep)
-    segments, rest = _packing(_conjunction(conditions), lengths, reader)
+    hidden = _conjunction(conditions)
+    for at, keep in times:
+        if not set(_conjunction([keep])) <= set(hidden):
+            reason = (
+                "the scores are multiplied by a mask, which makes them 0 and does not hide them"
+            )
+            return Proof(reason=reason, at=at)
+    segments, rest = _packing(hidden, lengths, reader)
     if len(segments) > 1:
         return Proof(reason=f"packed sequences, told apart by {len(segments)} tensors at once")
     causal = any(classify_atom(atom, lengths).kind == CAUSAL for atom in rest)
@@ -116,6 +128,16 @@ def prove(
 
 def _conjunction(conditions: list[Expr]) -> list[Expr]:
     return list(sympy.And.make_args(sympy.to_nnf(sympy.And(*conditions), simplify=False)))
+
+
+def _where_one(value: Expr) -> Expr | None:
+    """The condition under which a mask of 0 and 1 is 1; None if it may hold anything else."""
+    value = to_number(value)
+    if value.is_number:
+        return {0: sympy.false, 1: sympy.true}.get(value)
+    if not isinstance(value, sympy.Piecewise) or {x for x, _ in value.args} != {0, 1}:
+        return None
+    return to_bool(value)
 
 
 def _packing(atoms: list[Expr], lengths: Lengths, reader: Reader) -> tuple[list[Expr], list[Expr]]:

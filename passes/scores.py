@@ -91,6 +91,7 @@ class _Walk:
         self.factors: list[tuple[fx.Node, str]] = []
         self.path: list[fx.Node] = []
         self.inner: set[fx.Node] = set()
+        self.times = False  # the scores here are multiplied by a mask
         self.heads: int | None = None
 
     def arrived(self, node: fx.Node, query: Any, key: Any, form: str) -> Scores:
@@ -122,7 +123,9 @@ class _Walk:
     def seen_by(self) -> str | None:
         """What, between here and the softmax, tells scores from scores shifted by a constant."""
         if self.softcap:
-            return "softcap (tanh)"
+            return "the softcap (tanh)"
+        if self.times:
+            return "a multiplication by a mask"
         return "attention sink logits" if self.sink is not None else None
 
 
@@ -192,6 +195,9 @@ def _scaled(node: fx.Node, walk: _Walk) -> Step:
         walk.scale = walk.scale * factor if multiply else walk.scale / factor
     elif isinstance(given, fx.Node) and _is_scalar(given):
         walk.factors.append((given, "mul" if multiply else "div"))
+    elif multiply and isinstance(given, fx.Node) and not walk.softcap:
+        walk.masks.append((given, "times"))  # a mask of 0 and 1, if it is anything
+        walk.times = True
     else:
         return walk.reject(node, "the scores are scaled by a tensor")
     return source  # type: ignore[return-value]
@@ -234,8 +240,9 @@ def _subtracted(node: fx.Node, walk: _Walk) -> Step:
 
 def _biased(node: fx.Node, source: fx.Node, other: Any, walk: _Walk) -> Step:
     """Scores with a mask or a constant added to them: softmax(x + constant) == softmax(x)."""
-    if (what := walk.seen_by()) == "softcap (tanh)":
-        return walk.reject(node, f"a mask or bias is added before the {what}: add it after")
+    what = walk.seen_by()
+    if walk.softcap or walk.times:
+        return walk.reject(node, f"a mask or bias is added before {what}: add it after")
     if isinstance(other, fx.Node):
         if not walk.add_mask(other):
             return walk.reject(node, "the mask is scaled after it was added")
@@ -256,8 +263,8 @@ def _masked(node: fx.Node, walk: _Walk) -> Step:
             yes, no, how = no, yes, "drop"
         if not reaches_product(yes):
             return walk.reject(node, problem)
-    if walk.softcap:
-        reason = "the mask is put on before the softcap (tanh), which leaves it visible: "
+    if walk.softcap or walk.times:
+        reason = f"the mask is put on before {walk.seen_by()}, which leaves it visible: "
         return walk.reject(node, reason + "put it on after")
     if not walk.hides(no):
         return walk.reject(node, problem)
@@ -333,8 +340,8 @@ def _product(node: fx.Node, walk: _Walk) -> Step:
     if beta != 0:
         if beta != 1:
             return Reject(f"the mask is added with beta={beta}", node)
-        if walk.softcap:
-            return Reject("a mask or bias is added before the softcap (tanh): add it after", node)
+        if (what := walk.seen_by()) is not None and walk.sink is None:
+            return Reject(f"a mask or bias is added before {what}: add it after", node)
         if not walk.add_mask(added):  # type: ignore[arg-type]
             return Reject("the mask is scaled after it was added", node)
     walk.scale *= alpha

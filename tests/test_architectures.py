@@ -56,7 +56,6 @@ DENSE = {
     *("inkling2_text", "inkling_text", "prophetnet"),  # a bias of query and key together
     *("granite_swa", "granitemoe_swa"),  # logsumexp of the same scores
     "jetmoe",  # a graph break hands the probabilities on
-    "openai-gpt",  # scores times a mask
 }
 
 

@@ -48,6 +48,13 @@ def scale_times_scores(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return s.softmax(-1) @ v
 
 
+def times_the_mask(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """GPT-1's: 0 where it is hidden, and -1e4 more."""
+    mask = causal().to(torch.float32)
+    s = (q @ k.transpose(-2, -1)) * SCALE
+    return (s * mask + -1e4 * (1 - mask)).softmax(-1) @ v
+
+
 def float_mask_from_bool(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = (1.0 - causal().to(torch.float32)) * NEG
     return (q @ k.transpose(-2, -1) * SCALE + mask[None, None]).softmax(-1) @ v
@@ -164,6 +171,7 @@ FORMS: list[tuple[Callable[..., Any], str]] = [
     (where_commuted, "matmul + softmax"),
     (mask_plus_scores, "matmul + softmax"),
     (scale_times_scores, "matmul + softmax"),
+    (times_the_mask, "matmul + softmax"),
     (float_mask_from_bool, "matmul + softmax"),
     (in_place, "matmul + softmax"),
     (in_place_result_dropped, "matmul + softmax"),

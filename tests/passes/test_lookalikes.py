@@ -43,6 +43,32 @@ def keys_transposed_twice(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     return attend(q @ torch.cat([k, k, k], -1).transpose(2, 3).transpose(2, 3) * SCALE, v)
 
 
+def times_the_mask_alone(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q, k) * causal().float()).softmax(-1) @ v
+
+
+def times_another_mask(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    index = torch.arange(N)
+    near = (index[:, None] - index[None, :] < 4).float()
+    return attend(scores(q, k) * near, v)
+
+
+def times_two_and_one(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(scores(q, k) * (1 + causal().float()), v)
+
+
+def masked_then_times(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = causal().float()
+    s = (scores(q, k) + 0.5 * mask) * mask
+    return attend(s, v)
+
+
+def less_max_then_times(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    s = (s - s.amax(-1, keepdim=True)) * causal().float().roll(1, 0)
+    return attend(s, v)
+
+
 def probabilities_returned(self: Model, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     p = scores(q, k).masked_fill(~causal(), NEG).softmax(-1)
     return p @ v, p
@@ -552,7 +578,12 @@ LOOKALIKES: list[Row] = [
     ("masked, then capped", masked_then_capped, "the mask is put on before the softcap"),
     ("mask added, then capped", added_then_capped, "a mask or bias is added before the softcap"),
     ("bias, then softcap", biased_then_capped, "a mask or bias is added before the softcap"),
-    ("max, then softcap", less_max_then_capped, "the maximum is subtracted before softcap"),
+    ("max, then softcap", less_max_then_capped, "the maximum is subtracted before the softcap"),
+    ("times the mask alone", times_the_mask_alone, "the scores are multiplied by a mask"),
+    ("times another mask", times_another_mask, "the scores are multiplied by a mask"),
+    ("times two and one", times_two_and_one, "the scores are scaled by a tensor"),
+    ("bias, then times a mask", masked_then_times, "a mask or bias is added before"),
+    ("max, then times a mask", less_max_then_times, "the maximum is subtracted before"),
     ("capped twice", capped_twice, "two softcaps"),
     ("softcap, a tensor", capped_by_a_tensor, "the softcap's size is not a constant"),
     ("softcap by head", capped_by_head, "the scores are scaled by a tensor"),
