@@ -10,6 +10,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import itertools
 import logging
 import operator
 import re
@@ -45,6 +46,8 @@ from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
     make_fx,
+    snapshot_fake,
+    track_tensor,
     track_tensor_tree,
 )
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -52,8 +55,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moonfx.fallback import warn_slow
+from moonfx.repeats import Key, Written, key_of, remember
 
 Size = int | torch.SymInt
+Repeats = dict[Key, Written | None]
 
 # Higher-order operators that call a body with their last arguments: where among the arguments the
 # body is, and where its own begin. The passes look into these bodies. Every other one stays exactly
@@ -96,18 +101,24 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         )
         fake_mode, shape_env = construct_fake_mode(list(example_inputs), aot)  # type: ignore[arg-type]
         fakes = process_inputs(list(example_inputs), aot, fake_mode, shape_env)[0]  # type: ignore[arg-type]
-        with fx.traceback.preserve_node_meta(), fake_mode, enable_python_dispatcher():
-            captured = _retrace(gm, fakes)
+        # Python's own dispatch keeps sizes symbolic; where there are none it only takes time.
+        symbolic = shape_env is not None and bool(shape_env.var_to_range)
+        dispatcher = enable_python_dispatcher() if symbolic else contextlib.nullcontext()
+        with fx.traceback.preserve_node_meta(), fake_mode, dispatcher:
+            captured = _retrace(gm, fakes, {})
     except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {error}") from error
     _keep_placeholders(gm, captured, example_inputs)
     return captured
 
 
-def _retrace(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+def _retrace(gm: fx.GraphModule, fakes: Sequence[Any], written: Repeats) -> fx.GraphModule:
     gm = _with_transforms_apart(gm)
     trace = make_fx(
-        _Retrace(gm).run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
+        _Retrace(gm, written).run,
+        pre_dispatch=True,
+        tracing_mode="real",
+        _allow_non_fake_inputs=True,
     )
     captured = trace(*fakes)
     captured.meta.update(gm.meta)
@@ -194,12 +205,71 @@ _enter_inference = fx.node.has_side_effect(torch.autograd.grad_mode._enter_infer
 _exit_inference = fx.node.has_side_effect(torch.autograd.grad_mode._exit_inference_mode)
 
 
-class _Retrace(fx.Interpreter):
-    """Runs a graph under make_fx, keeping higher-order operators as single nodes."""
+def _tracer() -> Any:
+    """What make_fx writes the graph with."""
+    proxy_mode = get_proxy_mode()
+    assert proxy_mode is not None
+    return proxy_mode.tracer
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+
+def _plain(tracer: Any, x: torch.Tensor) -> bool:
+    """Whether a tensor is a fake one that the graph knows, and no constant."""
+    slot = tracer.tensor_tracker.get(x)
+    known = slot is not None and slot.constant is None
+    return known and type(x) is FakeTensor and x.constant is None
+
+
+class _Retrace(fx.Interpreter):
+    """Runs a graph under make_fx, keeping higher-order operators as single nodes.
+
+    Args:
+        written: what calls became so far, in this graph and in those around it.
+    """
+
+    def __init__(self, gm: fx.GraphModule, written: Repeats) -> None:
         super().__init__(gm)
         self.inference: list[fx.Proxy] = []
+        self.written = written
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op not in ("call_function", "call_method"):
+            return super().run_node(n)
+        tracer = _tracer()
+        with torch._C.DisableTorchFunction():  # make_fx looks at each size that is read
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            call = key_of(n.target, args, kwargs, functools.partial(_plain, tracer))
+            operands = [tracer.tensor_tracker[x].proxy.node for x in call[1]] if call else []
+        known = self.written.get(call[0]) if call else None
+        if known is not None:
+            value = self._like(known, n)
+            node = known.again(n, operands, tracer.graph)
+            track_tensor(value, fx.Proxy(node, tracer), constant=None, tracer=tracer)
+            return value
+        last = next(iter(reversed(tracer.graph.nodes)), None)
+        out = super().run_node(n)
+        results = out if type(out) in (tuple, list) else (out,)
+        if not all(isinstance(x, torch.Tensor) for x in results):
+            self.written.clear()  # it may have changed the mode that the next ones run under
+        elif call is not None and call[0] not in self.written:
+            new = itertools.takewhile(lambda x: x is not last, reversed(tracer.graph.nodes))
+            with torch._C.DisableTorchFunction():
+                # An operand that comes back, as from x.to(x.dtype), goes by its new name from here.
+                own = out is not results and all(out is not x for x in call[1])
+                own = own and _plain(tracer, out)
+                result = tracer.tensor_tracker[out].proxy.node if own else None
+                self.written[call[0]] = remember(list(new)[::-1], operands, out, result)
+        return out
+
+    def _like(self, known: Written, n: fx.Node) -> torch.Tensor:
+        """A value for a call that is written as another was."""
+        if not known.needs_grad:
+            value = snapshot_fake(known.value)
+            assert value is not None
+            return value
+        with disable_proxy_modes_tracing():
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            out: torch.Tensor = getattr(fx.Interpreter, n.op)(self, n.target, args, kwargs)
+            return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # make_fx records these two as they are called; only the context manager also obeys them.
@@ -210,9 +280,7 @@ class _Retrace(fx.Interpreter):
         if target is torch.amp.autocast_mode._exit_autocast:
             args[0].__exit__(None, None, None)
             return None
-        proxy_mode = get_proxy_mode()
-        assert proxy_mode is not None
-        tracer: Any = proxy_mode.tracer
+        tracer = _tracer()
         # make_fx obeys these two and records nothing, so that gradients would come back.
         if target is _enter_inference:
             self.inference.append(tracer.create_proxy("call_function", target, args, kwargs))
@@ -229,7 +297,8 @@ class _Retrace(fx.Interpreter):
                 at, first = BODY_OPERATORS[name]
                 operands = list(args[first:])
                 with _modes_of_body(name, args):
-                    body = _retrace(args[at], operands)
+                    # A body whose arguments come after a mode's runs under that mode.
+                    body = _retrace(args[at], operands, {} if at else self.written)
                     out = fx.Interpreter(args[at]).run(*operands)
                 modules = {id(args[at]): body}
             else:
@@ -265,9 +334,7 @@ class _Retrace(fx.Interpreter):
         The subclass would put operators on its inner tensors in its place, which are no inputs of
         the graph.
         """
-        proxy_mode = get_proxy_mode()
-        assert proxy_mode is not None
-        tracer: Any = proxy_mode.tracer
+        tracer = _tracer()
         proxies = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
         with disable_proxy_modes_tracing():
             out = getattr(super(), kind)(target, args, kwargs)
