@@ -247,7 +247,7 @@ class _Retrace(fx.Interpreter):
             return value
         last = next(iter(reversed(tracer.graph.nodes)), None)
         out = super().run_node(n)
-        results = out if type(out) in (tuple, list) else (out,)
+        results = out if isinstance(out, tuple | list) else (out,)
         if not all(isinstance(x, torch.Tensor) for x in results):
             self.written.clear()  # it may have changed the mode that the next ones run under
         elif call is not None and call[0] not in self.written:
