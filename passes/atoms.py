@@ -43,7 +43,8 @@ def classify_atom(atom: Expr, lengths: Lengths) -> Atom:
         found = recognise(atom, lengths)
         if found is not None:
             return found
-    return Atom(OTHER, f"unsupported mask condition {describe(atom)}")
+    proved = "causal, padding and equal segment ids can be proved"
+    return Atom(OTHER, f"unsupported mask condition {describe(atom)}; {proved}")
 
 
 def _constant(atom: Expr, lengths: Lengths) -> Atom | None:

@@ -18,7 +18,7 @@ def of_values(atom: Expr) -> str:
     by_query = any(x.has(QUERY) for x in unknown)
     by_key = any(x.has(KEY) for x in unknown)
     if any(x.has(HEAD, sympy.Mod) for x in unknown) or atom.has(HEAD):
-        return f"the mask '{names}' differs by head"
+        return f"the mask '{names}' differs by head; one mask for all heads can be proved"
     if any(x.has(QUERY) and x.has(KEY) for x in unknown):
         return (
             f"the values of the mask '{names}' are not known; a 2-D mask of the keys, or segment "
@@ -27,7 +27,7 @@ def of_values(atom: Expr) -> str:
     if by_query and by_key:
         return _compared(atom, names)
     if by_query:
-        return f"whole queries are masked by '{names}'"
+        return f"whole queries are masked by '{names}'; mask the keys of padding instead"
     if not by_key:
         return (
             f"the mask compares positions with values read from '{names}' (a static cache? a "

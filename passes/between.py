@@ -57,10 +57,11 @@ def overwritten(site: AttentionSite, context: Context) -> Reject | None:
     for name, node in operands:
         first_use = min((position[u] for u in node.users if u in path), default=0)
         if position[writes[node]] > first_use:
-            return Reject(f"{name} is written to in place after it was read", node)
+            written = f"{name} is written to in place after it was read; write to a copy"
+            return Reject(written, node)
     for node in inner:
         if position[writes[node]] > position[node]:
-            return Reject("a part of the attention is written to in place", node)
+            return Reject("a part of the attention is written to in place; write to a copy", node)
     return None
 
 
@@ -70,7 +71,9 @@ def split_by_mode(site: AttentionSite, context: Context) -> Reject | None:
     for node in sorted(between(site)):
         mode = context.mode(node)
         if mode.gradients != here.gradients:
-            return Reject("part of the attention is under torch.no_grad()", node)
+            partly = "part of the attention is under torch.no_grad(); put all or none under it"
+            return Reject(partly, node)
         if mode.autocast != here.autocast:
-            return Reject("part of the attention is under another autocast", node)
+            partly = "part of the attention is under another autocast; put all of it under one"
+            return Reject(partly, node)
     return None

@@ -41,7 +41,8 @@ def classify(site: AttentionSite, context: Context) -> Mask | Reject:
     if site.causal and sympy.Integer(0) not in lengths.offsets:
         return Reject(
             "is_causal aligns the first query with the first key, and the key length "
-            f"({lengths.keys[0]}) is not proved equal to the query length ({lengths.queries[0]})",
+            f"({lengths.keys[0]}) is not proved equal to the query length ({lengths.queries[0]}); "
+            "give a mask that ends at the last key",
             site.output,
         )
     given: list[Given] = []
@@ -67,7 +68,8 @@ def _read(node: fx.Node, how: str, site: AttentionSite, context: Context) -> Giv
     """A mask at (batch, head, query, key)."""
     index = mask_index(site, len(node.meta["val"].shape))
     if index is None:
-        return Reject(f"the mask has {len(node.meta['val'].shape)} dimensions", node)
+        has = f"the mask has {len(node.meta['val'].shape)} dimensions"
+        return Reject(f"{has}; bring it to [batch, heads, queries, keys]", node)
     reader = context.real if how == "additive" else context.reader
     value = reader.broadcast(node, index).subs(head_symbol(site.heads or 1), HEAD)
     written = [x for x in loads(value) if context.mutated(reader.leaf(x))]
@@ -75,7 +77,7 @@ def _read(node: fx.Node, how: str, site: AttentionSite, context: Context) -> Giv
         return Given(value, how, site.mask_scales.get(node, 1.0))
     name = name_of(written[0])
     if written[0].has(QUERY, KEY):
-        return Reject(f"the mask is written to in place ('{name}')", node)
+        return Reject(f"the mask is written to in place ('{name}'); use where() instead", node)
     return Reject(
         f"the mask compares positions with '{name}', which is written to in place (a static "
         "cache? a DynamicCache can be proved)",
@@ -125,7 +127,8 @@ def _already_sparse(proof: Proof, site: AttentionSite, context: Context) -> str:
     attended = policy.block * policy.topk
     if (proof.window <= attended) != True:  # noqa: E712
         return ""
-    return f", which is already sparse: {proof.window} tokens <= block*topk = {attended}"
+    short = f"{proof.window} tokens <= block*topk = {attended}"
+    return f", which is already sparse: {short}; nothing to change"
 
 
 def _both_ways(site: AttentionSite, lengths: Lengths, context: Context) -> Reject | None:

@@ -153,7 +153,8 @@ def _sink_agrees(scores: Scores, product: Product) -> Reject | None:
     if scores.sink is None:
         if product.sliced is None:
             return None
-        return Reject("some keys are cut off the probabilities by a slice", product.sliced)
+        cut = "keys are cut off the probabilities; cut keys and values instead"
+        return Reject(cut, product.sliced)
     if product.sliced is None:
         reason = "attention sink logits are joined to the scores (cat) and not cut off again"
         return Reject(f"{reason} before the values", scores.sink.node)
@@ -189,7 +190,8 @@ def check_shapes(site: AttentionSite) -> Reject | None:
     rank = 3 if site.folded else 4
     for name, node in (("query", site.query), ("key", site.key), ("value", site.value)):
         if len(node.meta["val"].shape) != rank:
-            return Reject(f"{name} has {len(node.meta['val'].shape)} dimensions, not {rank}", node)
+            has = f"{name} has {len(node.meta['val'].shape)} dimensions, not {rank}"
+            return Reject(f"{has}; bring it to [batch, heads, tokens, head_dim]", node)
     key_shape = list(key.shape)
     if site.key_transposed:
         key_shape[-1], key_shape[-2] = key_shape[-2], key_shape[-1]
@@ -214,12 +216,14 @@ def check_shapes(site: AttentionSite) -> Reject | None:
     if not site.folded and not same_size(value.shape[1], key_shape[1]):
         return Reject("key and value differ in heads", site.output)
     if not isinstance(heads, int) or not isinstance(kv_heads, int):
-        return Reject("the number of heads is not a constant of the graph", site.output)
+        changes = "the number of heads is not a constant of the graph; make it an int of the module"
+        return Reject(changes, site.output)
     if heads % kv_heads:
         return Reject(f"{heads} query heads are no multiple of {kv_heads} key heads", site.output)
     dtype = site.output.meta["val"].dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return Reject(f"dtype {dtype} is not float32, bfloat16 or float16", site.output)
+        wrong = f"dtype {dtype} is not float32, bfloat16 or float16; model.float() makes it one"
+        return Reject(wrong, site.output)
     return None
 
 

@@ -124,7 +124,9 @@ def read(node: fx.Node, site: AttentionSite) -> None:
             given[role] = value
         elif argument.name in _NEUTRAL:
             if value != _NEUTRAL[argument.name]:
-                site.reject = Reject(f"{name} with {argument.name}={value}", node)
+                neutral = f"{argument.name}={_NEUTRAL[argument.name]}"
+                has = f"{name} with {argument.name}={value}; only {neutral} is read"
+                site.reject = Reject(has, node)
         elif argument.name not in kind.harmless:
             site.reject = Reject(f"{name} has an argument that is not read: {argument.name}", node)
     site.query, site.key, site.value = given["query"], given["key"], given["value"]
@@ -139,11 +141,14 @@ def read(node: fx.Node, site: AttentionSite) -> None:
     if isinstance(scale, fx.Node):
         site.scale, site.factors = 1.0, [(scale, "mul")]
     elif scale is not None and not 0 < scale < float("inf"):
-        site.reject = site.reject or Reject(f"the scores are scaled by {scale}", node)
+        scaled = f"the scores are scaled by {scale}; a scale must be above 0"
+        site.reject = site.reject or Reject(scaled, node)
     else:
         site.scale = scale
     if site.softcap and isinstance(scale, fx.Node):
-        site.reject = site.reject or Reject("a softcap and a scale that is no constant", node)
+        site.reject = site.reject or Reject(
+            "a softcap and a scale that is no constant; give a float", node
+        )
     if kind.several and site.reject is None:
         site.reject = _first_of_several(node, site, kind)
 
@@ -156,7 +161,8 @@ def _first_of_several(node: fx.Node, site: AttentionSite, kind: Kind) -> Reject 
     beyond = [u for u in used if u.args[1] != 0]
     if beyond or not used:
         which = ", ".join(u.name for u in beyond)
-        return Reject(f"more than the output of the operator is used: {which}", node)
+        more = f"more than the output of the operator is used: {which}; leave out the logsumexp"
+        return Reject(more, node)
     (output, *again) = used
     for other in again:
         other.replace_all_uses_with(output)

@@ -162,7 +162,8 @@ def unfold_heads(site: AttentionSite) -> Reject | None:
     """Brings attention over [B * H, N, D] to [B, H, N, D], for what differs by head."""
     at, heads = site.output, site.heads
     if not heads:
-        return Reject("the heads lie in the batch, and how many they are is not known", at)
+        unknown = "the heads lie in the batch, and how many they are is not known; unflatten them"
+        return Reject(unknown, at)
     for node, _ in site.masks:
         sizes = node.meta["val"].shape
         if len(sizes) == 3 and not same_size(sizes[0], 1):
@@ -220,7 +221,10 @@ def merge_heads(site: AttentionSite) -> Reject | None:
         over = node.meta["val"].shape[-4:-2] if len(node.meta["val"].shape) == 5 else ()
         aligned = [*over] if over else [*node.meta["val"].shape[:-2]][-2:]
         if len(node.meta["val"].shape) > 2 and not all(same_size(n, 1) for n in aligned):
-            return Reject("the mask of attention whose heads are cut in two differs by head", node)
+            differs = (
+                "the mask of attention whose heads are cut in two differs by head; use one mask"
+            )
+            return Reject(differs, node)
     if site.sink_logits is not None:
         return Reject("attention sink logits where the heads are cut in two", site.sink_logits)
 

@@ -82,7 +82,8 @@ def by_key(
     for term in parts.key:
         for load in loads(term):
             if term.has(HEAD) and load.has(KEY) and _given(load, reader):
-                raise NotByKey(f"the mask '{name_of(load)}' differs by head")
+                differs = f"the mask '{name_of(load)}' differs by head"
+                raise NotByKey(f"{differs}; one mask for all heads can be proved")
     conditions = [_far_above(sympy.Add(*masks))] if masks else []
     if not sink:
         key = _from_last_key(key, lengths)
@@ -136,16 +137,19 @@ def _parts(bias: Expr) -> Parts:
     return parts
 
 
+_NOT_BY_KEY = "depends on query and key together; a bias of the keys alone, as ALiBi, can be sparse"
+
+
 def _together(term: Expr) -> str:
     both = [x for x in loads(term) if x.has(QUERY) and x.has(KEY)]
     if both:
-        return f"relative position bias '{name_of(both[0])}' depends on query and key together"
+        return f"relative position bias '{name_of(both[0])}' {_NOT_BY_KEY}"
     if term.has(sympy.Abs):
         return (
             f"relative position bias {describe(term)} depends on query and key together: |i - j| "
             "does, unless a causal mask hides the keys behind each query"
         )
-    return f"relative position bias {describe(term)} depends on query and key together"
+    return f"relative position bias {describe(term)} {_NOT_BY_KEY}"
 
 
 def _check_query_terms(query: Expr, key: Expr, lengths: Lengths) -> None:
@@ -155,7 +159,8 @@ def _check_query_terms(query: Expr, key: Expr, lengths: Lengths) -> None:
         return
     if any(sympy.expand(query.subs(QUERY, KEY - o) + key) == 0 for o in lengths.offsets):
         return
-    raise NotByKey(f"whole queries are masked or shifted by '{name_of(unknown[0])}'")
+    name = name_of(unknown[0])
+    raise NotByKey(f"whole queries are masked or shifted by '{name}'; mask the keys instead")
 
 
 def _unknown_keys(term: Expr, reader: Reader) -> bool:

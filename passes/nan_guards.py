@@ -61,7 +61,7 @@ def guard_of(node: fx.Node, probabilities: fx.Node, context: Context) -> Guard |
     else:
         return None
     if constant_of(filled, context) != 0.0:
-        return "the probabilities are filled with something other than 0"
+        return "the probabilities are filled with something other than 0; mask the scores"
     assert isinstance(condition, fx.Node)
     inner: set[fx.Node] = set()
     test, on_nan = condition, True
@@ -92,7 +92,8 @@ def unproved(guard: Guard, site: AttentionSite, scores: Scores, context: Context
         rank = len(node.meta["val"].shape)
         whole = keepdim and dim % rank == rank - 1 and row == keep
         if not whole:
-            return Reject("the probabilities are set to 0 by a test not of whole rows", node)
+            test = "the probabilities are set to 0 by a test not of whole rows; mask the scores"
+            return Reject(test, node)
         node = node.args[0]
         while node.target in COPIES | _NOT:
             keep ^= node.target in _NOT
@@ -109,7 +110,8 @@ def unproved(guard: Guard, site: AttentionSite, scores: Scores, context: Context
         if all(atom == True or atom in visible for atom in _atoms(given)):  # noqa: E712
             return None
     return Reject(
-        "the probabilities are set to 0 where the scores are not known to be masked", node
+        "the probabilities are set to 0 where the scores are not known to be masked; mask those",
+        node,
     )
 
 

@@ -25,7 +25,10 @@ def used_elsewhere(
         users = [u for u in node.users if u.target not in SHAPE_ONLY]
         if node is not output and any(u not in own for u in users):
             names = ", ".join(u.name for u in users)
-            return Reject(f"the scores are used more than once, by {names}", node)
+            several = (
+                f"the scores are used more than once, by {names}; only the softmax may read them"
+            )
+            return Reject(several, node)
     return None
 
 

@@ -97,7 +97,7 @@ def product_of(softmax: Softmax, context: Context) -> Product | None:
                 return None
             reason = f"'{short(far)}' stands between the softmax and its product with the values"
             if far.target is DETACH:
-                reason = "the probabilities are detached"
+                reason = "the probabilities are detached; take the detach() away"
             if softmax.total is not None:
                 reason = _NOT_DIVIDED
             found.refuse(reason, far)
@@ -112,7 +112,8 @@ def product_of(softmax: Softmax, context: Context) -> Product | None:
         ]
         if others:
             names = ", ".join(u.name for u in others)
-            found.refuse(f"the probabilities are also used by {names}", node)
+            remedy = "call with output_attentions=False or need_weights=False"
+            found.refuse(f"the probabilities are also used by {names}; {remedy}", node)
         if step is product:
             break
         if step.target in DROPOUT:

@@ -46,6 +46,8 @@ from moonfx.site import Reject
 
 aten = torch.ops.aten
 
+SCALED_LATE = "the mask is scaled after it was added; scale the scores first"
+
 
 @dataclass
 class Scores:
@@ -191,7 +193,7 @@ def _scaled(node: fx.Node, walk: _Walk) -> Step:
         return walk.reject(node, f"'{short(node)}' is not of the scores by a scalar")
     if factor is not None:
         if not 0 < factor < math.inf:
-            return walk.reject(node, f"the scores are scaled by {factor}")
+            return walk.reject(node, f"the scores are scaled by {factor}; a scale must be above 0")
         walk.scale = walk.scale * factor if multiply else walk.scale / factor
     elif isinstance(given, fx.Node) and _is_scalar(given):
         walk.factors.append((given, "mul" if multiply else "div"))
@@ -199,13 +201,13 @@ def _scaled(node: fx.Node, walk: _Walk) -> Step:
         walk.masks.append((given, "times"))  # a mask of 0 and 1, if it is anything
         walk.times = True
     else:
-        return walk.reject(node, "the scores are scaled by a tensor")
+        return walk.reject(node, "the scores are scaled by a tensor; scale the query by it instead")
     return source  # type: ignore[return-value]
 
 
 def _added(node: fx.Node, walk: _Walk) -> Step:
     if node.kwargs.get("alpha", 1) != 1:
-        return walk.reject(node, "the mask is added with alpha != 1")
+        return walk.reject(node, "the mask is added with alpha != 1; scale the mask instead")
     left, right = node.args[:2]
     from_scores = [s for s in (left, right) if reaches_product(s)]
     if not from_scores:
@@ -219,7 +221,7 @@ def _added(node: fx.Node, walk: _Walk) -> Step:
 def _subtracted(node: fx.Node, walk: _Walk) -> Step:
     source, other = node.args[:2]
     if node.kwargs.get("alpha", 1) != 1:
-        return walk.reject(node, "the mask is subtracted with alpha != 1")
+        return walk.reject(node, "the mask is subtracted with alpha != 1; scale the mask instead")
     peak = peak_of(other, source)
     if isinstance(peak, str):
         return walk.reject(node, peak)
@@ -245,7 +247,7 @@ def _biased(node: fx.Node, source: fx.Node, other: Any, walk: _Walk) -> Step:
         return walk.reject(node, f"a mask or bias is added before {what}: add it after")
     if isinstance(other, fx.Node):
         if not walk.add_mask(other):
-            return walk.reject(node, "the mask is scaled after it was added")
+            return walk.reject(node, SCALED_LATE)
     elif what is not None:
         return walk.reject(node, f"a constant is added before {what}, which see it")
     return source
@@ -256,9 +258,9 @@ def _masked(node: fx.Node, walk: _Walk) -> Step:
     condition, yes, no = node.args[:3]
     if node.target in MASKED_FILL:
         condition, yes, no, how = node.args[1], node.args[0], node.args[2], "drop"
-        problem = "masked_fill() with a value that is no mask"
+        problem = "masked_fill() with a value that is no mask; fill with -inf"
     else:
-        problem, how = "where() fills in a value that is no mask", "keep"
+        problem, how = "where() fills in a value that is no mask; fill with -inf", "keep"
         if reaches_product(no) and not reaches_product(yes):
             yes, no, how = no, yes, "drop"
         if not reaches_product(yes):
@@ -300,7 +302,9 @@ def _capped(node: fx.Node, walk: _Walk) -> Step:
     if walk.softcap:
         return walk.reject(node, "two softcaps (tanh) stand between query @ key^T and the softmax")
     if walk.factors:
-        return walk.reject(node, "the softcap's size is not a constant of the graph")
+        return walk.reject(
+            node, "the softcap's size is not a constant of the graph; make it a float"
+        )
     walk.softcap, walk.scale = walk.scale, 1.0
     return node.args[0]  # type: ignore[return-value]
 
@@ -336,14 +340,14 @@ def _product(node: fx.Node, walk: _Walk) -> Step:
     added, query, key = node.args[:3]
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     if not isinstance(alpha, int | float) or not alpha > 0:
-        return Reject(f"the scores are scaled by {alpha}", node)
+        return Reject(f"the scores are scaled by {alpha}; a scale must be above 0", node)
     if beta != 0:
         if beta != 1:
-            return Reject(f"the mask is added with beta={beta}", node)
+            return Reject(f"the mask is added with beta={beta}; scale the mask instead", node)
         if (what := walk.seen_by()) is not None and walk.sink is None:
             return Reject(f"a mask or bias is added before {what}: add it after", node)
         if not walk.add_mask(added):  # type: ignore[arg-type]
-            return Reject("the mask is scaled after it was added", node)
+            return Reject(SCALED_LATE, node)
     walk.scale *= alpha
     return walk.arrived(node, query, key, form)
 

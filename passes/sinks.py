@@ -55,7 +55,9 @@ def join_of(node: fx.Node, scores: fx.Node) -> Sink | str:
         source = current.args[0] if current.op == "call_function" and current.args else None
         keeps = current.target in _REPEATS | COPIES | CASTS or _same_shape(current)
         if not keeps or not isinstance(source, fx.Node):
-            return "the attention sink logits are not proved to be one number per head"
+            return (
+                "the attention sink logits are not proved to be one number per head; expand [heads]"
+            )
         passed.add(current)
         current = source
     heads = current.meta["val"].shape[-3]
