@@ -62,6 +62,8 @@ class AttentionSite:
         softcap: c where the scores are c * tanh(scaled scores / c) before any mask, 0.0 for none.
         sink_logits: a node with one logit per query head (every other dim is 1), which joins the
             softmax's denominator and no value; None for none.
+        lse: a node [B, Hq, Nq] or [B, Hq, Nq, 1] with the logarithm of the softmax's denominator,
+            which something else reads; None for none.
         form: which surface form was found, for the report.
         layer, line: module name and source line.
         ordinal: which attention of its layer this is, from 0.
@@ -81,6 +83,7 @@ class AttentionSite:
     causal: bool = False
     softcap: float = 0.0
     sink_logits: fx.Node | None = None
+    lse: fx.Node | None = None
     key_transposed: bool = False
     folded: bool = False
     ordinal: int = 0
@@ -95,6 +98,11 @@ class AttentionSite:
     policy: LayerPolicy | None = None
 
     @property
+    def sees_constants(self) -> bool:
+        """Whether a constant added to all scores of a query changes more than the softmax."""
+        return self.sink_logits is not None or self.lse is not None
+
+    @property
     def unfolds(self) -> bool:
         """Whether heads that lie in the batch can be told apart."""
         return self.folded and (self.heads or 1) > 1
@@ -105,6 +113,8 @@ class AttentionSite:
         found = [f"softcap {self.softcap:g}"] if self.softcap else []
         if self.sink_logits is not None:
             found.append("sink logits")
+        if self.lse is not None:
+            found.append("logsumexp")
         if self.mask is not None and self.mask.bias is not None:
             found.append(str(self.mask.bias))
         return ", ".join(found)

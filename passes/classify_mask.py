@@ -105,14 +105,14 @@ def _proved(
     given: tuple[Given, ...], lengths: Lengths, site: AttentionSite, context: Context
 ) -> Proof:
     """The proof for these masks, made once for all layers that have them."""
-    once = (given, lengths, site.causal, site.sink_logits is not None)
+    once = (given, lengths, site.causal, site.sees_constants)
     if once not in context.masks:
         context.masks[once] = prove(
             given,
             lengths,
             context.reader,
             is_causal=site.causal,
-            sink=site.sink_logits is not None,
+            sees_constants=site.sees_constants,
         )
     return context.masks[once]
 

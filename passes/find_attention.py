@@ -34,7 +34,7 @@ from moonfx.passes.private import out_of_place, used_elsewhere
 from moonfx.passes.probabilities import Product, product_beyond, product_of
 from moonfx.passes.scores import Scores, constant_of, parse_scores, reaches_product
 from moonfx.passes.sinks import cuts_off
-from moonfx.passes.softmax import read_softmax
+from moonfx.passes.softmax import logarithm_of, read_softmax
 from moonfx.passes.vocabulary import EXP, LOG_SOFTMAX, POWERS, SOFTMAX
 from moonfx.site import AttentionSite, Reject
 
@@ -104,7 +104,8 @@ def parse_softmax(node: fx.Node, context: Context) -> AttentionSite | None:
     if softmax is None or product is None:
         return _by_exponentials(node, context) if node.target in EXP | POWERS else None
     site = _site(node, context, "softmax", output=product.node, value=product.value)
-    scores = parse_scores(softmax.operand, context)
+    site.lse = logarithm_of(softmax)
+    scores = parse_scores(softmax.operand, context, exact=site.lse is not None)
     if scores is None:
         return None
     if isinstance(scores, Reject):
@@ -127,10 +128,13 @@ def parse_softmax(node: fx.Node, context: Context) -> AttentionSite | None:
     if len(sizes) == 4 and isinstance(sizes[1], int):
         site.heads = sizes[1]
     site.reject = product.reject or _sink_agrees(scores, product)
+    if site.lse is not None and site.sink_logits is not None:
+        site.reject = Reject("logsumexp reads scores that sink logits are joined to", site.lse)
     for guard in product.guards:
         site.reject = site.reject or unproved(guard, site, scores, context)
     private = [softmax.inner, product.path, *(guard.inner for guard in product.guards)]
-    site.reject = site.reject or used_elsewhere(scores, private, product.node)
+    results = [product.node, *([site.lse] if site.lse is not None else [])]
+    site.reject = site.reject or used_elsewhere(scores, [*private, results], results)
     site.reject = site.reject or token_major(site.key)
     if site.reject is None:
         out_of_place(scores, context)

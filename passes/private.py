@@ -1,6 +1,6 @@
 """What belongs to one attention alone: nothing else may read it, since the rewrite removes it."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import fx
@@ -12,18 +12,18 @@ from moonfx.site import Reject
 
 
 def used_elsewhere(
-    scores: Scores, private: Iterable[Iterable[fx.Node]], output: fx.Node
+    scores: Scores, private: Iterable[Iterable[fx.Node]], results: Collection[fx.Node]
 ) -> Reject | None:
     """Scores, or anything between them and the product with the values, with another reader.
 
     Args:
-        private: the other nodes of the attention, `output` among them, whose result remains.
+        private: the other nodes of the attention, `results` among them, which remain.
     """
     inner = scores.inner.union(*private)
     own = inner.union(scores.path)
     for node in (*scores.path, *inner):
         users = [u for u in node.users if u.target not in SHAPE_ONLY]
-        if node is not output and any(u not in own for u in users):
+        if node not in results and any(u not in own for u in users):
             names = ", ".join(u.name for u in users)
             several = (
                 f"the scores are used more than once, by {names}; only the softmax may read them"

@@ -66,13 +66,18 @@ class Proof:
 
 
 def prove(
-    given: tuple[Given, ...], lengths: Lengths, reader: Reader, *, is_causal: bool, sink: bool
+    given: tuple[Given, ...],
+    lengths: Lengths,
+    reader: Reader,
+    *,
+    is_causal: bool,
+    sees_constants: bool,
 ) -> Proof:
     """What the masks of one attention are.
 
     Args:
         is_causal: the operator itself was told to be causal, with as many keys as queries.
-        sink: whether attention sink logits join the softmax.
+        sees_constants: whether a constant added to all scores of a query would be seen.
     """
     conditions: list[Expr] = [sympy.Le(KEY, QUERY)] if is_causal else []
     times: list[tuple[int, Expr]] = []
@@ -111,7 +116,7 @@ def prove(
             sympy.Max(*(a.weakest for a in added)),
         )
         if total.bias != 0:
-            bias, real = key_bias.by_key(total, lengths, reader, causal=causal, sink=sink)
+            bias, real = key_bias.by_key(total, lengths, reader, causal=causal, sink=sees_constants)
             rest = _conjunction([*rest, *real])
     except NotByKey as found:
         return Proof(reason=f"additive bias: {found}", at=at)

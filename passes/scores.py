@@ -83,7 +83,7 @@ class _Walk:
     `scale` and `factors` are what the scores at this place are still multiplied by.
     """
 
-    def __init__(self, start: fx.Node, context: Context) -> None:
+    def __init__(self, start: fx.Node, context: Context, exact: bool) -> None:
         self.start, self.context = start, context
         self.scale = 1.0
         self.softcap = 0.0
@@ -93,6 +93,7 @@ class _Walk:
         self.factors: list[tuple[fx.Node, str]] = []
         self.path: list[fx.Node] = []
         self.inner: set[fx.Node] = set()
+        self.exact = exact
         self.times = False  # the scores here are multiplied by a mask
         self.heads: int | None = None
 
@@ -128,18 +129,24 @@ class _Walk:
             return "the softcap (tanh)"
         if self.times:
             return "a multiplication by a mask"
-        return "attention sink logits" if self.sink is not None else None
+        if self.sink is not None:
+            return "attention sink logits"
+        return "a logsumexp" if self.exact else None
 
 
 Step = fx.Node | Scores | Reject | None
 
 
-def parse_scores(start: Any, context: Context) -> Scores | Reject | None:
-    """Walks from the softmax back to query @ key^T; None if no such product is there at all."""
+def parse_scores(start: Any, context: Context, exact: bool = False) -> Scores | Reject | None:
+    """Walks from the softmax back to query @ key^T; None if no such product is there at all.
+
+    Args:
+        exact: something else reads the scores' logsumexp, so no constant may be passed over.
+    """
     step: Step = start
     if not isinstance(start, fx.Node):
         return None
-    walk = _Walk(start, context)
+    walk = _Walk(start, context, exact)
     while isinstance(step, fx.Node):
         walk.path.append(step)
         step = _step(step, walk)
@@ -344,7 +351,8 @@ def _product(node: fx.Node, walk: _Walk) -> Step:
     if beta != 0:
         if beta != 1:
             return Reject(f"the mask is added with beta={beta}; scale the mask instead", node)
-        if (what := walk.seen_by()) is not None and walk.sink is None:
+        if walk.softcap or walk.times:
+            what = walk.seen_by()
             return Reject(f"a mask or bias is added before {what}: add it after", node)
         if not walk.add_mask(added):  # type: ignore[arg-type]
             return Reject(SCALED_LATE, node)

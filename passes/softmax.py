@@ -85,6 +85,21 @@ def _over_its_sum(exp: fx.Node, scores: fx.Node) -> Softmax | None:
     return Softmax(exp, scores, dim, inner, divisor) if by is DIVIDE else None
 
 
+def logarithm_of(softmax: Softmax) -> fx.Node | None:
+    """logsumexp of the same scores over the keys, apart from the softmax; None if there is none."""
+    found = [
+        u
+        for u in softmax.operand.users
+        if u.target is aten.logsumexp.default and u not in softmax.inner
+    ]
+    rank = len(softmax.operand.meta["val"].shape)
+    if len(found) != 1 or rank != 4:
+        return None
+    dims = argument(found[0], 1, "dim")
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    return found[0] if [d % rank for d in dims] == [rank - 1] else None
+
+
 def _reduced(node: fx.Node) -> int | None:
     """The one dim that a reduction takes away, and keeps as 1; None if it is not like that."""
     dims, keepdim = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)

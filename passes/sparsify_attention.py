@@ -19,6 +19,7 @@ from torch import fx
 from moonfx.capture import fake_values
 from moonfx.passes import layout
 from moonfx.passes.context import Context
+from moonfx.passes.give_lse import give_lse
 from moonfx.passes.write_by_key import CannotWrite, Writer, Written, call
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, Reject
@@ -75,6 +76,8 @@ def rewrite(site: AttentionSite, policy: LayerPolicy, written: Written, context:
         elif site.folded:
             new = call(aten.squeeze.dim, new, 1)
         new = layout.keep(old, new, context)
+        if site.lse is not None:
+            give_lse(site.lse, both, old, context)
     for node in (*made, new):
         node.meta.update(
             {k: old.meta[k] for k in ("stack_trace", "nn_module_stack") if k in old.meta}

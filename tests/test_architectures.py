@@ -54,7 +54,6 @@ def test_all_attention_is_accounted_for_and_equals_dense(name: str, form: str) -
 # Architectures with causal attention that stays dense; docs/architectures.md has each reason.
 DENSE = {
     *("inkling2_text", "inkling_text", "prophetnet"),  # a bias of query and key together
-    *("granite_swa", "granitemoe_swa"),  # logsumexp of the same scores
     "jetmoe",  # a graph break hands the probabilities on
 }
 
