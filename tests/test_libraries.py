@@ -323,6 +323,8 @@ XT = [
     ("T5 positions", {"rel_pos_bias": True}, ids, ["declined: additive bias"]),
     ("dynamic positions", {"dynamic_pos_bias": True}, ids, ["declined: additive bias"]),
     ("talking heads", {"attn_pre_talking_heads": True}, ids, ["declined: the scores are used"]),
+    ("talking heads, after", {"attn_post_talking_heads": True}, ids, ["declined: 'conv2d' stands"]),
+    ("distances", {"attn_l2_distance": True}, ids, ["declined: the scores are a distance"]),
     ("keys by topk", {"attn_sparse_topk": 8}, ids, ["declined: the scores are used"]),
     ("selective", {"attn_selective": True}, ids, ["declined: the scores are used"]),
     ("window", {"attn_max_attend_past": 16}, ids, ["declined: "]),

@@ -152,7 +152,7 @@ def detached(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores(q, k).masked_fill(~causal(), NEG).softmax(-1).detach() @ v
 
 
-NO_GRAD = "part of the attention is under torch.no_grad()"
+NO_GRAD = "part of the attention is under torch.no_grad(); put all or none under it"
 
 GRADIENTS: list[tuple[str, Body, str]] = [
     ("probabilities", no_grad_probabilities, NO_GRAD),
@@ -160,7 +160,7 @@ GRADIENTS: list[tuple[str, Body, str]] = [
     ("product", no_grad_product, NO_GRAD),
     ("transpose of the key", no_grad_transpose, NO_GRAD),
     ("repeat_kv of the key", no_grad_repeat, NO_GRAD),
-    ("detach", detached, "the probabilities are detached"),
+    ("detach", detached, "the probabilities are detached; take the detach() away"),
     ("mask", no_grad_mask, "causal"),
     ("factor", no_grad_factor, "causal"),
     ("before the attention", no_grad_before, "causal"),
@@ -221,7 +221,7 @@ def autocast_before(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(scores(q, k), v)
 
 
-AUTOCAST = "part of the attention is under another autocast"
+AUTOCAST = "part of the attention is under another autocast; put all of it under one"
 
 
 @pytest.mark.parametrize(
