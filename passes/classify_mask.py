@@ -70,7 +70,7 @@ def _read(node: fx.Node, how: str, site: AttentionSite, context: Context) -> Giv
     if index is None:
         has = f"the mask has {len(node.meta['val'].shape)} dimensions"
         return Reject(f"{has}; bring it to [batch, heads, queries, keys]", node)
-    reader = context.real if how == "additive" else context.reader
+    reader = context.real(site) if how == "additive" else context.reader
     value = reader.broadcast(node, index).subs(head_symbol(site.heads or 1), HEAD)
     written = [x for x in loads(value) if context.mutated(reader.leaf(x))]
     if not written:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.capture import input_name, nested_graphs
-from moonfx.passes.given_masks import Given
+from moonfx.capture import buffer_value, input_name, nested_graphs
+from moonfx.passes.given_masks import Given, is_frozen
 from moonfx.passes.index_algebra import Reader
 from moonfx.passes.modes import Mode, inside, modes
 from moonfx.passes.mutation import last_writes
 from moonfx.passes.nodes import body_of, operands_of
 from moonfx.passes.real_values import RealReader
+from moonfx.passes.vocabulary import DETACHED
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, Reject
 
@@ -56,7 +57,8 @@ class Context:
                 if (body := body_of(node)) is not None:
                     self._outer[body.graph] = node
         self.reader = Reader(self.outer, self.mutated, self.name_of)
-        self.real = RealReader(self.reader)
+        self._real = {grad: self._real_reader(grad) for grad in (True, False)}
+        self._trained: dict[fx.Node, bool] = {}
         self.masks: dict[tuple[Hashable, ...], Any] = {}
 
     def graphs(self) -> Iterator[fx.GraphModule]:
@@ -125,6 +127,42 @@ class Context:
                 graph, self._start if call is None else inside(call, self.mode(call))
             )
         return self._modes[graph][node]
+
+    def real(self, site: AttentionSite) -> RealReader:
+        """A reader of what is added to a site's scores."""
+        return self._real[self.mode(site.output).gradients]
+
+    def _real_reader(self, gradients: bool) -> RealReader:
+        return RealReader(self.reader, self._gradient_ends if gradients else lambda node: False)
+
+    def _gradient_ends(self, node: fx.Node) -> bool:
+        """Whether a node is made of what may be trained, but is not itself differentiable."""
+        return (node.target in DETACHED or not self.mode(node).gradients) and self._is_trained(node)
+
+    def _is_trained(self, node: fx.Node) -> bool:
+        """Whether floats are made of a parameter or of what the user passes in."""
+        if node not in self._trained:
+            self._trained[node] = any(map(self._may_be_trained, self._floats_above(node)))
+        return self._trained[node]
+
+    def _may_be_trained(self, node: fx.Node) -> bool:
+        outside = self.outer(node)
+        if outside is not None:
+            return self._is_trained(outside)
+        frozen = is_frozen(node) or buffer_value(node) is not None
+        return node.op == "placeholder" and not frozen
+
+    def _floats_above(self, node: fx.Node) -> set[fx.Node]:
+        """A node and what floating point tensors it is made of, in its graph."""
+        found: set[fx.Node] = set()
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            kind = getattr(current.meta.get("val"), "dtype", None)
+            if current not in found and kind is not None and kind.is_floating_point:
+                found.add(current)
+                stack += current.all_input_nodes
+        return found
 
     def changed(self, graph: fx.Graph) -> None:
         """Says that a pass put nodes into the graph: what is known of it is out of date.

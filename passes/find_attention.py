@@ -127,7 +127,7 @@ def parse_softmax(node: fx.Node, context: Context) -> AttentionSite | None:
     site.heads = scores.heads or product.heads
     if len(sizes) == 4 and isinstance(sizes[1], int):
         site.heads = sizes[1]
-    site.reject = product.reject or _sink_agrees(scores, product)
+    site.reject = product.reject or _sink_agrees(scores, product, context)
     if site.lse is not None and site.sink_logits is not None:
         site.reject = Reject("logsumexp reads scores that sink logits are joined to", site.lse)
     for guard in product.guards:
@@ -152,7 +152,7 @@ def parse_softmax(node: fx.Node, context: Context) -> AttentionSite | None:
     return site
 
 
-def _sink_agrees(scores: Scores, product: Product) -> Reject | None:
+def _sink_agrees(scores: Scores, product: Product, context: Context) -> Reject | None:
     """Sink logits are cut off the probabilities again, and nothing else is."""
     if scores.sink is None:
         if product.sliced is None:
@@ -162,6 +162,10 @@ def _sink_agrees(scores: Scores, product: Product) -> Reject | None:
     if product.sliced is None:
         reason = "attention sink logits are joined to the scores (cat) and not cut off again"
         return Reject(f"{reason} before the values", scores.sink.node)
+    ends = (scores.sink.node, scores.sink.logits)
+    for node in sorted(scores.sink.inner if all(context.mode(n).gradients for n in ends) else ()):
+        if not context.mode(node).gradients:
+            return Reject("part of the sink logits is under torch.no_grad()", node)
     if not cuts_off(product.sliced, scores.sink):
         where = "first" if scores.sink.first else "last"
         reason = f"attention sink logits come {where}, and another part is cut off the"

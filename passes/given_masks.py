@@ -23,7 +23,7 @@ from moonfx.passes.index_rules import Index
 
 aten = torch.ops.aten
 
-_GIVEN, _REAL = "moonfx_given", "moonfx_real"
+_GIVEN, _REAL, _FROZEN = "moonfx_given", "moonfx_real", "moonfx_frozen"
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,13 @@ def _may_be(value: Tensor) -> bool:
 
 
 def mark(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Notes on each input of a captured graph that is such a mask what its values are."""
+    """Notes on each input of a captured graph that is such a mask what its values are.
+
+    And on each tensor whether it requires a gradient, which Dynamo guards.
+    """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node, value in zip(placeholders, example_inputs, strict=True):
+        node.meta[_FROZEN] = isinstance(value, Tensor) and not value.requires_grad
         if buffer_value(node) is None and (given := values_of(value)) is not None:
             node.meta[_GIVEN] = given
 
@@ -72,6 +76,11 @@ def mark(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
 def given_of(node: fx.Node) -> Given | None:
     """What `mark` noted on an input."""
     return node.meta.get(_GIVEN)
+
+
+def is_frozen(node: fx.Node) -> bool:
+    """Whether an input is known to require no gradient."""
+    return bool(node.meta.get(_FROZEN))
 
 
 def where_kept(node: fx.Node, index: Index, load: Callable[[fx.Node, Index], Expr]) -> Expr:

@@ -5,7 +5,11 @@
 
 Truth values and integers are read exactly, so that a mask inside a bias is still proved. What does
 not depend on the query is small, and stays the graph's own node: a rewrite can use it as it is.
+
+Nothing trained is read behind the place where its gradient ends: slopes.detach() is not slopes.
 """
+
+from collections.abc import Callable
 
 import sympy
 from torch import fx
@@ -18,10 +22,14 @@ from moonfx.passes.symbols import KEY, QUERY
 
 
 class RealReader(Reader):
-    """A reader of the same leaves as `exact`, by the same names."""
+    """A reader of the same leaves as `exact`, by the same names.
 
-    def __init__(self, exact: Reader) -> None:
-        self.exact = exact
+    Args:
+        ends: whether a node, and no gradient of it, comes from something trained.
+    """
+
+    def __init__(self, exact: Reader, ends: Callable[[fx.Node], bool]) -> None:
+        self.exact, self.ends = exact, ends
         self.outer, self.name, self.mutated = exact.outer, exact.name, exact.mutated
         self.leaves, self.constants = exact.leaves, exact.constants
         self._names = exact._names
@@ -35,6 +43,8 @@ class RealReader(Reader):
             return self.read(source, index)
         if node.op != "call_function":
             return self.exact.read(node, index)
+        if self.ends(node):
+            return self.load(node, index)
         if not any(x.has(QUERY) for x in index):
             return self._small(node, index)
         if node.target in CASTS:

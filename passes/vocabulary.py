@@ -71,6 +71,7 @@ CLAMP = {
 DROPOUT = {aten.dropout.default}
 SLICES = {aten.slice.Tensor, aten.narrow.default}
 DETACH = aten.detach.default
+DETACHED = {DETACH, aten.detach_.default}
 
 # Read a tensor's shape and nothing else of it.
 SHAPE_ONLY = {

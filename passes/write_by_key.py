@@ -84,6 +84,8 @@ class Writer:
     def _once(self, name: str, expr: Expr, write: Any) -> fx.Node:
         sizes = expression(self.rows), expression(self.length), self.heads
         once = (name, expr, *sizes, self.site.unfolds)
+        mode = self.context.mode(self.site.output)  # what is made in one may not do in another
+        once += (mode,)
         if once not in self.written:
             leaves = [self.context.reader.leaf(x) for x in loads(expr)] or [self.site.key]
             home = leaves[0].graph
@@ -91,6 +93,8 @@ class Writer:
                 raise CannotWrite(f"{name}: its parts lie in different graphs")
             path = self._path(home, name)
             before = path[-1] if path else self.site.output
+            if mode.gradients and not self.context.mode(before).gradients:
+                raise CannotWrite(f"{name}: it would be written under torch.no_grad()")
             with home.inserting_before(before):
                 self.sizes = _Sizes(home, before, [self.site.key, *leaves])
                 node = write(expr)

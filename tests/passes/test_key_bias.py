@@ -188,6 +188,66 @@ def test_gradients_reach_slopes_and_a_learned_bias() -> None:
         torch.testing.assert_close(sparse, dense, atol=2e-5, rtol=1e-4)
 
 
+def frozen(make: Callable[[], Tensor]) -> Tensor:
+    with torch.no_grad():
+        return make()
+
+
+def distances(slopes: Tensor) -> Tensor:
+    return slopes * (columns() - rows())
+
+
+# name, bias of the slopes, whether it is rewritten
+NO_GRADIENT: list[tuple[str, Callable[[Tensor], Tensor], bool]] = [
+    ("slopes", lambda s: distances(s.detach()), True),
+    ("slopes, by no_grad", lambda s: distances(frozen(lambda: s * 2)), True),
+    ("bias", lambda s: distances(s).detach(), False),
+    ("bias, by no_grad", lambda s: frozen(lambda: distances(s)), False),
+    ("bias of the keys", lambda s: (s * columns()).detach(), True),
+    ("constants", lambda s: frozen(lambda: distances(SLOPES[:, None, None])), True),
+]
+
+
+@pytest.mark.parametrize(
+    ("bias", "sparse"), [x[1:] for x in NO_GRADIENT], ids=[x[0] for x in NO_GRADIENT]
+)
+def test_a_bias_without_a_gradient_keeps_without_one(
+    bias: Callable[[Tensor], Tensor], sparse: bool
+) -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        scores = q @ k.transpose(-1, -2) * SCALE + bias(slopes)
+        return scores.masked_fill(~causal(), NEG).softmax(-1) @ v
+
+    q, k, v = inputs()
+    slopes = SLOPES[:, None, None].clone().requires_grad_()
+    dense = body(Model(body), q, k, v, slopes)
+    out, report = run(Model(body), q.requires_grad_(), k, v, slopes)
+    assert [r.action for r in report.rows] == ["sparse" if sparse else "declined"]
+    torch.testing.assert_close(out, dense, atol=5e-6, rtol=1e-4)
+    out.sum().backward()
+    assert slopes.grad is None
+
+
+def test_attention_under_no_grad_shares_no_bias_with_attention_that_learns() -> None:
+    """As a teacher's and a student's, whose bias is the same expression."""
+
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        def attention() -> Tensor:
+            scores = q @ k.transpose(-1, -2) * SCALE + distances(slopes)
+            return scores.masked_fill(~causal(), NEG).softmax(-1) @ v
+
+        return frozen(attention) * attention()
+
+    grads = []
+    for compile in (False, True):
+        given = (*inputs(), SLOPES[:, None, None].clone().requires_grad_())
+        out, report = run(Model(body), *given) if compile else (body(Model(body), *given), None)
+        out.sum().backward()
+        grads.append(given[-1].grad)
+        assert report is None or outcome(report) == ["causal"] * 2
+    torch.testing.assert_close(*grads, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["abs", "place"])
 def test_a_bias_holds_for_every_length(name: str) -> None:
     def body(self: Model, x: Tensor) -> Tensor:

@@ -176,6 +176,16 @@ def test_sink_logits_learn_as_in_dense_attention() -> None:
     torch.testing.assert_close(*grads, atol=2e-5, rtol=1e-4)
 
 
+def test_sink_logits_that_lose_their_gradient_on_the_way_are_declined() -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+        with torch.no_grad():
+            column = sink.expand(B, H, N, 1)
+        return torch.cat([scores(q, k), column], -1).softmax(-1)[..., :-1] @ v
+
+    _, report = run(Model(body), *inputs(), SINK.clone().requires_grad_())
+    assert outcome(report) == ["part of the sink logits is under torch.no_grad()"]
+
+
 # --- logsumexp of the scores, read beside their softmax -------------------------------------------
 
 
