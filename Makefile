@@ -8,10 +8,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 READY := .venv/ready
 
-.PHONY: test lint types demo bench setup clean
+.PHONY: test sweep lint types demo bench setup clean
 
 test: lint types
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=15
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=15 -m "not sweep"
+
+# The other form of every architecture of transformers: what `make test` takes a sixth of.
+sweep: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) -m sweep tests/test_architectures.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
