@@ -22,11 +22,20 @@ from torch import fx
 Key = tuple[Hashable, ...]
 
 # Plain constants, whose repr and type say all of them (0.0 == -0.0 and 1 == True do not).
-_CONSTANTS = (bool, int, float, str, type(None), type(...), torch.dtype, torch.device)
-_CONSTANTS += (torch.memory_format, torch.layout)
+_OF_PYTHON = {bool, int, float, str, type(None), type(...)}
+_CONSTANTS = {*_OF_PYTHON, torch.dtype, torch.device, torch.memory_format, torch.layout}
 # What makes the nodes of one call differ from those of an equal one: where they come from.
-_ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", "recompute")
-_ORIGIN += ("ac_graph_id", "has_backward_hook", "quantization_tag", "partitioner_tag")
+_ORIGIN = (
+    "stack_trace",
+    "nn_module_stack",
+    "source_fn_stack",
+    "custom",
+    "recompute",
+    "ac_graph_id",
+    "has_backward_hook",
+    "quantization_tag",
+    "partitioner_tag",
+)
 _OF_OPERATOR = ("val", "tensor_meta", "original_aten", "torch_fn")
 
 
@@ -125,7 +134,7 @@ def key_of(
 
 def _of_torch(target: Any) -> bool:
     """Whether it is torch's or Python's own, and not a user's function, which may keep a state."""
-    if isinstance(target, str | types.BuiltinFunctionType | torch._ops.OpOverload):
+    if isinstance(target, str | types.BuiltinFunctionType):
         return True
     return str(getattr(target, "__module__", "")).split(".")[0] == "torch"
 
@@ -153,14 +162,19 @@ def remember(
     places = {node: _Place(i) for i, node in enumerate(operands)}
     if len(places) < len(operands) or result is None or result not in nodes:
         return None
+
+    def place(node: fx.Node) -> Any:
+        return places[node]
+
     steps = []
     for node in nodes:
         target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        schema = getattr(target, "_schema", None)
+        if schema is None or schema.is_mutable or not hasattr(target, "overloadpacket"):
             return None
         if not _static(node.meta.get("val")) or any(n not in places for n in node.all_input_nodes):
             return None
-        args, kwargs = fx.map_arg((node.args, node.kwargs), places.__getitem__)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), place)
         meta = {k: node.meta[k] for k in _OF_OPERATOR if k in node.meta}
         steps.append((target, target.overloadpacket.__name__, args, kwargs, meta))
         places[node] = _Place(len(places))
