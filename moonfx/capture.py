@@ -37,7 +37,7 @@ from torch._functorch._aot_autograd.frontend_utils import construct_fake_mode, p
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging import trace_structured
-from torch._logging._internal import trace_log
+from torch._logging._internal import LazyTraceHandler, trace_log
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.exported_program import ExportedProgram
@@ -763,7 +763,9 @@ def readable(gm: fx.GraphModule) -> str:
 
 def tracing() -> bool:
     """Whether someone asked for structured traces (TORCH_TRACE)."""
-    return trace_log.isEnabledFor(logging.DEBUG) and bool(trace_log.handlers)
+    # Torch's handler removes itself if no one did; others (pytest's) only listen.
+    handlers = (h for h in trace_log.handlers if isinstance(h, LazyTraceHandler))
+    return trace_log.isEnabledFor(logging.DEBUG) and any(handlers)
 
 
 def trace_artifact(name: str, text: str) -> None:
