@@ -198,8 +198,9 @@ def _before(place: Place) -> Iterator[Place]:
 def _cut(node: fx.Node, dim: int) -> Iterator[Place]:
     """What slice, split or chunk cuts along the features, or not at all."""
     source: Any = node.args[0]
+    target: Any = node.target
     sizes = shape(source)
-    cut = argument(node, *_CUTS[node.target]) % len(sizes)
+    cut = argument(node, *_CUTS[target]) % len(sizes)
     whole = node.target is aten.slice.Tensor and shape(node)[cut] == sizes[cut]
     if cut != dim and (whole or cut == len(sizes) - 1 or _of_features(source, cut)):
         yield source, dim

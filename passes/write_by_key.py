@@ -83,9 +83,8 @@ class Writer:
 
     def _once(self, name: str, expr: Expr, write: Any) -> fx.Node:
         sizes = expression(self.rows), expression(self.length), self.heads
-        once = (name, expr, *sizes, self.site.unfolds)
         mode = self.context.mode(self.site.output)  # what is made in one may not do in another
-        once += (mode,)
+        once = (name, expr, *sizes, self.site.unfolds, mode)
         if once not in self.written:
             leaves = [self.context.reader.leaf(x) for x in loads(expr)] or [self.site.key]
             home = leaves[0].graph
