@@ -214,7 +214,8 @@ class Row:
         assert self.report is not None
         free, pairs = list(self.report.rows), []
         for layer, kind in self.attentions:
-            row = next((r for r in free if r.layer == layer), None)
+            inner = f"{layer}."  # modules that the first call put in are not counted by name
+            row = next((r for r in free if r.layer == layer or r.layer.startswith(inner)), None)
             if row is not None:
                 free.remove(row)
             elif self.report.graphs > 1:

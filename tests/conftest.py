@@ -33,9 +33,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def clean_slate() -> Iterator[None]:
-    """Seeds torch before each test and forgets what it compiled after it."""
+    """Seeds torch before each test and forgets what it compiled after it.
+
+    Products in float32 stay exact: torchao lowers their precision for the whole process.
+    """
     torch.manual_seed(0)
+    precision = torch.get_float32_matmul_precision()
     yield
+    torch.set_float32_matmul_precision(precision)
     # A test that never compiled has not imported Dynamo, and need not pay for it.
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
