@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import math
-import sys
 
 import pytest
 import torch
@@ -83,9 +82,6 @@ def test_logits_and_every_gradient_equal_dense_when_the_blocks_cover_the_sequenc
         assert worst <= 1e-4, (name, worst)
 
 
-@pytest.mark.skipif(
-    sys.version_info[:2] != (3, 11), reason="the figures are of Python 3.11's argparse.py"
-)
 def test_the_sink_block_keeps_perplexity_near_dense():
     model, tokenizer = smollm2.load(torch.bfloat16)
     source = smollm2.module_source(argparse.__name__)
@@ -96,11 +92,14 @@ def test_the_sink_block_keeps_perplexity_near_dense():
             logits = model(tokens, use_cache=False, logits_to_keep=1025).logits[0, :-1]
         return math.exp(F.cross_entropy(logits.float(), tokens[0, -1024:]).item())
 
-    assert 5.2 <= perplexity() <= 5.4
+    # The text is another in each release of Python (5.30 in one 3.11, 5.47 in another), so the
+    # dense figure is the measure: 5.54 and 12.88 beside 5.30.
+    dense = perplexity()
+    assert 4 <= dense <= 7
     moonfx.sparsify(model, block=128, topk=8, sinks=1, compiler="eager", on_miss="raise")
-    assert perplexity() <= 5.6
+    assert perplexity() <= 1.06 * dense
     moonfx.sparsify(model, block=128, topk=8, sinks=0, compiler="eager", on_miss="raise")
-    assert 12 <= perplexity() <= 14
+    assert 2 * dense <= perplexity() <= 3 * dense
 
 
 def test_every_generated_token_is_what_a_full_sparse_forward_predicts(sparse):
