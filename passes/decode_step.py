@@ -7,15 +7,11 @@ import torch
 from torch import fx
 
 from moonfx.capture import same_size
+from moonfx.passes.vocabulary import COPIES
 from moonfx.site import AttentionSite
 
 aten = torch.ops.aten
-_LOOK_THROUGH = {
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.to.dtype,
-    aten.alias.default,
-}
+_LOOK_THROUGH = COPIES | {aten.to.dtype}
 
 
 def appended(site: AttentionSite) -> bool:

@@ -12,8 +12,9 @@ import torch
 from torch import fx
 
 from moonfx.capture import same_size
+from moonfx.passes.groups import views_itself
 from moonfx.passes.nodes import argument, insert
-from moonfx.passes.vocabulary import CASTS, COPIES, VIEWS
+from moonfx.passes.vocabulary import CASTS, COPIES
 
 aten = torch.ops.aten
 
@@ -53,7 +54,7 @@ def join_of(node: fx.Node, scores: fx.Node) -> Sink | str:
     current: fx.Node = column
     while not _one_per_head(current):
         source = current.args[0] if current.op == "call_function" and current.args else None
-        keeps = current.target in _REPEATS | COPIES | CASTS or _same_shape(current)
+        keeps = current.target in _REPEATS | COPIES | CASTS or views_itself(current)
         if not keeps or not isinstance(source, fx.Node):
             return (
                 "the attention sink logits are not proved to be one number per head; expand [heads]"
@@ -74,15 +75,6 @@ def _one_per_head(node: fx.Node) -> bool:
     if not value.dtype.is_floating_point or value.dim() not in (3, 4):
         return False
     return all(same_size(n, 1) for d, n in enumerate(value.shape) if d != value.dim() - 3)
-
-
-def _same_shape(node: fx.Node) -> bool:
-    """A view that changes nothing."""
-    source = node.args[0] if node.target in VIEWS else None
-    if not isinstance(source, fx.Node):
-        return False
-    before, after = source.meta["val"].shape, node.meta["val"].shape
-    return len(before) == len(after) and all(map(same_size, before, after))
 
 
 def cuts_off(sliced: fx.Node, sink: Sink) -> bool:
