@@ -11,6 +11,7 @@ Shape letters: B batch, Hq = Hkv * G heads, Nq queries, Nk keys, n block numbers
 R = Nq * G rows of a kv head, K routes of a row.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ from moonfx.kernels.policy import Policy
 from moonfx.kernels.tiled_sequences import Sequences
 
 
-class Queries(NamedTuple):
+@dataclass(frozen=True)
+class Queries:
     """Of each place r in the sorted queries, int32 [B, Nq] (the batch stride may be 0).
 
     Queries are sorted by sequence, in their order: `last` never falls within a sequence.
@@ -40,7 +42,8 @@ class Queries(NamedTuple):
     index: Tensor | None
 
 
-class Blocks(NamedTuple):
+@dataclass(frozen=True)
+class Blocks:
     """Of each block number, int32 [B, n] (the batch stride may be 0).
 
     Args:

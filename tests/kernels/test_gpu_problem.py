@@ -51,7 +51,7 @@ def check(case: Case) -> None:
     block = case.length if dense else case.block
     assert (of.block, of.topk) == (block, 1 if dense else case.topk)
     assert (of.sinks, of.group) == (0 if dense else case.sinks, case.group)
-    tensors = [x for x in (*of.queries, *of.blocks) if x is not None]
+    tensors = [x for x in (*vars(of.queries).values(), *vars(of.blocks).values()) if x is not None]
     assert {x.dtype for x in tensors} == {torch.int32}
     assert {tuple(x.shape) for x in tensors} <= {
         (case.batch, size) for size in (case.queries, case.length, of.n)
@@ -75,7 +75,9 @@ def check(case: Case) -> None:
             token = offset + query
             run = runs[ids[token]]
             visible = [j for j in run if j <= token] if case.causal else run
-            last, own, first, end = (int(x[row, place]) for x in of.queries[:4])
+            last, own, first, end = (
+                int(getattr(of.queries, x)[row, place]) for x in ("last", "own", "first", "end")
+            )
             if not visible:
                 assert (last, own) == (-1, -1)
                 assert end <= first
@@ -127,6 +129,8 @@ def test_nothing_has_a_layout_too(shape: tuple[int, int, int], packing: str, pad
 
 def test_rows_without_padding_or_packing_share_one_layout() -> None:
     of = made(Case(batch=3))
-    assert {x.stride(0) for x in (*of.queries[:4], *of.blocks[:2])} == {0}
     assert of.queries.index is None
     assert of.blocks.token is None
+    queries, blocks = of.queries, of.blocks
+    shared = queries.last, queries.own, queries.first, queries.end, blocks.start, blocks.size
+    assert {x.stride(0) for x in shared} == {0}
