@@ -31,7 +31,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moonfx.kernels import cpu_build
+from moonfx.kernels import cpu_build, tiled
+from moonfx.kernels.policy import Policy
 
 STRIDED = (
     *("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"),
@@ -168,6 +169,7 @@ def forward(
     softcap: float = 0.0,
     key_bias: Tensor | None = None,
     segments: Tensor | None = None,
+    block_means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the selected blocks.
 
@@ -180,12 +182,17 @@ def forward(
         softcap: c > 0 makes a score c tanh(score / c); 0 for none.
         key_bias: [B or 1, Hq or 1, Nk], added to the scores behind the softcap; scale > 0 then.
         segments: integers [B, Nk]; a query sees the keys with its own token's number only.
+        block_means: what the gate reads in place of the keys' means, as kernels/reference.py says;
+            computed by kernels/tiled.py. Not with segments.
     Returns:
         out [B, Hq, Nq, Dv] in query's dtype over token-major storage, and lse [B, Hq, Nq] float32,
         the natural logarithm. A query that sees no real key gives 0 and -inf.
     Raises:
         RuntimeError: if there is no compiler. MemoryError: if there is no room for the scratch.
     """
+    if block_means is not None:
+        policy = Policy(*(block, topk, sinks, scale, key_mask, causal, softcap, key_bias))
+        return tiled.forward(query, key, value, *policy._replace(block_means=block_means))
     library = load()
     numbers = problem(query, value, block, topk, sinks, scale, causal, softcap)
     dtype = compute_dtype(library, query.dtype)
@@ -220,6 +227,7 @@ def backward(
     softcap: float = 0.0,
     key_bias: Tensor | None = None,
     segments: Tensor | None = None,
+    block_means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `forward`.
 
@@ -231,6 +239,10 @@ def backward(
     Raises:
         RuntimeError: if there is no compiler. MemoryError: if there is no room for the scratch.
     """
+    if block_means is not None:
+        policy = Policy(*(block, topk, sinks, scale, key_mask, causal, softcap, key_bias))
+        policy = policy._replace(block_means=block_means)
+        return tiled.backward(grad_out, grad_lse, query, key, value, out, lse, *policy)
     library = load()
     numbers = problem(query, value, block, topk, sinks, scale, causal, softcap)
     dtype = compute_dtype(library, query.dtype)

@@ -10,6 +10,7 @@ class Policy(NamedTuple):
 
     Args:
         key_mask: bool [B, Nk]. key_bias: float32 [B or 1, Hq or 1, Nk]. segments: integers [B, Nk].
+        block_means: float32 [B, Hkv, m, D], m at least the blocks before the last key's.
     """
 
     block: int
@@ -21,3 +22,4 @@ class Policy(NamedTuple):
     softcap: float = 0.0
     key_bias: Tensor | None = None
     segments: Tensor | None = None
+    block_means: Tensor | None = None

@@ -16,6 +16,7 @@ real keys of its row, so that padding neither counts nor shifts a block. Beyond 
     softcap c   the softmax's scores are c tanh(scale q.k / c); the gate's are not capped
     key_bias b  is added to the softmax's scores, mean(b[block i]) / scale to the gate's
     segments    a row of packed sequences: each is computed as if the others were padding
+    block_means the gate reads them in place of mean(K[block i]): a cache has them already
 
 Every product and sum is in float32 (float64 for float64 inputs).
 """
@@ -52,6 +53,18 @@ def block_means(key: Tensor, block: int, real: Tensor, rank: Tensor) -> Tensor:
     return total / weight.sum(-1).clamp(min=1)[:, None, :, None]
 
 
+def gate_means(
+    key: Tensor, block: int, real: Tensor, rank: Tensor, given: Tensor | None = None
+) -> Tensor:
+    """`block_means`, of which the first are replaced by the `given` ones, [B, Hkv, m, D]."""
+    means = block_means(key, block, real, rank)
+    if given is None:
+        return means
+    given = given[:, :, : means.shape[2]].to(means.dtype)
+    assert given.shape[2] >= (key.shape[2] - 1) // block, (given.shape, key.shape, block)
+    return torch.cat([given, means[:, :, given.shape[2] :]], 2)
+
+
 def last_positions(rank: Tensor, queries: int, causal: bool) -> Tensor:
     """The position of the last key that each query sees, [B, 1, Nq, 1]; -1 for none."""
     last = rank[:, rank.shape[1] - queries :] if causal else rank[:, -1:].expand(-1, queries)
@@ -69,6 +82,7 @@ def select_blocks(
     key_mask: Tensor | None = None,
     causal: bool = True,
     key_bias: Tensor | None = None,
+    block_means: Tensor | None = None,
 ) -> Tensor:
     """Which blocks each query attends (eq. 5 and 6).
 
@@ -82,16 +96,21 @@ def select_blocks(
         key_mask: bool [B, Nk], True for a real token; None when all are.
         causal: whether a query sees only the keys at or before its own position.
         key_bias: float [B or 1, Hq or 1, Nk], added to the scaled scores; None for zero.
+        block_means: float32 [B, Hkv, m, D], m >= (Nk - 1) // block, causal only: the mean of the
+            real keys of each row's block; only those of a query's candidates are read. None for
+            those of `key`.
     Returns:
         bool [B, Hq, Nq, n] with n = ceil(Nk / block); all False for a query that sees no real key.
     """
     batch, heads, queries, dim = query.shape
     length = key.shape[2]
+    assert block_means is None or causal, "a later block needs a mean as well"
     real, rank = key_positions(batch, length, key_mask, key.device)
-    means = block_means(key, block, real, rank).repeat_interleave(heads // key.shape[1], 1)
+    means = gate_means(key, block, real, rank, block_means)
+    means = means.repeat_interleave(heads // key.shape[1], 1)
     score = query.to(means.dtype) @ means.transpose(-1, -2)  # eq. 6, no softmax scale
     if key_bias is not None:
-        bias = block_means(key_bias.expand(batch, -1, -1)[..., None], block, real, rank)
+        bias = gate_means(key_bias.expand(batch, -1, -1)[..., None], block, real, rank)
         score = score + bias.transpose(-1, -2) / (dim**-0.5 if scale is None else scale)
 
     own = rank[:, None, length - queries :, None].clamp(min=0) // block  # [B, 1, Nq, 1]
@@ -120,6 +139,7 @@ def moba_attention(
     softcap: float = 0.0,
     key_bias: Tensor | None = None,
     segments: Tensor | None = None,
+    block_means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the selected blocks (eq. 2), differentiable by autograd, the gate excepted.
 
@@ -141,6 +161,7 @@ def moba_attention(
     scale = dim**-0.5 if scale is None else scale
     real, rank = key_positions(batch, length, key_mask, key.device)
     if segments is not None:
+        assert block_means is None, "they are numbered by row, not by segment"
         mine = segments[:, None, length - queries :]
         out = query.new_zeros(*query.shape[:3], value.shape[3])
         lse = torch.full_like(query[..., 0], -torch.inf, dtype=accumulation_dtype(query))
@@ -166,6 +187,7 @@ def moba_attention(
             key_mask=key_mask,
             causal=causal,
             key_bias=key_bias,
+            block_means=block_means,
         )
         key_block = rank.clamp(min=0)[:, None, None, :] // block
         visible = chosen.gather(-1, key_block.expand(batch, heads, queries, length))

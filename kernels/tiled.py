@@ -45,6 +45,7 @@ def forward(
     softcap: float = 0.0,
     key_bias: Tensor | None = None,
     segments: Tensor | None = None,
+    block_means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """MoBA (eq. 2) of q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv], of any strides.
 
@@ -52,7 +53,9 @@ def forward(
         out [B, Hq, Nq, Dv] in query's dtype, stored by token, and lse, float32 [B, Hq, Nq].
         0 and -inf for a query that sees no real key.
     """
-    policy = Policy(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments)
+    policy = Policy(
+        *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, block_means)
+    )
     out = empty_by_token(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
@@ -90,6 +93,7 @@ def backward(
     softcap: float = 0.0,
     key_bias: Tensor | None = None,
     segments: Tensor | None = None,
+    block_means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `forward`, whose out and lse it takes; the routes are found again, not saved.
 
@@ -99,7 +103,9 @@ def backward(
         Gradients of query, key and value, in their dtypes, stored by token; and of key_bias as if
         it were float32 [B, Hq, Nk], or None if there is none.
     """
-    policy = Policy(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments)
+    policy = Policy(
+        *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, block_means)
+    )
     grads = tuple(empty_by_token(tensor, tensor.shape[3]) for tensor in (query, key, value))
     grad_query, grad_key, grad_value = grads
     grad_bias = None

@@ -174,7 +174,11 @@ def candidate_means(
             parts.append(part.sum(1).div_(size[here].clamp(min=1)))
         return torch.cat(parts).view(shape)
 
-    return means(keys), None if biases is None else means(biases).div_(problem.scale)
+    bias = None if biases is None else means(biases).div_(problem.scale)
+    if problem.means is None:
+        return means(keys), bias
+    # Given ones lie by block number: so do the candidates, there being no segments.
+    return problem.means[work.rows, work.kv_heads, : shape[2]].float(), bias
 
 
 def cut(route: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:

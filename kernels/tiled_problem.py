@@ -41,6 +41,7 @@ class Problem:
         self.causal, self.softcap = policy.causal, policy.softcap
         self.query, self.offset = query, self.length - self.queries
         self.budget = Budget.on(query.device)
+        self.means = policy.block_means
         self.bias = policy.key_bias
         if self.bias is not None:  # seen as [B, Hkv, Nk, G]
             self.bias = self.by_kv_head(self.bias.expand(self.batch, heads, -1))
@@ -111,7 +112,7 @@ class Pass:
         self.problem = problem
         self.query = problem.by_kv_head(problem.query)[region]
         self.batch, self.heads, self.queries = self.query.shape[:3]
-        self.rows, _, queries = region
+        self.rows, self.kv_heads, queries = region
         here = slice(problem.offset + queries.start, problem.offset + queries.stop)
         tokens = problem.sequences.tokens
         self.rank, self.count = tokens.rank[self.rows, here], tokens.count[self.rows, here]

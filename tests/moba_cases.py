@@ -13,11 +13,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moonfx.kernels import reference
 from moonfx.kernels.policy import Policy
 
 PADDINGS = ("none", "left", "right", "holes", "one row empty")
 PACKINGS = ("none", "runs", "interleaved", "one token each", "one row whole")
 BIASES = ("none", "all", "by head", "by row", "by key", "alibi")
+MEANS = ("none", "exact", "other")
 LAYOUTS = ("contiguous", "by token", "expanded", "strided")
 
 
@@ -41,6 +43,7 @@ class Case:
     softcap: float = 0.0
     bias: str = "none"
     packing: str = "none"
+    means: str = "none"
     layout: str = "contiguous"
     dtype: torch.dtype = torch.float32
     seed: int = 0
@@ -117,6 +120,26 @@ class Case:
         shape = self.batch, self.kv_heads * self.group, self.length
         return bias.expand(shape).clone().requires_grad_()
 
+    def block_means(self) -> Tensor | None:
+        """float32 [batch, kv_heads, m, dim]: the keys' or others; NaN where none is read."""
+        if self.means == "none":
+            return None
+        blocks = max(0, self.length - 1) // self.block  # the last one is no candidate
+        real = self.key_mask()
+        if real is None:
+            real = torch.ones(self.batch, self.length, dtype=torch.bool)
+        if self.means == "exact":
+            key = self.inputs()[1]
+            made = reference.block_means(key, self.block, real, real.long().cumsum(-1) - 1)
+            made = made[:, :, :blocks].float()
+        else:
+            generator = torch.Generator().manual_seed(self.seed + 3)
+            shape = self.batch, self.kv_heads, blocks + 2, self.dim
+            made = torch.randint(-8, 9, shape, generator=generator) / 8
+        last = (real.sum(-1)[:, None] - 1).clamp(min=0) // self.block
+        beyond = torch.arange(made.shape[2]) >= last
+        return made.masked_fill(beyond[:, None, :, None], torch.nan)
+
     def policy(self) -> Policy:
         """The arguments after the tensors, in a kernel's order."""
         return Policy(
@@ -129,12 +152,15 @@ class Case:
             self.softcap,
             self.key_bias(),
             self.segments(),
+            self.block_means(),
         )
 
     def named(self) -> dict[str, Any]:
         """The named arguments of the reference and of the public function."""
         named = self.policy()._asdict()
         del named["block"], named["topk"]
+        if named["block_means"] is None:
+            del named["block_means"]
         return named
 
     def _grid(self, generator: torch.Generator, heads: int, length: int, dim: int) -> Tensor:
@@ -223,4 +249,15 @@ FEATURES = [
     ("everything, causal, value wider, by token",
      Case(softcap=2.0, bias="by head", scale=0.25, packing="interleaved", padding="left", topk=3,
           length=130, queries=100, value_dim=24, layout="by token", group=3)),
+]  # fmt: skip
+
+GIVEN_MEANS = [
+    ("means given, exact", Case(means="exact", topk=3)),
+    *((f"means given, {p}", Case(means="other", topk=3, sinks=1, padding=p, length=60, queries=60))
+      for p in PADDINGS),
+    ("means given, bias", Case(means="other", topk=3, bias="all", scale=0.25)),
+    ("means given, tail block full", Case(means="other", length=48, queries=9)),
+    ("means given, one query", Case(means="exact", length=41, queries=1, padding="left")),
+    ("means given, dense", Case(means="other", topk=5)),
+    ("means given, one block", Case(means="other", length=8, queries=8, topk=1)),
 ]  # fmt: skip

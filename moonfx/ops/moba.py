@@ -120,7 +120,7 @@ def moba_attention(
     check(query, key, value, policy)
     checks.check_sink_logits(sink_logits, query)
     policy = policy._replace(scale=None if scale is None else float(scale), softcap=float(softcap))
-    out, lse = torch.ops.moonfx.moba_attention(query, key, value, *policy)
+    out, lse = torch.ops.moonfx.moba_attention(query, key, value, *policy[:9])
     if sink_logits is not None:
         out, lse = with_sink(out, lse, sink_logits)
     return (out, lse) if return_lse else out

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moonfx.kernels import reference
-from tests.moba_cases import FEATURES, PACKINGS, Case
+from tests.moba_cases import FEATURES, GIVEN_MEANS, PACKINGS, Case
 
 # Sums of at most 100 float32 products of size 1: 100 * 2**-24, with room for exp and log.
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
@@ -22,6 +22,7 @@ def loop(case: Case, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
     """MoBA one query at a time, in Python numbers: out, lse and the chosen blocks."""
     blocks = -(-case.length // case.block)
     mask, segments, bias = case.key_mask(), case.segments(), case.full_bias()
+    means = case.block_means()
     out = torch.zeros(*query.shape[:3], case.value_dim)
     lse = torch.full(query.shape[:3], -math.inf)
     chosen = torch.zeros(*query.shape[:3], blocks, dtype=torch.bool)
@@ -38,7 +39,8 @@ def loop(case: Case, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
             k = [key[b, h // case.group, j].tolist() for j in seen]
             v = [value[b, h // case.group, j].tolist() for j in seen]
             extra = [0.0 if bias is None else bias[b, h, j].item() for j in seen]
-            picked = pick(case, q, k, extra, own)
+            given = None if means is None else means[b, h // case.group].tolist()
+            picked = pick(case, q, k, extra, own, given)
             chosen[b, h, i, list(picked)] = True
             keys = [r for r in range(len(seen)) if r // case.block in picked]
             weights = [math.exp(score(case, q, k[r]) + extra[r]) for r in keys]
@@ -51,7 +53,12 @@ def loop(case: Case, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
 
 
 def pick(
-    case: Case, query: list[float], keys: list[list[float]], bias: list[float], own: int
+    case: Case,
+    query: list[float],
+    keys: list[list[float]],
+    bias: list[float],
+    own: int,
+    means: list[list[float]] | None,
 ) -> set[int]:
     """The blocks of a query that sees `keys`, with `bias`, and whose own block is `own`."""
     blocks = -(-len(keys) // case.block)
@@ -62,6 +69,7 @@ def pick(
     for block in set(range(blocks)) - picked:
         here = slice(block * case.block, (block + 1) * case.block)
         mean = [sum(column) / len(keys[here]) for column in zip(*keys[here], strict=True)]
+        mean = mean if means is None else means[block]
         gate[block] = dot(query, mean) + sum(bias[here]) / len(bias[here]) / scale_of(case)
     while len(picked) < case.topk:
         best = max(gate, key=lambda block: (gate[block], -block))
@@ -108,6 +116,7 @@ CASES = [
     ("a row without a real key", Case(padding="one row empty")),
     ("holes, fewer queries than keys", Case(padding="holes", queries=9)),
     *FEATURES,
+    *GIVEN_MEANS,
 ]
 
 
@@ -117,8 +126,8 @@ def test_the_reference_equals_a_loop_over_single_queries(case: Case) -> None:
     out, lse = reference.moba_attention(query, key, value, case.block, case.topk, **case.named())
     expected_out, expected_lse, expected_chosen = loop(case, query, key, value)
     if case.packing == "none":
-        names = "sinks", "scale", "key_mask", "causal", "key_bias"
-        gate = {name: case.named()[name] for name in names}
+        names = "sinks", "scale", "key_mask", "causal", "key_bias", "block_means"
+        gate = {name: case.policy()._asdict()[name] for name in names}
         chosen = reference.select_blocks(query, key, case.block, case.topk, **gate)
         assert torch.equal(chosen, expected_chosen)
     torch.testing.assert_close(out, expected_out, **FLOAT32)
@@ -153,6 +162,24 @@ def test_the_gate_does_not_round_a_mean_to_the_keys_dtype() -> None:
     key = torch.tensor([1, 1, 1, 1 + 2**-7, 0, 0]).view(1, 1, 6, 1).bfloat16()
     chosen = reference.select_blocks(torch.ones_like(key), key, 2, 2)
     assert chosen[0, 0, 5].tolist() == [False, True, True]
+
+
+def test_given_means_are_what_the_gate_reads() -> None:
+    query, key, value = Case(length=44, queries=44).inputs()
+    means = reference.block_means(key, 8, *reference.key_positions(2, 44, None, key.device))
+    plain = reference.moba_attention(query, key, value, 8, 3)
+    # Five are before the last query's block; what lies beyond is not read.
+    for given in (
+        means[:, :, :5],
+        torch.cat([means[:, :, :5], torch.full_like(means, torch.nan)], 2),
+    ):
+        same = reference.moba_attention(query, key, value, 8, 3, block_means=given)
+        assert all(torch.equal(a, b) for a, b in zip(same, plain, strict=True))
+    turned = reference.select_blocks(query, key, 8, 2, block_means=-means[:, :, :5])
+    score = -(query @ means.repeat_interleave(2, 1).mT)[..., :5]
+    assert torch.equal(turned[:, :, 43, :5].long().argmax(-1), score[:, :, 43].argmax(-1))
+    best = reference.select_blocks(query, key, 8, 2)
+    assert not torch.equal(turned, best)
 
 
 def test_the_softmax_scale_does_not_change_the_choice() -> None:

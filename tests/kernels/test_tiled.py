@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moonfx.kernels import reference, tiled, tiled_plan
 from moonfx.kernels.policy import Policy
 from moonfx.kernels.tiled_problem import Budget, Problem
-from tests.moba_cases import FEATURES, Case, feature_cases
+from tests.moba_cases import FEATURES, GIVEN_MEANS, Case, feature_cases
 
 # One rounding of the result to its dtype on each side, and a delta taken from the rounded output:
 # two units in the last place (2**-23, 2**-7, 2**-10). Below one, the same for sums of float32
@@ -29,6 +29,7 @@ BUDGETS = [
 ]
 
 
+ROWS = [*FEATURES, *GIVEN_MEANS]
 NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
 
 
@@ -62,14 +63,14 @@ def assert_like_reference(case: Case, device: str = "cpu") -> None:
         torch.testing.assert_close(mine, theirs, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("case", [case for _, case in FEATURES], ids=[name for name, _ in FEATURES])
+@pytest.mark.parametrize("case", [case for _, case in ROWS], ids=[name for name, _ in ROWS])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_each_feature_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
     assert_like_reference(case.but(dtype=dtype))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [case for _, case in FEATURES], ids=[name for name, _ in FEATURES])
+@pytest.mark.parametrize("case", [case for _, case in ROWS], ids=[name for name, _ in ROWS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_each_feature_equals_the_reference_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
     assert_like_reference(case.but(dtype=dtype), "cuda")

@@ -312,12 +312,12 @@ def test_opcheck_passes_on_both_operators(case: Case) -> None:
     with_leaf = policy
     if policy.key_bias is not None:
         with_leaf = policy._replace(key_bias=policy.key_bias.clone().requires_grad_())
-    torch.library.opcheck(OPERATOR, (*leaves, *with_leaf))
-    out, lse = OPERATOR(*plain, *policy)
+    torch.library.opcheck(OPERATOR, (*leaves, *with_leaf[:9]))
+    out, lse = OPERATOR(*plain, *policy[:9])
     lse = lse.nan_to_num(neginf=0.0)
     expanded = torch.ones((), dtype=out.dtype).expand(out.shape)
     for grads in ((torch.ones_like(out), lse), (expanded, None)):
-        torch.library.opcheck(BACKWARD, (*grads, *plain, out, lse, *policy))
+        torch.library.opcheck(BACKWARD, (*grads, *plain, out, lse, *policy[:9]))
 
 
 def test_a_graph_written_for_the_first_eight_arguments_still_runs() -> None:
