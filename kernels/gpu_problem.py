@@ -39,7 +39,7 @@ class Queries:
     own: Tensor
     first: Tensor
     end: Tensor
-    index: Tensor | None
+    index: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Blocks:
 
     start: Tensor
     size: Tensor
-    token: Tensor | None
+    token: Tensor | None = None
 
 
 class Layout(NamedTuple):
@@ -107,8 +107,8 @@ def plain(query: Tensor, length: int, causal: bool, block: int) -> tuple[Queries
     )
     size = (length - start).clamp(max=block)
     return (
-        Queries(*(x.expand(batch, -1) for x in queries), None),
-        Blocks(start.expand(batch, -1), size.expand(batch, -1), None),
+        Queries(*(x.expand(batch, -1) for x in queries)),
+        Blocks(start.expand(batch, -1), size.expand(batch, -1)),
     )
 
 
@@ -124,7 +124,7 @@ def padded(query: Tensor, real: Tensor, causal: bool, block: int) -> tuple[Queri
     queries = seen_from(rank, count.expand_as(rank), zero, zero, causal, block)
     start = torch.arange(0, length, block, device=real.device).expand(len(real), -1)
     size = (count - start).clamp(0, block)
-    return Queries(*narrow(*queries), None), Blocks(*narrow(start, size, token))
+    return Queries(*narrow(*queries)), Blocks(*narrow(start, size, token))
 
 
 def packed(query: Tensor, key: Tensor, policy: Policy, block: int) -> tuple[Queries, Blocks]:
@@ -148,6 +148,7 @@ def packed(query: Tensor, key: Tensor, policy: Policy, block: int) -> tuple[Quer
     start = torch.searchsorted(total, number + 1).clamp(max=max(length - 1, 0))  # of each block
     size = (places.sorted.count - offset).gather(1, start).clamp(max=block)
     size = size.where(number < total[:, -1:], 0)
+    assert places.order is not None
     return Queries(*narrow(*queries, index)), Blocks(*narrow(start, size, places.order))
 
 
@@ -167,6 +168,6 @@ def seen_from(
     return last, own, first, own if causal else first + (count + block - 1) // block
 
 
-def narrow(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+def narrow(*tensors: Tensor) -> tuple[Tensor, ...]:
     """int32 and contiguous."""
-    return tuple(x.int().contiguous() for x in tensors if x is not None)
+    return tuple(x.int().contiguous() for x in tensors)
