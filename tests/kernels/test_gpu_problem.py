@@ -1,33 +1,11 @@
 """What GPU kernels read in place of masks and segments, against a plain loop over each row."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moonfx.kernels.gpu_problem import Layout, layout
+from tests.kernels.no_waits import NoWaits
 from tests.moba_cases import PACKINGS, PADDINGS, Case
-
-# Operators whose result's size, or whose result, the host must read from the device.
-WAITS = {
-    *("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "_unique"),
-    *("unique_consecutive", "bincount", "is_nonzero", "equal", "repeat_interleave"),
-}
-
-
-class NoWaits(TorchDispatchMode):
-    """Raises at an operator for which the host waits, or that copies from the host's memory."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        if name in WAITS or name in ("lift_fresh", "lift_fresh_copy"):
-            raise AssertionError(f"the host waits for {name}")
-        if name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1]):
-            raise AssertionError("the host waits for an index of booleans")
-        return func(*args, **(kwargs or {}))
 
 
 def made(case: Case) -> Layout:
