@@ -25,6 +25,7 @@ from moonfx.kernels.policy import Policy
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 BEYOND = tl.constexpr(2**31 - 1)  # behind every slot
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Scores(NamedTuple):
@@ -77,6 +78,11 @@ def inner_contiguous(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def by_row(tensor: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
+    """A kernel's arguments for [B, ...] that may be absent: the tensor and its batch stride."""
+    return (other, 0) if tensor is None else (tensor, tensor.stride(0))
+
+
 def padded(dim: int) -> int:
     """The power of two that a head dim occupies in a tile; a product wants 16 at least."""
     return max(16, triton.next_power_of_2(dim))
@@ -92,6 +98,15 @@ def precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
+def product(left, right, added, PRECISION: tl.constexpr):
+    """left @ right + added (None for zero) in float32. The interpreter would multiply bfloat16's
+    bits as integers: there, operands are float32, which makes the products no more exact."""
+    if INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, added, input_precision=PRECISION)
+
+
+@triton.jit
 def multiplier(scale, FOLD: tl.constexpr):
     """What `logits` are to be multiplied by before exp2."""
     if FOLD:
@@ -102,7 +117,7 @@ def multiplier(scale, FOLD: tl.constexpr):
 
 @triton.jit
 def logits(
-    product,
+    dots,
     bias,
     scale,
     softcap,
@@ -110,13 +125,13 @@ def logits(
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """log2(e) S over `multiplier`, and the softcap's tanh (anything without one).
+    """From q.k: log2(e) S over `multiplier`, and the softcap's tanh (anything without one).
 
     tanh(x) = 1 - 2 / (exp(2 x) + 1) errs by 2**-23 at most, absolutely, which `softcap` scales.
     """
     if FOLD:
-        return product, product
-    score = product * scale
+        return dots, dots
+    score = dots * scale
     tanh = score
     if SOFTCAP:
         tanh = 1.0 - 2.0 / (tl.exp2(score * (2.0 * LOG2E / softcap)) + 1.0)
@@ -252,4 +267,6 @@ def load_keys(
     MASKED: tl.constexpr,
 ):
     """[N, PADDED] rows of keys or values by `key_places`, 0 beyond D and where not seen."""
-    return load_rows(base + origin.to(tl.int64) * stride, index * stride, seen, D, PADDED, MASKED)
+    return load_rows(
+        base + tl.cast(origin, tl.int64) * stride, index * stride, seen, D, PADDED, MASKED
+    )
