@@ -11,7 +11,7 @@ A counting sort: with routes cut into chunks, each the work of one program,
     starts          = exclusive sum of count, over (bh, j, c)
     entries[starts[bh, j, c] + seen before in the chunk] = id
 
-One body makes both passes over the routes; `seen` is a counter per block and program in memory, and
+One body makes both walks over the routes; `seen` is a counter per block and program in memory, and
 a route's rank among those of its step comes from comparing all pairs of them. Nothing is atomic,
 nothing depends on timing, and no host waits.
 
@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Routes that a program compares with each other in a step. A step of one warp has 64 * 64 / 32
-# comparisons a lane: about as long as the latency of its loads, with 16 programs on a processor.
-STEP = 64
-PROGRAMS = 2048
+# Routes that a program compares with each other in a step, of one warp: a bit of a word for each.
+STEP = 32
+# 32 warps on each of 132 processors: a step is short, and waits for what it loads.
+PROGRAMS = 4096
 # A pass is whole chunks: these are few enough for any budget over 2 KB * 2**17 = 256 MiB.
 CHUNK_ROUTES = 1 << 17
 # Partial results of a pass, in bytes.
@@ -116,7 +116,6 @@ def walk(index: Index, seen: Tensor, *, scatter: bool) -> None:
         *(index.routes, seen, index.starts, index.entries),
         *(rows * columns, index.chunk_rows * columns, index.n, index.chunks),
         SCATTER=scatter,
-        STEP=STEP,
         num_warps=1,
         num_stages=1,
     )
@@ -133,7 +132,6 @@ def sort_routes(
     n,
     chunks,
     SCATTER: tl.constexpr,
-    STEP: tl.constexpr,
 ):
     """One chunk of one (batch, kv head), in steps.
 
@@ -148,25 +146,35 @@ def sort_routes(
     seen += program * n
     starts += bh * n * chunks + chunk
 
-    lane = tl.arange(0, STEP)
-    before = lane[None, :] < lane[:, None]
-    after = lane[None, :] > lane[:, None]
+    lane = tl.arange(0, 32)
+    bit = tl.full([32], 1, tl.uint32) << lane
     begin = chunk.to(tl.int32) * routes_of_chunk
     end = tl.minimum(begin + routes_of_chunk, routes_of_bh)
-    for step in range(begin, end, STEP):
+    block = tl.load(routes + begin + lane, mask=begin + lane < end, other=-1)
+    for step in range(begin, end, 32):
         route = step + lane
-        block = tl.load(routes + route, mask=route < end, other=-1)
+        upcoming = tl.load(routes + route + 32, mask=route + 32 < end, other=-1)
         there = block >= 0
-        same = block[:, None] == block[None, :]
-        rank = tl.sum((same & before).to(tl.int32), 1)
-        later = tl.sum((same & after).to(tl.int32), 1)
-        count = tl.load(seen + block, mask=there, other=0) + rank
+        # Bit j of `alike`: the j-th route of the step is to the same block. Summed over the first
+        # axis, a thread's elements are those of one route: the sum crosses no lanes.
+        alike = tl.sum(tl.where(block[:, None] == block[None, :], bit[:, None], 0), 0)
+        count = tl.load(seen + block, mask=there, other=0) + bits(alike & (bit - 1))
         tl.debug_barrier()
-        tl.store(seen + block, count + 1, mask=there & (later == 0))
+        tl.store(seen + block, count + 1, mask=there & (alike >> lane == 1))
         if SCATTER:
             start = tl.load(starts + block.to(tl.int64) * chunks, mask=there, other=0)
             tl.store(entries + start + count, route, mask=there)
         tl.debug_barrier()
+        block = upcoming
+
+
+@triton.jit
+def bits(word):
+    """How many bits of uint32 words are set, as int32."""
+    word -= (word >> 1) & 0x55555555
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
 
 
 def passes(index: Index, bytes_per_route: int, budget: int = BUDGET) -> Iterator[Pass]:

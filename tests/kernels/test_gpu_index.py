@@ -45,7 +45,7 @@ TABLES = [
 NAMES = [name for name, *_ in TABLES]
 
 
-@pytest.fixture(params=[2, 2048], ids=["few programs", "many programs"])
+@pytest.fixture(params=[2, 4096], ids=["few programs", "many programs"])
 def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long chunks have many steps; short ones have one."""
     monkeypatch.setattr(gpu_index, "PROGRAMS", request.param)
@@ -112,8 +112,8 @@ BUDGETS = [
     ("two heads at a time", 300 * 3 * 100 * 2, 2),
     ("three heads would fit, two passes of two", 300 * 3 * 100 * 3, 2),
     ("a head at a time", 300 * 3 * 100, 4),
-    ("half of a head, in whole chunks of 22 rows", 7 * 22 * 3 * 100, 4 * 2),
-    ("less than a chunk", 1, 4 * 14),
+    ("half of a head, in whole chunks of 11 rows", 14 * 11 * 3 * 100, 4 * 2),
+    ("less than a chunk", 1, 4 * 28),
 ]
 
 
