@@ -189,8 +189,8 @@ class Backend:
             None if nothing became sparse.
         """
         assert self.policies is not None
-        causal_only = self.policies.causal_only
-        context = Context(captured, self.policy_of, self.names, root, causal_only)
+        flags = self.policies.causal_only, self.policies.recompute_routing
+        context = Context(captured, self.policy_of, self.names, root, *flags)
         try:
             rewritten = run_passes(context)
         except DenseLastUnknown:
@@ -249,10 +249,12 @@ DEFAULTS: dict[str, Any] = {
     "topk": 12,
     "sinks": 1,
     "causal_only": True,
+    "recompute_routing": False,
     "on_miss": "warn",
     "compiler": "inductor",
     "inductor": None,
 }
+FLAGS = ("causal_only", "recompute_routing")
 # The backend is given graphs, not the model: after a graph break it cannot tell layers apart.
 OF_SPARSIFY = ("layers", "dense_last")
 
@@ -276,7 +278,8 @@ def check_options(options: dict[str, Any] | None) -> dict[str, Any]:
                 f"unknown option {name!r} of backend 'moonfx'{hint}; known: {', '.join(DEFAULTS)}"
             )
     known = {**DEFAULTS, **(options or {})}
-    check_flag("causal_only", known["causal_only"])
+    for flag in FLAGS:
+        check_flag(flag, known[flag])
     check_choice("on_miss", known["on_miss"], ON_MISS)
     check_choice("compiler", known["compiler"], COMPILERS)
     if known["inductor"] is not None and not isinstance(known["inductor"], dict):
@@ -303,14 +306,14 @@ def compile(
 
     Args:
         mode: a mode of Inductor, as torch.compile takes it.
-        options: block, topk, sinks, causal_only, on_miss and compiler as for moonfx.sparsify;
-            "inductor": a dict of Inductor options. on_miss counts for a graph that holds attention,
-            or that is not a piece left by a graph break.
+        options: block, topk, sinks, causal_only, recompute_routing, on_miss and compiler as for
+            moonfx.sparsify; "inductor": a dict of Inductor options. on_miss counts for a graph that
+            holds attention, or that is not a piece left by a graph break.
     """
     known = check_options(options)
     config = {**mode_options(mode), **(known["inductor"] or {})}
     default = LayerPolicy(known["block"], known["topk"], known["sinks"])
-    policies = Policies(default, causal_only=known["causal_only"])
+    policies = Policies(default, **{flag: known[flag] for flag in FLAGS})
     backend = Backend(policies, known["compiler"], config=config)
     compiled = backend(gm, example_inputs)
     _records[:] = [r for r in _records if any(p() is not None for p in r.parameters)]

@@ -81,6 +81,7 @@ class Policies:
             layer dense. Indices count the attentions in the order in which the model runs them.
         dense_last: how many attentions at the end stay dense (the paper's layer-wise hybrid).
         causal_only: whether bidirectional self-attention stays dense.
+        recompute_routing: whether the backward chooses blocks again instead of keeping the choice.
     """
 
     def __init__(
@@ -89,8 +90,10 @@ class Policies:
         layers: Layers | None = None,
         dense_last: int = 0,
         causal_only: bool = True,
+        recompute_routing: bool = False,
     ) -> None:
         self.default, self.dense_last, self.causal_only = default, dense_last, causal_only
+        self.recompute_routing = recompute_routing
         self.names: dict[str, LayerPolicy | None] = {}
         self.patterns: list[tuple[re.Pattern[str], LayerPolicy | None]] = []
         self.indices: dict[int, LayerPolicy | None] = {}
@@ -99,6 +102,7 @@ class Policies:
         if dense_last < 0:
             raise ValueError(f"dense_last must be at least 0, got {dense_last}")
         check_flag("causal_only", causal_only)
+        check_flag("recompute_routing", recompute_routing)
         if layers is not None and not isinstance(layers, Mapping):
             raise TypeError(
                 "layers must be a mapping {module name | 're:<regex>' | index: LayerPolicy | None}"
@@ -176,6 +180,7 @@ class Policies:
             str(self.default),
             f"dense_last={self.dense_last}",
             f"causal_only={self.causal_only}",
+            f"recompute_routing={self.recompute_routing}",
         ]
         parts += [f"{k}:{v}" for k, v in sorted(self.names.items())]
         parts += [f"re:{p.pattern}:{v}" for p, v in self.patterns]

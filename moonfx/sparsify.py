@@ -68,6 +68,7 @@ def sparsify(
     layers: Layers | None = None,
     dense_last: int = 0,
     causal_only: bool = True,
+    recompute_routing: bool = False,
     on_miss: str = "warn",
     compiler: str = "inductor",
 ) -> Model:
@@ -96,6 +97,8 @@ def sparsify(
             layer dense. The first that fits wins: name, regex, index, then block/topk/sinks.
         dense_last: how many attentions at the end of the model stay dense.
         causal_only: False makes bidirectional self-attention (encoders, ViTs) sparse as well.
+        recompute_routing: choose the blocks again in the backward, where a GPU kernel would keep
+            4 topk bytes per token and head from the forward; the same gradients, a little slower.
         on_miss: "warn", "raise" or "ignore" when the first call finds nothing to rewrite.
         compiler: "inductor", "aot_eager" or "eager": what runs the rewritten graph. Not for an
             ExportedProgram, which runs as its user runs it.
@@ -105,7 +108,8 @@ def sparsify(
         TypeError, ValueError: for a bad argument, before anything is changed.
         NothingRewritten: from the first call, with on_miss="raise"; the model is then as before.
     """
-    policies = Policies(LayerPolicy(block, topk, sinks), layers, dense_last, causal_only)
+    default = LayerPolicy(block, topk, sinks)
+    policies = Policies(default, layers, dense_last, causal_only, recompute_routing)
     check_choice("on_miss", on_miss, ON_MISS)
     check_choice("compiler", compiler, COMPILERS)
     if isinstance(model, ExportedProgram):

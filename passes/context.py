@@ -35,6 +35,7 @@ class Context:
         root: name of the module that the graph starts in, "" for the model itself, None if that is
             not known.
         causal_only: whether bidirectional self-attention stays dense.
+        recompute_routing: whether the backward chooses blocks again instead of keeping the choice.
         proofs: constants and given masks of the graph that a rewrite rests on -> their values.
     """
 
@@ -43,6 +44,7 @@ class Context:
     names: dict[int, str] = field(default_factory=dict)
     root: str | None = ""
     causal_only: bool = True
+    recompute_routing: bool = False
     sites: list[AttentionSite] = field(default_factory=list)
     proofs: dict[fx.Node, tuple[float, float] | Given] = field(default_factory=dict)
 

@@ -1,8 +1,8 @@
 """Writes one MoBA operator for each attention site that the policy makes sparse.
 
     before  query, key, value -> (dense attention with its mask) -> output [B, Hq, Nq, Dv]
-    after   moonfx::moba_attention(query, key, value, block, topk, sinks, scale, key_mask,
-                                   causal, softcap, key_bias, segments)[0]
+    after   moonfx::moba_attention(query, key, value, block, topk, sinks, scale, key_mask, causal,
+                                   softcap, key_bias, segments, None, recompute)[0]
 
 What was proved of the mask becomes key_mask [B, Nk], segments [B, Nk] and key_bias [B, Hq, Nk],
 written from the mask's own leaves; the dense [B, 1, Nq, Nk] mask is left without users and is
@@ -26,8 +26,8 @@ from moonfx.site import AttentionSite, Reject
 
 aten = torch.ops.aten
 
-# causal, softcap, key_bias, segments: left out of a call that has them all
-_DEFAULTS = (True, 0.0, None, None)
+# causal, softcap, key_bias, segments, block_means, recompute: left out of a call that has them all
+_DEFAULTS = (True, 0.0, None, None, None, False)
 
 
 def run(graph: fx.Graph, context: Context) -> int:
@@ -89,13 +89,13 @@ def rewrite(site: AttentionSite, policy: LayerPolicy, written: Written, context:
 def _of_the_mask(
     site: AttentionSite, written: Written, context: Context
 ) -> tuple[fx.Node | None, tuple[Any, ...]]:
-    """key_mask, and (causal, softcap, key_bias, segments) where one is not the default."""
+    """key_mask, and what follows it in the operator's arguments where one is not the default."""
     mask, write = site.mask, Writer(site, context, written)
     assert mask is not None
     key_mask = write.key_mask(mask.padding) if mask.padding is not None else None
     bias = write.key_bias(mask.bias.value) if mask.bias is not None else None
     segments = write.segments(mask.segments) if mask.segments is not None else None
-    modifiers = (mask.causal, site.softcap, bias, segments)
+    modifiers = (mask.causal, site.softcap, bias, segments, None, context.recompute_routing)
     return key_mask, () if modifiers == _DEFAULTS else modifiers
 
 

@@ -71,6 +71,7 @@ OPTIONS = [
     (dict(compiler="tvm"), "compiler must be one of inductor, aot_eager, eager, got 'tvm'"),
     (dict(on_miss="x"), "on_miss must be one of warn, raise, ignore"),
     (dict(causal_only="yes"), "causal_only must be True or False, got 'yes'"),
+    (dict(recompute_routing=1), "recompute_routing must be True or False, got 1"),
     (dict(inductor="max-autotune"), "inductor must be a dict of Inductor options"),
 ]
 

@@ -24,7 +24,7 @@ class Row:
 
     Args:
         setting: block, topk, sinks, and the rest by name.
-        given: which of key_mask, segments and key_bias the call has.
+        given: which of key_mask, segments, key_bias and block_means the call has.
         query: "all"; "last" for fewer queries than keys; "zero" makes every gate score a tie.
         heads: "one each" gives every query head its own key head.
     """
@@ -59,6 +59,14 @@ ROWS = (
     row("padding", "key_mask"),
     row("padding, sinks, fewer queries", "key_mask", topk=3, sinks=1, query="last"),
     row("padding and bias", "key_mask", "key_bias", scale=0.25),
+    row("means given", "block_means"),
+    row(
+        "means given, padding, bias, sinks",
+        *("block_means", "key_mask", "key_bias"),
+        scale=0.5,
+        topk=3,
+        sinks=1,
+    ),
     row("both ways", causal=False),
     row("both ways, ties", causal=False, topk=3, query="zero"),
     row("both ways, sinks", causal=False, topk=3, sinks=1),
@@ -80,7 +88,7 @@ ROWS = (
     ),
 )
 
-TRACED = BASE.but(padding="left", packing="runs", bias="by head")
+TRACED = BASE.but(padding="left", packing="runs", bias="by head", means="other")
 CASES = {
     "as traced": TRACED,
     "one token": TRACED.but(batch=1, length=1, queries=1),
@@ -121,6 +129,7 @@ class EveryRow(nn.Module):
         key_mask: Tensor,
         segments: Tensor,
         key_bias: Tensor,
+        block_means: Tensor,
     ) -> list[Tensor]:
         inputs = {
             "query": query,
@@ -130,17 +139,20 @@ class EveryRow(nn.Module):
             "key_mask": key_mask,
             "segments": segments,
             "key_bias": key_bias,
+            "block_means": block_means,
         }
         results: list[Tensor] = []
         for each in ROWS:
             q, k, v, given = operands(each, inputs)
-            results += torch.ops.moonfx.moba_attention(q, k, v, **each.setting, **given)
+            results += torch.ops.moonfx.moba_attention(q, k, v, **each.setting, **given)[:2]
         return results
 
 
 def inputs_of(case: Case) -> dict[str, Tensor]:
     query, key, value = (x.nan_to_num(0.0) for x in case.inputs())
     key_mask, segments, key_bias = case.key_mask(), case.segments(), case.key_bias()
+    block_means = case.block_means()
+    assert block_means is not None
     assert key_mask is not None
     assert segments is not None
     assert key_bias is not None
@@ -152,6 +164,7 @@ def inputs_of(case: Case) -> dict[str, Tensor]:
         "key_mask": key_mask,
         "segments": segments,
         "key_bias": key_bias,
+        "block_means": block_means.nan_to_num(0.0),
     }
 
 
@@ -173,7 +186,7 @@ def found() -> dict[str, list[Tensor]]:
     """What onnxruntime gives for each case, from one file traced at one of them."""
     size = Dim.DYNAMIC
     heads, tokens = {0: size, 2: size}, {0: size, 1: size}
-    shapes = (heads, heads, heads, heads, tokens, tokens, {2: size})
+    shapes = (heads, heads, heads, heads, tokens, tokens, {2: size}, heads)
     inputs = tuple(inputs_of(TRACED).values())
     program = translated(torch.export.export(EveryRow().eval(), inputs, dynamic_shapes=shapes))
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
@@ -212,7 +225,7 @@ def test_half_precision_is_computed_in_float32_and_cast_back(dtype: torch.dtype)
     class Once(nn.Module):
         def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
             halves = (x.to(dtype) for x in inputs)
-            out, lse = torch.ops.moonfx.moba_attention(*halves, 8, 2)
+            out, lse, _ = torch.ops.moonfx.moba_attention(*halves, 8, 2)
             return out.float(), lse
 
     inputs = BASE.inputs()

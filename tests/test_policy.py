@@ -95,10 +95,11 @@ def test_dense_last_must_be_a_count(given: Any, error: type[Exception]) -> None:
         Policies(DEFAULT, dense_last=given)
 
 
+@pytest.mark.parametrize("flag", ["causal_only", "recompute_routing"])
 @pytest.mark.parametrize("given", [0, None, "False"])
-def test_causal_only_must_be_a_flag(given: Any) -> None:
-    with pytest.raises(TypeError, match="causal_only must be True or False, got"):
-        Policies(DEFAULT, causal_only=given)
+def test_a_flag_must_be_one(flag: str, given: Any) -> None:
+    with pytest.raises(TypeError, match=f"{flag} must be True or False, got"):
+        Policies(DEFAULT, **{flag: given})
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_nearest() -> None:

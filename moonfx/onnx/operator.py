@@ -61,9 +61,12 @@ def moba_attention(  # type: ignore[no-untyped-def]
     softcap=0.0,
     key_bias=None,
     segments=None,
+    block_means=None,
+    recompute=False,
 ):
     """The translation: arguments and results are those of torch.ops.moonfx.moba_attention.
 
+    But for the routes, which only a backward reads, as it does `recompute`: a file has neither.
     Computes in float32; float16 and bfloat16 inputs are cast, and out is cast back.
     """
     from onnxscript import opset18 as op
@@ -83,7 +86,7 @@ def moba_attention(  # type: ignore[no-untyped-def]
             hidden = op.Unsqueeze(op.Not(keys.real), ops.vector(1))
             key_bias = op.Where(hidden, ops.scalar(0.0), key_bias)
     scale = _scale(ops, scale, query)
-    gate = _gate(ops, query, key, key_bias, keys, scale)
+    gate = _gate(ops, query, key, key_bias, keys, scale, block_means)
     seen, chosen = _choose(ops, gate, keys, length, queries, segments, block, topk, sinks, causal)
     visible = _visible(ops, chosen, keys, length, queries, causal)
 
@@ -237,13 +240,27 @@ def _exists(ops: _Ops, member: Value) -> Value:
 
 
 def _gate(
-    ops: _Ops, query: Value, key: Value, key_bias: Value | None, keys: Keys, scale: Value
+    ops: _Ops,
+    query: Value,
+    key: Value,
+    key_bias: Value | None,
+    keys: Keys,
+    scale: Value,
+    block_means: Value | None,
 ) -> Value:
     """Score of each block for each query, [B, Hq, Nq, n]: eq. 6, plus what the bias adds."""
     op = ops.op
     count = op.ReduceSum(keys.member, ops.vector(-1), keepdims=1)  # [B or 1, n, 1]
     share = op.Div(keys.member, op.Max(count, ops.scalar(1.0)))
-    means = op.MatMul(op.Unsqueeze(share, ops.vector(1)), key)
+    if block_means is None:
+        means = op.MatMul(op.Unsqueeze(share, ops.vector(1)), key)
+    else:  # those of all blocks but the last, or more: the last is never a candidate
+        means = op.Slice(
+            op.Pad(block_means, ops.vector(0, 0, 0, 0, 0, 0, 1, 0)),
+            ops.vector(0),
+            ops.size(count, 1),
+            ops.vector(2),
+        )
     gate = _by_group(ops, query, op.Transpose(means, perm=[0, 1, 3, 2]))
     if key_bias is None:
         return gate

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from moonfx.kernels.policy import Policy
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -113,6 +115,29 @@ def check_segments(segments: Tensor | None, key: Tensor) -> None:
             f"segments must be integers, one number per sequence, got {dtype_name(segments.dtype)}"
         )
     check_by_key("segments", segments, key)
+
+
+def check_block_means(policy: Policy, key: Tensor) -> None:
+    means = policy.block_means
+    if means is None:
+        return
+    if not isinstance(means, Tensor):
+        raise TypeError(f"block_means must be a tensor or None, got {type(means).__name__}")
+    if means.dtype != torch.float32:
+        raise TypeError(f"block_means must be float32, got {dtype_name(means.dtype)}")
+    batch, heads, length, dim = key.shape
+    least = max(length - 1, 0) // policy.block
+    fits = means.dim() == 4 and means.shape[:2] == (batch, heads) and means.shape[3] == dim
+    if not fits or means.shape[2] < least:
+        raise ValueError(
+            f"block_means must be [batch, key heads, blocks, head_dim], [{batch}, {heads}, "
+            f"{least} or more, {dim}], got {shape(means)}"
+        )
+    if policy.segments is not None:
+        raise ValueError("block_means must be None with segments, whose blocks are their own")
+    if not policy.causal:
+        raise ValueError("block_means must be None with causal=False, which needs the last block's")
+    check_device("block_means", means, key)
 
 
 def check_key_bias(key_bias: Tensor | None, query: Tensor, key: Tensor) -> None:

@@ -33,7 +33,19 @@ def forward_flops(  # type: ignore[no-untyped-def]
 
 @register_flop_formula(torch.ops.moonfx.moba_attention_backward)
 def backward_flops(  # type: ignore[no-untyped-def]
-    grad_out, grad_lse, query, key, value, out, lse, block, topk, *rest, causal=True, **named
+    grad_out,
+    grad_lse,
+    query,
+    key,
+    value,
+    out,
+    lse,
+    routes,
+    block,
+    topk,
+    *rest,
+    causal=True,
+    **named,
 ) -> int:
     """Five products: scores, dP and dV, dQ, dK; 2.5 times the forward for D = Dv."""
     batch, heads, queries, dim = query

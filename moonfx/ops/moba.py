@@ -1,24 +1,26 @@
 """The operator moonfx::moba_attention: contract, autograd, and which kernel runs.
 
-    moonfx::moba_attention(q, k, v, block, topk, sinks, scale, key_mask,
-                           causal, softcap, key_bias, segments) -> (out, lse)
-    moonfx::moba_attention_backward(grad_out, grad_lse, q, k, v, out, lse, ...) -> (dq, dk, dv, db)
+    moonfx::moba_attention(q, k, v, block, topk, sinks, scale, key_mask, causal, softcap,
+                           key_bias, segments, block_means, recompute) -> (out, lse, routes)
+    moonfx::moba_attention_backward(grad_out, grad_lse, q, k, v, out, lse, routes, block, ...)
+        -> (dq, dk, dv, db)
+
+`routes` is what a GPU kernel keeps of the choice of blocks for the backward (moonfx/ops/dispatch.py
+says when, and its shape); empty, the backward chooses again. It has no gradient.
 
 Shape letters: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D head dim,
 Dv value dim. Outputs lie token-major in memory, [B, N, H, D] seen as [B, H, N, D].
 """
 
-from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from moonfx.fallback import warn_slow
-from moonfx.kernels import cpu, tiled
 from moonfx.kernels.policy import Policy
 from moonfx.ops import checks
-from moonfx.policy import check_block_topk_sinks
+from moonfx.ops.dispatch import TAGS, kept_routes, kernel_for, routes_shape, routes_to_keep
+from moonfx.policy import check_block_topk_sinks, check_flag
 
 
 @overload
@@ -37,6 +39,8 @@ def moba_attention(
     key_bias: Tensor | None = None,
     segments: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    block_means: Tensor | None = None,
+    recompute_routing: bool = False,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -57,6 +61,8 @@ def moba_attention(
     key_bias: Tensor | None = None,
     segments: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    block_means: Tensor | None = None,
+    recompute_routing: bool = False,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -76,6 +82,8 @@ def moba_attention(
     key_bias: Tensor | None = None,
     segments: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    block_means: Tensor | None = None,
+    recompute_routing: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mixture of Block Attention (Lu et al. 2025, arXiv 2502.13189, eq. 2-6).
@@ -105,22 +113,30 @@ def moba_attention(
             sequence is computed as if it were alone, with blocks of its own.
         sink_logits: [Hq], float32, bfloat16 or float16, one more logit in each head's softmax, of a
             key whose value is 0 (as in GPT-OSS). Differentiable; `sinks` are something else.
+        block_means: float32 [B, Hkv, m, D], m >= (Nk - 1) // block: the mean of the real keys of
+            each row's j-th block, which the choice then reads in place of the keys (a cache has
+            them). Causal only, and not with segments.
+        recompute_routing: choose the blocks again in the backward, where a GPU kernel would
+            otherwise keep 4 topk bytes per query and head; same gradients.
         return_lse: also return the logarithm of the softmax's denominator.
     Returns:
         [B, Hq, Nq, Dv] in query's dtype; with `return_lse` also float32 [B, Hq, Nq].
     Raises:
-        TypeError: if block, topk or sinks is not an int, causal not a bool, scale or softcap not a
-            number, an input not a tensor, or a dtype is not one of those above or not the same
-            for query, key and value.
+        TypeError: if block, topk or sinks is not an int, causal or recompute_routing not a bool,
+            scale or softcap not a number, an input not a tensor, or a dtype is not one of those
+            above or not the same for query, key and value.
         ValueError: if block or topk < 1, sinks < 0 or >= topk, softcap < 0, scale or softcap is not
-            finite, scale <= 0 with a key_bias, Nq != Nk without causal, or shapes or devices do
-            not fit.
+            finite, scale <= 0 with a key_bias, Nq != Nk without causal, block_means with segments
+            or without causal, or shapes or devices do not fit.
     """
-    policy = Policy(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments)
+    policy = Policy(
+        *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, block_means)
+    )
     check(query, key, value, policy)
     checks.check_sink_logits(sink_logits, query)
+    check_flag("recompute_routing", recompute_routing)
     policy = policy._replace(scale=None if scale is None else float(scale), softcap=float(softcap))
-    out, lse = torch.ops.moonfx.moba_attention(query, key, value, *policy[:9])
+    out, lse, _ = torch.ops.moonfx.moba_attention(query, key, value, *policy, recompute_routing)
     if sink_logits is not None:
         out, lse = with_sink(out, lse, sink_logits)
     return (out, lse) if return_lse else out
@@ -142,25 +158,8 @@ def check(query: Tensor, key: Tensor, value: Tensor, policy: Policy) -> None:
     checks.check_key_mask(policy.key_mask, key)
     checks.check_key_bias(policy.key_bias, query, key)
     checks.check_segments(policy.segments, key)
+    checks.check_block_means(policy, key)
     checks.check_scale(policy.scale, policy.key_bias)
-
-
-def kernel_for(device: torch.device) -> ModuleType:
-    """The module whose `forward` and `backward` run on a device."""
-    if device.type != "cpu":
-        return tiled
-    reason = cpu.available()
-    if reason is None:
-        return cpu
-    warn_slow(
-        "attention on the CPU runs as torch operations, several times slower than the C++ kernel",
-        reason,
-    )
-    return tiled
-
-
-# kernels/tiled.py waits on the host for its number of tiles, which a CUDA graph cannot record.
-TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 @torch.library.custom_op("moonfx::moba_attention", mutates_args=(), tags=TAGS)
@@ -177,14 +176,18 @@ def _forward(
     softcap: float = 0.0,
     key_bias: Tensor | None = None,
     segments: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    policy = Policy(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments)
+    block_means: Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    policy = Policy(
+        *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, block_means)
+    )
     # Autocast off, or a kernel's own float32 products would be cast. A pass calls the operator
     # without `moba_attention`, and a kernel must never read out of bounds: hence the checks.
     with torch.autocast(query.device.type, enabled=False):
         check(query, key, value, policy)
-        result: tuple[Tensor, Tensor] = kernel_for(query.device).forward(query, key, value, *policy)
-        return result
+        out, lse, *more = kernel_for(query.device).forward(query, key, value, *policy)
+        return out, lse, routes_to_keep(more, query, key, block, topk, recompute)
 
 
 @torch.library.custom_op("moonfx::moba_attention_backward", mutates_args=(), tags=TAGS)
@@ -196,6 +199,7 @@ def _backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    routes: Tensor,
     block: int,
     topk: int,
     sinks: int = 0,
@@ -205,12 +209,16 @@ def _backward(
     softcap: float = 0.0,
     key_bias: Tensor | None = None,
     segments: Tensor | None = None,
+    block_means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    policy = Policy(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments)
+    policy = Policy(
+        *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, block_means)
+    )
+    given = kept_routes(routes, key, block, topk)
     with torch.autocast(query.device.type, enabled=False):
         check(query, key, value, policy)
         *grads, grad_bias = kernel_for(query.device).backward(
-            grad_out, grad_lse, query, key, value, out, lse, *policy
+            grad_out, grad_lse, query, key, value, out, lse, *policy, **given
         )
     if grad_bias is None:  # an operator's result is a tensor
         grad_bias = query.new_empty(0, dtype=torch.float32)
@@ -224,42 +232,54 @@ def by_token(tensor: Tensor, width: int | torch.SymInt) -> Tensor:
 
 
 @_forward.register_fake
-def _(query, key, value, *rest, **named):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    query, key, value, block, topk, sinks=0, scale=None, key_mask=None, causal=True, softcap=0.0,
+    key_bias=None, segments=None, block_means=None, recompute=False,
+):  # fmt: skip
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    return by_token(query, value.shape[3]), lse
+    shape = routes_shape(query, key, block, topk, recompute)
+    return by_token(query, value.shape[3]), lse, query.new_empty(shape, dtype=torch.int32)
 
 
 @_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    grad_out, grad_lse, query, key, value, out, lse, block, topk, sinks=0, scale=None,
-    key_mask=None, causal=True, softcap=0.0, key_bias=None, segments=None,
+    grad_out, grad_lse, query, key, value, out, lse, routes, block, topk, sinks=0, scale=None,
+    key_mask=None, causal=True, softcap=0.0, key_bias=None, segments=None, block_means=None,
 ):  # fmt: skip
     size = (0,) if key_bias is None else (query.shape[0], query.shape[1], key.shape[2])
     grads = (by_token(tensor, tensor.shape[3]) for tensor in (query, key, value))
     return *grads, query.new_empty(size, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *numbers, key_mask, causal, softcap, key_bias, segments = inputs
-    ctx.numbers = numbers, causal, softcap
-    ctx.save_for_backward(query, key, value, *output, key_mask, key_bias, segments)
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    *tensors, block, topk, sinks, scale, key_mask, causal, softcap, key_bias = inputs[:11]
+    segments, means, _ = inputs[11:]
+    ctx.numbers = block, topk, sinks, scale, causal, softcap
+    ctx.save_for_backward(*tensors, *output, key_mask, key_bias, segments, means)
     ctx.set_materialize_grads(False)  # lse is seldom used: no zeros for its gradient
+    ctx.mark_non_differentiable(output[2])
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    query, key, value, out, lse, key_mask, key_bias, segments = ctx.saved_tensors
-    numbers, causal, softcap = ctx.numbers
+def _autograd(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None
+) -> tuple[Any, ...]:
+    query, key, value, out, lse, routes, key_mask, key_bias, segments, means = ctx.saved_tensors
+    block, topk, sinks, scale, causal, softcap = ctx.numbers
     if grad_out is None and grad_lse is None:
-        return (None,) * 12
+        return (None,) * 14
     if grad_out is None:
         grad_out = torch.zeros_like(out)
+    policy = Policy(
+        *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, means)
+    )
     *grads, grad_bias = torch.ops.moonfx.moba_attention_backward(
-        *(grad_out, grad_lse, query, key, value, out, lse),
-        *(*numbers, key_mask, causal, softcap, key_bias, segments),
+        grad_out, grad_lse, query, key, value, out, lse, routes, *policy
     )
     if key_bias is not None:
         grad_bias = grad_bias.sum_to_size(key_bias.shape)
-    grads += [None] * 7 + [grad_bias, None]  # in the order of the operator's inputs
+    grads += [None] * 7 + [grad_bias] + [None] * 3  # in the order of the operator's inputs
     # Last inputs that were left at their defaults are not in needs_input_grad.
     needed = zip(grads, ctx.needs_input_grad, strict=False)
     return tuple(grad if need else None for grad, need in needed)

@@ -118,6 +118,47 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         "segments must be on query's device, cpu, got meta",
     ),
+    ("means a list", {"block_means": [0.0]}, TypeError, "block_means must be a tensor or None"),
+    (
+        "means in bfloat16",
+        {"block_means": zeros(2, 2, 3, 8, dtype=torch.bfloat16)},
+        TypeError,
+        "block_means must be float32, got bfloat16",
+    ),
+    *(
+        (
+            f"means {size}",
+            {"block_means": zeros(*size)},
+            ValueError,
+            "block_means must be [batch, key heads, blocks, head_dim], [2, 2, 3 or more, 8], "
+            f"got {list(size)}",
+        )
+        for size in ((2, 4, 3, 8), (1, 2, 3, 8), (2, 2, 2, 8), (2, 2, 3, 4), (2, 2, 3))
+    ),
+    (
+        "means with segments",
+        {"block_means": zeros(2, 2, 3, 8), "segments": mask(2, 16, dtype=torch.int64)},
+        ValueError,
+        "block_means must be None with segments",
+    ),
+    (
+        "means, not causal",
+        {"block_means": zeros(2, 2, 4, 8), "query": zeros(2, 4, 16, 8), "causal": False},
+        ValueError,
+        "block_means must be None with causal=False",
+    ),
+    (
+        "means on another device",
+        {"block_means": zeros(2, 2, 3, 8).to("meta")},
+        ValueError,
+        "block_means must be on query's device, cpu, got meta",
+    ),
+    (
+        "recompute_routing 1",
+        {"recompute_routing": 1},
+        TypeError,
+        "recompute_routing must be True or False, got 1",
+    ),
     (
         "sink logits a float",
         {"sink_logits": 0.0},
@@ -280,6 +321,9 @@ def test_the_operator_itself_refuses_shapes_that_do_not_fit() -> None:
         OPERATOR(query, key, key, 4, 2, key_bias=zeros(2, 4, 10))
     with pytest.raises(ValueError, match=r"segments must be \[batch, key tokens\]"):
         OPERATOR(query, key, key, 4, 2, segments=mask(2, 10, dtype=torch.int64))
+    one = mask(2, 16, dtype=torch.int64)
+    with pytest.raises(ValueError, match="block_means must be None with segments"):
+        OPERATOR(query, key, key, 4, 2, segments=one, block_means=zeros(2, 2, 3, 8))
     with pytest.raises(ValueError, match="softcap must be 0"):
         OPERATOR(query, key, key, 4, 2, softcap=-2.0)
 

@@ -74,5 +74,5 @@ def test_flops_of_bidirectional_attention_are_those_of_topk_full_blocks(
 def test_backward_flops_are_two_and_a_half_times_the_forward() -> None:
     shape = torch.Size((2, 4, 40, 8))
     forward = flops.forward_flops(shape, shape, shape, 8, 2, out_val=None)
-    backward = flops.backward_flops(*[shape] * 7, 8, 2, out_val=None)
+    backward = flops.backward_flops(*[shape] * 8, 8, 2, out_val=None)
     assert backward * 2 == forward * 5

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from moonfx import fallback, moba_attention
 from moonfx.kernels import cpu, reference, tiled
-from moonfx.ops import moba
-from tests.moba_cases import FEATURES, PACKINGS, Case, feature_cases
+from moonfx.kernels.policy import Policy
+from moonfx.ops import dispatch
+from tests.moba_cases import FEATURES, GIVEN_MEANS, PACKINGS, Case, feature_cases
 
 OPERATOR = torch.ops.moonfx.moba_attention
 BACKWARD = torch.ops.moonfx.moba_attention_backward
@@ -29,6 +32,9 @@ TOLERANCE = {
     torch.bfloat16: {"rtol": 2**-6, "atol": 2**-5},
     torch.float16: {"rtol": 2**-9, "atol": 2**-9},
 }
+
+
+ROWS = FEATURES + GIVEN_MEANS
 
 
 @pytest.fixture(params=["C++ kernel", "torch kernel"])
@@ -78,7 +84,7 @@ def assert_like_reference(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("case", [case for _, case in FEATURES], ids=[name for name, _ in FEATURES])
+@pytest.mark.parametrize("case", [case for _, case in ROWS], ids=[name for name, _ in ROWS])
 def test_each_feature_and_its_gradients_equal_the_reference(case: Case) -> None:
     assert_like_reference(case)
 
@@ -295,6 +301,7 @@ CHECKED = [
     ("bias of all rows, fewer queries", Case(bias="by head", scale=0.25, queries=9)),
     ("bias of all rows and heads, bfloat16", Case(bias="by key", scale=1.0, dtype=torch.bfloat16)),
     ("packed", Case(topk=3, packing="runs")),
+    ("means given, holes", Case(topk=3, means="other", padding="holes")),
     ("everything", Case(topk=3, causal=False, softcap=2.0, bias="by row", scale=0.25,
                         packing="interleaved", padding="left", value_dim=4)),
 ]  # fmt: skip
@@ -307,30 +314,31 @@ def test_opcheck_passes_on_both_operators(case: Case) -> None:
     plain = [tensor.nan_to_num() for tensor in case.inputs()]
     leaves = [tensor.clone().requires_grad_() for tensor in plain]
     policy = case.policy()
-    if policy.key_bias is not None:
-        policy = policy._replace(key_bias=policy.key_bias.nan_to_num())
+    for name in ("key_bias", "block_means"):
+        if (tensor := getattr(policy, name)) is not None:
+            policy = policy._replace(**{name: tensor.nan_to_num()})
     with_leaf = policy
     if policy.key_bias is not None:
         with_leaf = policy._replace(key_bias=policy.key_bias.clone().requires_grad_())
-    torch.library.opcheck(OPERATOR, (*leaves, *with_leaf[:9]))
-    out, lse = OPERATOR(*plain, *policy[:9])
+    torch.library.opcheck(OPERATOR, (*leaves, *with_leaf))
+    out, lse, routes = OPERATOR(*plain, *policy)
     lse = lse.nan_to_num(neginf=0.0)
     expanded = torch.ones((), dtype=out.dtype).expand(out.shape)
     for grads in ((torch.ones_like(out), lse), (expanded, None)):
-        torch.library.opcheck(BACKWARD, (*grads, *plain, out, lse, *policy[:9]))
+        torch.library.opcheck(BACKWARD, (*grads, *plain, out, lse, routes, *policy))
 
 
 def test_a_graph_written_for_the_first_eight_arguments_still_runs() -> None:
     case = Case(topk=3, padding="left")
-    old = OPERATOR(*case.inputs(), 8, 3, 1, None, case.key_mask())
+    old = OPERATOR(*case.inputs(), 8, 3, 1, None, case.key_mask())[:2]
     new = moba_attention(*case.inputs(), 8, 3, sinks=1, key_mask=case.key_mask(), return_lse=True)
     assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
 
 
 def test_without_a_bias_the_backward_gives_an_empty_one() -> None:
     inputs = Case().inputs()
-    out, lse = OPERATOR(*inputs, 8, 2)
-    bias = BACKWARD(out, None, *inputs, out, lse, 8, 2)[3]
+    saved = OPERATOR(*inputs, 8, 2)
+    bias = BACKWARD(saved[0], None, *inputs, *saved, 8, 2)[3]
     assert (bias.shape, bias.dtype) == ((0,), torch.float32)
 
 
@@ -452,7 +460,7 @@ def test_every_feature_compiles_in_one_graph_with_the_same_gradients(dynamic: bo
 
 
 def test_five_lengths_take_two_graphs() -> None:
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
         lambda q, k, v: moba_attention(q, k, v, 8, 2), backend=graphs, fullgraph=True
     )
@@ -522,18 +530,155 @@ def test_autocast_leaves_the_bias_in_float32_and_its_gradient_too() -> None:
 @pytest.mark.usefixtures("kernel")
 def test_autocast_does_not_reach_into_a_kernel() -> None:
     inputs = [torch.randn(1, heads, 300, 16).bfloat16() for heads in (4, 2, 2)]
-    out, lse = OPERATOR(*inputs, 16, 3)
-    grads = BACKWARD(out, None, *inputs, out, lse, 16, 3)
+    saved = OPERATOR(*inputs, 16, 3)
+    grads = BACKWARD(saved[0], None, *inputs, *saved, 16, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        again, lse_again = OPERATOR(*inputs, 16, 3)
-        grads_again = BACKWARD(out, None, *inputs, out, lse, 16, 3)
-    assert torch.equal(out, again)
-    assert torch.equal(lse, lse_again)
-    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+        again = OPERATOR(*inputs, 16, 3)
+        grads_again = BACKWARD(saved[0], None, *inputs, *saved, 16, 3)
+    both = zip((*saved, *grads), (*again, *grads_again), strict=True)
+    assert all(torch.equal(a, b) for a, b in both)
 
 
-def test_a_gpu_tensor_gets_the_torch_kernel() -> None:
-    assert moba.kernel_for(torch.device("cuda")) is tiled
+class Keeping(ModuleType):
+    """A kernel that gives routes to keep, as those of a GPU do, and takes them back."""
+
+    def __init__(self) -> None:
+        super().__init__("keeping")
+        self.taken: list[Tensor | None] = []
+
+    def forward(self, query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        policy = Policy(*rest[1:])
+        columns = policy.topk if key.shape[2] > policy.block * policy.topk else 1
+        rows = query.shape[1] * query.shape[2] // key.shape[1]
+        routes = torch.arange(rows * columns, dtype=torch.int32).view(1, 1, rows, columns)
+        routes = routes.expand(query.shape[0], key.shape[1], -1, -1)
+        return *tiled.forward(query, key, *rest), routes
+
+    def backward(self, *given: Any, routes: Tensor | None = None) -> Any:
+        self.taken.append(routes)
+        return tiled.backward(*given)
+
+
+@pytest.fixture
+def keeping(monkeypatch: pytest.MonkeyPatch) -> Keeping:
+    """A CPU tensor is computed as one on a GPU is."""
+    kernel = Keeping()
+    monkeypatch.setattr(dispatch, "triton_kernels", lambda device: kernel)
+    return kernel
+
+
+KEPT = [  # block, topk, recompute; the routes' last size and how many of them a backward is given
+    (8, 3, False, 3, 3),
+    (8, 3, True, None, None),
+    (16, 9, False, 3, None),  # dense: one column of -1 for each block
+    (64, 1, False, 1, None),
+    (64, 5, False, 2, None),
+]
+
+
+@pytest.mark.parametrize(("block", "topk", "recompute", "columns", "given"), KEPT)
+def test_routes_are_kept_for_the_backward_where_a_kernel_gives_them(
+    keeping: Keeping,
+    block: int,
+    topk: int,
+    recompute: bool,
+    columns: int | None,
+    given: int | None,
+) -> None:
+    leaves = leaves_of(Case())
+    out, _, routes = OPERATOR(*leaves, block, topk, recompute=recompute)
+    assert routes.dtype == torch.int32
+    assert not routes.requires_grad
+    assert routes.shape == ((0,) if columns is None else (2, 2, 80, columns))
+    out.sum().backward()
+    (taken,) = keeping.taken
+    assert (None if taken is None else taken.shape[-1]) == given
+    if taken is not None:
+        assert torch.equal(taken, routes)
+    elif columns is not None:
+        assert routes[..., 1:].eq(-1).all()
+
+
+@pytest.mark.parametrize("block", [8, 16])
+@pytest.mark.usefixtures("keeping")
+def test_opcheck_passes_where_routes_are_kept(block: int) -> None:
+    leaves = leaves_of(Case())
+    torch.library.opcheck(OPERATOR, (*leaves, block, 3))
+    inputs = [leaf.detach() for leaf in leaves]
+    saved = OPERATOR(*inputs, block, 3)
+    torch.library.opcheck(BACKWARD, (saved[0], None, *inputs, *saved, block, 3))
+
+
+def test_kept_routes_need_no_graph_of_their_own_for_a_length(keeping: Keeping) -> None:
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda *x: moba_attention(*x, 8, 3).sum(), backend=graphs, fullgraph=True
+    )
+    for length in (40, 20, 25, 24, 7, 64):  # below and above block * topk = 24
+        leaves = leaves_of(Case(length=length, queries=length))
+        loss = compiled(*leaves)
+        torch.testing.assert_close(loss, moba_attention(*leaves, 8, 3).sum())
+        loss.backward()
+        taken = keeping.taken.pop()
+        assert (taken is None) == (length <= 24)
+    assert graphs.frame_count == 2
+
+
+def test_on_the_cpu_no_routes_are_kept() -> None:
+    routes = OPERATOR(*Case().inputs(), 8, 2)[2]
+    assert (routes.shape, routes.dtype) == ((0,), torch.int32)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_recomputed_routing_gives_the_same_gradients() -> None:
+    runs = []
+    for recompute in (False, True):
+        leaves = leaves_of(Case(topk=3))
+        out = moba_attention(*leaves, 8, 3, recompute_routing=recompute)
+        runs.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_given_means_decide_the_choice_and_have_no_gradient() -> None:
+    leaves = leaves_of(Case(topk=2, length=64, queries=64))
+    means = torch.zeros(2, 2, 7, 8)
+    means[:, :, 3] = 8.0
+    query = leaves[0].abs()
+    means.requires_grad_()
+    out = moba_attention(query, *leaves[1:], 8, 2, block_means=means)
+    own = [leaf[:, :, 56:] for leaf in leaves[1:]]
+    best = [leaf[:, :, 24:32] for leaf in leaves[1:]]
+    both = [torch.cat(pair, 2) for pair in zip(best, own, strict=True)]
+    expected = F.scaled_dot_product_attention(
+        query[:, :, 56:],
+        *both,
+        attn_mask=torch.ones(8, 16).tril(8).bool(),
+        enable_gqa=True,
+    )
+    torch.testing.assert_close(out[:, :, 56:], expected, **TOLERANCE[torch.float32])
+    assert torch.autograd.grad(out.sum(), means, allow_unused=True) == (None,)
+
+
+def test_a_gpu_without_triton_gets_the_torch_kernel_and_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(name: str) -> ModuleType:
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", missing)
+    dispatch.find_triton_kernels.cache_clear()
+    fallback.forget()
+    try:
+        with pytest.warns(RuntimeWarning, match="No module named 'triton'.*pip install triton"):
+            assert dispatch.kernel_for(torch.device("cuda")) is tiled
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert dispatch.kernel_for(torch.device("cuda")) is tiled
+            assert dispatch.kernel_for(torch.device("meta")) is tiled
+    finally:
+        dispatch.find_triton_kernels.cache_clear()
+        fallback.forget()
 
 
 FALLBACK = """
