@@ -88,3 +88,15 @@ def status_bytes(field: str) -> int:
     """One of the kilobyte counts of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(dict(line.split(":", 1) for line in lines)[field].split()[0]) * 1024
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had; a terabyte where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 1 << 40
+    found = dict(line.split(":", 1) for line in lines)
+    return int(found["MemAvailable"].split()[0]) * 1024
