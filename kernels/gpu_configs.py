@@ -21,7 +21,8 @@ BLOCKS = (16, 32, 64, 256)  # at most this many keys, and beyond; a tile spans n
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 INTERPRETER = "interpreter"
 
-# rows x keys / warps / stages, by head dim (the larger of D and Dv): the first row that fits.
+# rows x keys / warps / stages, by head dim (the larger of D and Dv): the first row that fits. One
+# with a + is for calls with extras: a bias, a softcap, gathered keys.
 # means: keys of a block in a step x dims. route: rows x block means. merge, delta: rows of a
 # program. index: routes of a step. dkdv: rows of a step x keys of a program.
 TABLE = """
@@ -30,13 +31,19 @@ means    any    any    any          64x64/4/2    64x128/4/2   32x256/4/2   32x51
 route    2      any    gfx942       64x64/4/2    64x64/4/2    32x32/4/2    16x32/4/2
 route    2      any    any          64x64/4/3    64x64/4/2    64x32/4/2    32x32/8/2
 route    4      any    any          64x64/4/2    64x32/4/2    32x32/4/2    16x32/4/2
-forward  2      any    sm_80        128x64/4/3   128x64/8/3   64x64/8/2    32x32/4/2
-forward  2      any    sm_86        128x64/4/2   64x64/4/2    64x32/4/2    16x32/4/1
+forward+ 2      any    gfx942       128x32/4/1   128x32/8/1   64x16/4/1    16x16/4/1
+forward+ 2      any    sm_86        128x32/8/2   64x32/8/2    64x16/4/1    16x16/4/1
+forward+ 2      any    any          128x64/8/3   128x32/8/3   64x32/4/2    32x32/8/1
+forward  2      any    sm_80        128x64/4/3   128x32/8/3   64x64/8/2    32x32/4/2
+forward  2      any    sm_86        128x64/4/2   128x32/8/2   64x32/4/2    16x32/4/1
 forward  2      any    gfx942       128x64/4/2   128x64/8/1   64x32/4/1    16x32/4/1
-forward  2      any    any          128x64/4/3   128x64/8/3   64x64/4/2    64x32/8/2
-forward  4      any    sm_86        64x32/4/2    64x32/4/1    32x16/4/1    16x16/4/1
-forward  4      any    gfx942       64x32/4/1    64x32/4/1    32x16/4/1    16x16/4/1
-forward  4      any    any          64x64/4/2    64x32/8/2    32x32/4/2    16x16/4/2
+forward  2      any    sm_100       128x64/4/3   128x64/8/3   64x64/4/2    64x32/8/2
+forward  2      any    any          128x64/8/3   128x64/8/3   64x64/4/2    64x32/8/2
+forward  4      any    sm_86        32x32/4/2    16x32/4/2    16x16/4/1    16x16/4/1
+forward  4      any    gfx942       32x32/4/1    16x32/4/1    16x16/4/1    16x16/4/1
+forward  4      any    sm_80        32x32/4/2    16x32/4/2    16x16/4/2    16x16/4/2
+forward+ 4      any    any          32x32/4/2    16x32/4/2    16x16/4/2    16x16/4/2
+forward  4      any    any          64x32/4/2    16x32/4/2    16x32/4/2    16x16/4/2
 dkdv     2      any    sm_80        64x64/4/2    64x64/8/2    32x64/8/1    16x32/8/1
 dkdv     2      any    sm_86        64x64/4/2    32x64/4/1    32x32/4/1    16x16/4/1
 dkdv     2      any    gfx942       64x64/4/1    32x64/4/1    16x32/4/1    16x16/4/1
@@ -75,14 +82,24 @@ class Shape(NamedTuple):
     dim: int
     dtype: torch.dtype
     block: int
+    extras: bool
 
 
 def choose(
-    kernel: str, dim: int, dtype: torch.dtype, block: int, device: torch.device | None = None
+    kernel: str,
+    dim: int,
+    dtype: torch.dtype,
+    block: int,
+    device: torch.device | None = None,
+    extras: bool = False,
 ) -> Config:
-    """The configuration of `kernel` for a head dim (the larger of D and Dv), dtype and block."""
-    chip = architecture(device)
-    return _look_up(kernel, _bucket(dim, DIMS), dtype.itemsize, _bucket(block, BLOCKS), chip)
+    """The configuration of `kernel` for a head dim (the larger of D and Dv), dtype and block.
+
+    Args:
+        extras: scores have a bias or a softcap, or keys are gathered: that takes registers.
+    """
+    size, chip = _bucket(dim, DIMS), architecture(device)
+    return _look_up(kernel, size, dtype.itemsize, _bucket(block, BLOCKS), chip, extras)
 
 
 def every(kernel: str, chip: str) -> Iterator[tuple[Shape, Config]]:
@@ -90,7 +107,9 @@ def every(kernel: str, chip: str) -> Iterator[tuple[Shape, Config]]:
     blocks = (*BLOCKS, 2 * BLOCKS[-1])
     for dim, dtype, block in itertools.product(DIMS, (torch.bfloat16, torch.float32), blocks):
         bucket = _bucket(block, BLOCKS)
-        yield Shape(dim, dtype, block), _look_up(kernel, dim, dtype.itemsize, bucket, chip)
+        for extras in (False, True):
+            config = _look_up(kernel, dim, dtype.itemsize, bucket, chip, extras)
+            yield Shape(dim, dtype, block, extras), config
 
 
 @functools.cache
@@ -159,24 +178,26 @@ def _bucket(size: int, edges: tuple[int, ...]) -> int:
 
 
 @functools.cache
-def _look_up(kernel: str, dim: int, width: int, block: int, chip: str) -> Config:
-    rows, keys, warps, stages = (
-        (32, 32, 4, 1)
-        if chip == INTERPRETER
-        else _tile(kernel, min(dim, DIMS[-1]), width, block, chip)
-    )
+def _look_up(kernel: str, dim: int, width: int, block: int, chip: str, extras: bool) -> Config:
+    if chip == INTERPRETER:
+        rows, keys, warps, stages = 32, 32, 4, 1
+    else:
+        rows, keys, warps, stages = _tile(kernel, min(dim, DIMS[-1]), width, block, chip, extras)
     if kernel in ("forward", "dkdv", "dq", "decode"):
         keys = min(keys, max(16, block))
     return Config(rows, keys, warps, stages)
 
 
-def _tile(kernel: str, dim: int, width: int, block: int, chip: str) -> tuple[int, int, int, int]:
+def _tile(
+    kernel: str, dim: int, width: int, block: int, chip: str, extras: bool
+) -> tuple[int, int, int, int]:
     size = "small" if block <= BLOCKS[-1] else "large"
-    wanted = kernel, str(width), size, chip
+    names = (kernel, f"{kernel}+") if extras else (kernel,)
     for line in TABLE.strip().splitlines()[1:]:
-        row = line.split()
-        if all(cell in ("any", want) for cell, want in zip(row, wanted)):
-            tile, warps, stages = row[len(wanted) + DIMS.index(dim)].split("/")
+        name, *row = line.split()
+        fits = all(cell in ("any", want) for cell, want in zip(row, (str(width), size, chip)))
+        if name in names and fits:
+            tile, warps, stages = row[3 + DIMS.index(dim)].split("/")
             rows, keys = tile.split("x")
             return int(rows), int(keys), int(warps), int(stages)
     raise KeyError(f"no row for {kernel}, {width} bytes, {size} block, {chip}")

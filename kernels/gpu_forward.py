@@ -307,8 +307,9 @@ class Call(NamedTuple):
         query, key, value, layout, policy = self
         queries, blocks = layout.queries, layout.blocks
         dim = max(query.shape[3], value.shape[3])
-        config = gpu_configs.choose("forward", dim, query.dtype, layout.block, query.device)
         scores = gpu_tile.scores(query, key.shape[2], policy)
+        extras = scores.SOFTCAP or scores.BIAS > 0 or blocks.token is not None
+        config = gpu_configs.choose("forward", dim, query.dtype, layout.block, query.device, extras)
         order, order_row = by_row(queries.index, queries.last)
         token, token_row = by_row(blocks.token, blocks.start)
         direct = layout.topk == 1
