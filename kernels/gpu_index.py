@@ -1,19 +1,11 @@
-"""Which rows chose each block: the routes sorted by block, and cut into tiles.
+"""Which rows chose each block: the routes sorted by block, and cut into passes and tiles.
 
     route    (row, column) of a table of chosen blocks; its id is row * K + column
     entries  the ids of a (batch, kv head)'s routes by block, rising within a block
     pass     what is worked on at a time: some (batch, kv head)s, some chunks of rows
     tile     at most block_m entries of one block in a pass
 
-A counting sort: with routes cut into chunks, each the work of one program,
-
-    count[bh, j, c] = routes to block j in chunk c
-    starts          = exclusive sum of count, over (bh, j, c)
-    entries[starts[bh, j, c] + seen before in the chunk] = id
-
-One body makes both walks over the routes; `seen` is a counter per block and program in memory, and
-a route's rank among those of its step comes from comparing all pairs of them. Nothing is atomic,
-nothing depends on timing, and no host waits.
+Nothing is atomic, nothing depends on timing, and no host waits: sizes follow from shapes.
 
 Shape letters: B batch, Hkv kv heads, bh counts both; R rows of a kv head, K columns, n blocks,
 C chunks, T tiles.
@@ -27,14 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Routes that a program compares with each other in a step, of one warp: a bit of a word for each.
-STEP = 32
-# 32 warps on each of 132 processors: a step is short, and waits for what it loads.
-PROGRAMS = 4096
-# A pass is whole chunks: these are few enough for any budget over 2 KB * 2**17 = 256 MiB.
-CHUNK_ROUTES = 1 << 17
-# Partial results of a pass, in bytes.
-BUDGET = 256 << 20
+from moonfx.kernels import gpu_sort
+
+BUDGET = 256 << 20  # bytes of a pass's partial results
+SIZE = 256  # blocks, or tiles, of a program
 
 
 class Index(NamedTuple):
@@ -80,101 +68,9 @@ class Tiles(NamedTuple):
 
 def build(routes: Tensor, n: int) -> Index:
     """The index of int32 [B, Hkv, R, K] block numbers 0 .. n - 1, or -1 for none."""
-    batch, kv_heads, rows, columns = routes.shape
-    routes, bhs = routes.contiguous(), batch * kv_heads
-    chunks, chunk_rows = cut(bhs, rows, columns, n)
-    entries = torch.empty(routes.numel(), dtype=torch.int32, device=routes.device)
-    starts = torch.zeros(bhs * n * chunks + 1, dtype=torch.int64, device=routes.device)
-    index = Index(routes, entries, starts, n, chunks, chunk_rows)
-    if routes.numel() and n:
-        seen = torch.zeros(bhs, chunks, n, dtype=torch.int32, device=routes.device)
-        walk(index, seen, scatter=False)
-        torch.cumsum(seen.transpose(1, 2).reshape(-1), 0, dtype=torch.int64, out=starts[1:])
-        walk(index, seen.zero_(), scatter=True)
-    return index
-
-
-def cut(bhs: int, rows: int, columns: int, n: int) -> tuple[int, int]:
-    """Chunks and their rows: PROGRAMS in all, fewer if counts would outnumber half of the routes.
-
-    But no more routes in a chunk than CHUNK_ROUTES, so that counts are at most max(2**20, half of
-    the routes, n / 2**17 of the routes, one chunk's): 12 bytes each, beside 8 for a route.
-    """
-    counts = max(1 << 20, bhs * rows * columns // 2)
-    chunks = min(-(-PROGRAMS // max(bhs, 1)), counts // max(bhs * n, 1))
-    chunk_rows = -(-rows // max(chunks, 1))
-    # A step or more, but for the last.
-    columns = max(columns, 1)
-    chunk_rows = max(min(chunk_rows, CHUNK_ROUTES // columns), -(-STEP // columns))
-    return max(-(-rows // chunk_rows), 1), chunk_rows
-
-
-def walk(index: Index, seen: Tensor, *, scatter: bool) -> None:
-    """Counts every route in `seen` [bh, C, n], which is zero; `scatter` writes the entries too."""
-    rows, columns = index.routes.shape[2:]
-    sort_routes[(seen.shape[0] * index.chunks,)](
-        *(index.routes, seen, index.starts, index.entries),
-        *(rows * columns, index.chunk_rows * columns, index.n, index.chunks),
-        SCATTER=scatter,
-        num_warps=1,
-        num_stages=1,
-    )
-
-
-@triton.jit(do_not_specialize=["routes_of_bh", "routes_of_chunk", "n", "chunks"])
-def sort_routes(
-    routes,
-    seen,
-    starts,
-    entries,
-    routes_of_bh,
-    routes_of_chunk,
-    n,
-    chunks,
-    SCATTER: tl.constexpr,
-):
-    """One chunk of one (batch, kv head), in steps.
-
-    A step reads its counters before it writes them, and writes them before the next step reads:
-    different threads do, so that a barrier stands between. A block's counter is written once in a
-    step, by the last of its routes.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    bh = program // chunks
-    chunk = program % chunks
-    routes += bh * routes_of_bh
-    seen += program * n
-    starts += bh * n * chunks + chunk
-
-    lane = tl.arange(0, 32)
-    bit = tl.full([32], 1, tl.uint32) << lane
-    begin = chunk.to(tl.int32) * routes_of_chunk
-    end = tl.minimum(begin + routes_of_chunk, routes_of_bh)
-    block = tl.load(routes + begin + lane, mask=begin + lane < end, other=-1)
-    for step in range(begin, end, 32):
-        route = step + lane
-        upcoming = tl.load(routes + route + 32, mask=route + 32 < end, other=-1)
-        there = block >= 0
-        # Bit j of `alike`: the j-th route of the step is to the same block. Summed over the first
-        # axis, a thread's elements are those of one route: the sum crosses no lanes.
-        alike = tl.sum(tl.where(block[:, None] == block[None, :], bit[:, None], 0), 0)
-        count = tl.load(seen + block, mask=there, other=0) + bits(alike & (bit - 1))
-        tl.debug_barrier()
-        tl.store(seen + block, count + 1, mask=there & (alike >> lane == 1))
-        if SCATTER:
-            start = tl.load(starts + block.to(tl.int64) * chunks, mask=there, other=0)
-            tl.store(entries + start + count, route, mask=there)
-        tl.debug_barrier()
-        block = upcoming
-
-
-@triton.jit
-def bits(word):
-    """How many bits of uint32 words are set, as int32."""
-    word -= (word >> 1) & 0x55555555
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24).to(tl.int32)
+    routes = routes.contiguous()
+    entries, starts, chunks, chunk_rows = gpu_sort.sort(routes, n)
+    return Index(routes, entries, starts, n, chunks, chunk_rows)
 
 
 def passes(index: Index, bytes_per_route: int, budget: int = BUDGET) -> Iterator[Pass]:
@@ -187,12 +83,12 @@ def passes(index: Index, bytes_per_route: int, budget: int = BUDGET) -> Iterator
         return
     heads = budget // (rows * columns * bytes_per_route)
     chunks = budget // (index.chunk_rows * columns * bytes_per_route)
-    for bh0, bh1 in even(batch * kv_heads, max(heads, 1)):
-        for chunk0, chunk1 in even(index.chunks, index.chunks if heads else max(chunks, 1)):
+    for bh0, bh1 in _even(batch * kv_heads, max(heads, 1)):
+        for chunk0, chunk1 in _even(index.chunks, index.chunks if heads else max(chunks, 1)):
             yield Pass(bh0, bh1, chunk0, chunk1)
 
 
-def even(total: int, most: int) -> Iterator[tuple[int, int]]:
+def _even(total: int, most: int) -> Iterator[tuple[int, int]]:
     """0 .. total - 1 in as few ranges of at most `most` as can be, nearly equal."""
     parts = -(-total // most)
     for part in range(parts):
@@ -207,20 +103,81 @@ def rows_of(index: Index, pass_: Pass) -> tuple[int, int]:
 
 def tiles(index: Index, pass_: Pass, block_m: int) -> Tiles:
     """The entries of a pass, at most `block_m` in a tile; T is a bound that follows from shapes."""
-    columns, n = index.routes.shape[3], index.n
-    bhs = pass_.bh1 - pass_.bh0
-    bound = rows_of(index, pass_)[1] * columns * bhs // block_m + bhs * n
-    of_blocks = slice(pass_.bh0 * n, pass_.bh1 * n)
-    first = index.starts[:-1].view(-1, index.chunks)[of_blocks, pass_.chunk0]
-    end = index.starts[1:].view(-1, index.chunks)[of_blocks, pass_.chunk1 - 1]
-    count = (end - first + block_m - 1) // block_m
-    total = count.cumsum(0)
+    bhs, device = pass_.bh1 - pass_.bh0, index.starts.device
+    blocks = bhs * index.n
+    bound = rows_of(index, pass_)[1] * index.routes.shape[3] * bhs // block_m + blocks
+    starts = index.starts[pass_.bh0 * index.n * index.chunks :]
+    sizes = index.chunks, pass_.chunk0, pass_.chunk1, blocks, block_m
 
-    tile = torch.arange(bound, device=total.device)
-    block = torch.searchsorted(total, tile, right=True)
-    unused = block == len(total)
-    block.clamp_(max=len(total) - 1)
-    first = first[block] + (tile - total[block] + count[block]) * block_m
-    size = (end[block] - first).clamp(max=block_m).masked_fill(unused, 0)
-    number = (block + pass_.bh0 * n).masked_fill(unused, -1)
-    return Tiles(number.int(), first, size.int())
+    ends = torch.empty(blocks, dtype=torch.int64, device=device)
+    _count[(triton.cdiv(blocks, SIZE),)](starts, ends, *sizes, SIZE=SIZE)
+    ends.cumsum_(0)
+    result = Tiles(
+        torch.empty(bound, dtype=torch.int32, device=device),
+        torch.empty(bound, dtype=torch.int64, device=device),
+        torch.empty(bound, dtype=torch.int32, device=device),
+    )
+    _place[(triton.cdiv(bound, SIZE),)](
+        *(starts, ends, *result, *sizes),
+        *(bound, pass_.bh0 * index.n, blocks.bit_length()),
+        SIZE=SIZE,
+    )
+    return result
+
+
+_VARY = ["starts", "chunks", "chunk0", "chunk1", "blocks", "block_m", "bound", "block0", "depth"]
+
+
+@triton.jit
+def _entries(starts, block, there, chunks, chunk0, chunk1):
+    """The first entry of each block in the chunks of a pass, and the first past it."""
+    starts += block.to(tl.int64) * chunks
+    first = tl.load(starts + chunk0, mask=there, other=0)
+    return first, tl.load(starts + chunk1, mask=there, other=0)
+
+
+@triton.jit(do_not_specialize=_VARY)
+def _count(starts, counts, chunks, chunk0, chunk1, blocks, block_m, SIZE: tl.constexpr):
+    """How many tiles each block has."""
+    block = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    there = block < blocks
+    first, end = _entries(starts, block, there, chunks, chunk0, chunk1)
+    tl.store(counts + block, tl.cdiv(end - first, block_m), mask=there)
+
+
+@triton.jit(do_not_specialize=_VARY)
+def _place(
+    starts,
+    ends,
+    tile_block,
+    tile_first,
+    tile_size,
+    chunks,
+    chunk0,
+    chunk1,
+    blocks,
+    block_m,
+    bound,
+    block0,
+    depth,
+    SIZE: tl.constexpr,
+):
+    """The block of each tile, by bisection of the running sum of tiles, and its entries."""
+    tile = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    low = tl.zeros([SIZE], tl.int32)
+    high = low + blocks
+    for _ in range(depth):
+        middle = (low + high) // 2
+        open = low < high
+        after = tl.load(ends + middle, mask=open, other=0) <= tile
+        low = tl.where(open & after, middle + 1, low)
+        high = tl.where(open & ~after, middle, high)
+    used = low < blocks
+    before = tl.load(ends + low - 1, mask=used & (low > 0), other=0)
+    first, end = _entries(starts, low, used, chunks, chunk0, chunk1)
+    first += (tile - before) * block_m
+    size = tl.minimum(end - first, block_m)
+    here = tile < bound
+    tl.store(tile_block + tile, tl.where(used, block0 + low, -1), mask=here)
+    tl.store(tile_first + tile, first, mask=here)
+    tl.store(tile_size + tile, tl.where(used, size, 0).to(tl.int32), mask=here)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moonfx.kernels import gpu_index
+from moonfx.kernels import gpu_sort
 from moonfx.kernels.gpu_index import BUDGET, build, passes, rows_of, tiles
 from tests.kernels.no_waits import NoWaits
 
@@ -33,11 +33,11 @@ TABLES = [
     ("fewer routes than a step", drawn((1, 2, 9, 3), 5), 5),
     ("a step", drawn((1, 1, 32, 2), 5, absent=0.0), 5),
     ("a step and one more row", drawn((1, 1, 33, 2), 5, absent=0.0), 5),
-    ("many steps", drawn((2, 2, 300, 3), 7), 7),
+    ("many steps", drawn((1, 2, 200, 3), 7), 7),
     ("more blocks than routes", drawn((2, 1, 20, 2), 1000), 1000),
     ("more columns than a step", drawn((1, 1, 3, 100), 100), 100),
     ("nothing chosen", drawn((1, 2, 50, 2), 6, absent=1.0), 6),
-    ("popular blocks", popular((2, 2, 200, 3), 9), 9),
+    ("popular blocks", popular((1, 2, 100, 3), 9), 9),
     ("one block for all", torch.zeros(1, 1, 70, 3, dtype=torch.int32), 2),
     ("no row", torch.zeros(2, 2, 0, 3, dtype=torch.int32), 4),
     ("no batch", torch.zeros(0, 2, 5, 3, dtype=torch.int32), 4),
@@ -48,7 +48,7 @@ NAMES = [name for name, *_ in TABLES]
 @pytest.fixture(params=[2, 4096], ids=["few programs", "many programs"])
 def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long chunks have many steps; short ones have one."""
-    monkeypatch.setattr(gpu_index, "PROGRAMS", request.param)
+    monkeypatch.setattr(gpu_sort, "PROGRAMS", request.param)
 
 
 def check_index(routes: Tensor, n: int) -> None:
@@ -109,18 +109,18 @@ def check_tiles(routes: Tensor, n: int, block_m: int, bytes_per_route: int, budg
 
 BUDGETS = [
     ("everything at once", 10**9, 1),
-    ("two heads at a time", 300 * 3 * 100 * 2, 2),
-    ("three heads would fit, two passes of two", 300 * 3 * 100 * 3, 2),
-    ("a head at a time", 300 * 3 * 100, 4),
-    ("half of a head, in whole chunks of 11 rows", 14 * 11 * 3 * 100, 4 * 2),
-    ("less than a chunk", 1, 4 * 28),
+    ("two heads at a time", 100 * 3 * 50 * 2, 2),
+    ("three heads would fit: two passes of two", 100 * 3 * 50 * 3, 2),
+    ("a head at a time", 100 * 3 * 50, 4),
+    ("half of a head, in whole chunks of 11 rows", 5 * 11 * 3 * 50, 4 * 2),
+    ("less than a chunk", 1, 4 * 10),
 ]
 
 
 @pytest.mark.parametrize(("name", "budget", "count"), BUDGETS, ids=[name for name, *_ in BUDGETS])
 def test_passes_hold_every_route_once_within_the_budget(name: str, budget: int, count: int) -> None:
-    routes = drawn((2, 2, 300, 3), 7)
-    assert check_tiles(routes, 7, 16, 100, budget) == count
+    routes = drawn((2, 2, 100, 3), 7)
+    assert check_tiles(routes, 7, 16, 50, budget) == count
 
 
 @pytest.mark.parametrize(("name", "routes", "n"), TABLES, ids=NAMES)
@@ -162,7 +162,7 @@ SHAPES = [
 def test_counts_stay_small_and_a_chunk_fits_the_budget(
     name: str, bhs: int, rows: int, columns: int, n: int
 ) -> None:
-    chunks, chunk_rows = gpu_index.cut(bhs, rows, columns, n)
+    chunks, chunk_rows = gpu_sort.cut(bhs, rows, columns, n)
     assert (chunks - 1) * chunk_rows < rows <= chunks * chunk_rows
     assert bhs * chunks >= 128
     assert bhs * n * chunks <= bhs * rows * columns // 2
