@@ -47,7 +47,7 @@ from moonfx.kernels.tiled import empty_by_token
 
 
 @triton.jit
-def _advance(
+def advance(
     top,
     total,
     result,
@@ -216,12 +216,12 @@ def _tiles(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, V], tl.float32)
-    top, total, result = _advance(
+    top, total, result = advance(
         *(top, total, result, rows, seen, member, begin, whole, limit),
         *(key, key_token, value, value_token, bias, bias_head, token, scale, softcap),
         *(KEY_DIM, VALUE_DIM, KEYS, False, PACKED, FOLD, SOFTCAP, BIAS, PRECISION),
     )
-    top, total, result = _advance(
+    top, total, result = advance(
         *(top, total, result, rows, seen, member, whole, by_any, limit),
         *(key, key_token, value, value_token, bias, bias_head, token, scale, softcap),
         *(KEY_DIM, VALUE_DIM, KEYS, True, PACKED, FOLD, SOFTCAP, BIAS, PRECISION),
