@@ -112,3 +112,21 @@ def test_rows_without_padding_or_packing_share_one_layout() -> None:
     queries, blocks = of.queries, of.blocks
     shared = queries.last, queries.own, queries.first, queries.end, blocks.start, blocks.size
     assert {x.stride(0) for x in shared} == {0}
+
+
+def shapes(of: Layout) -> list[torch.Size | None]:
+    tensors = (*vars(of.queries).values(), *vars(of.blocks).values())
+    return [None if x is None else x.shape for x in tensors]
+
+
+@pytest.mark.parametrize("padding", ["none", "holes"])
+@pytest.mark.parametrize("packing", ["none", "runs"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_sizes_follow_from_shapes_alone(packing: str, padding: str, causal: bool) -> None:
+    case = Case(packing=packing, padding=padding, causal=causal, topk=3)
+    query, key, _ = case.inputs()
+    policy = case.policy()
+    given = {"key_mask": policy.key_mask, "segments": policy.segments}
+    unread = {name: None if x is None else x.to("meta") for name, x in given.items()}
+    of = layout(query.to("meta"), key.to("meta"), policy._replace(**unread))
+    assert shapes(of) == shapes(layout(query, key, policy))
