@@ -1,0 +1,351 @@
+"""Which blocks each row attends: scores and the best of them, in one kernel.
+
+    eq. 6   s_j = q . mean_j + bias_j / scale       j over the candidates, scaled nowhere else
+    eq. 5   the own block, the sinks, and the best others, topk in all; ties to the lower block
+
+A program has ROWS rows of a kv head, all heads of a group among them, and goes over the candidates
+BLOCKS at a time: a product, and what comes of it into a table in registers (gpu_route_best.py).
+Nothing as large as rows x blocks is ever in memory.
+
+A score is as exact as float32's own product, whatever the matrix unit takes: bfloat16 queries meet
+means split into three parts (gpu_means.py), others are multiplied in three TF32 products. 64 rows
+by 64 blocks is one warp group's product and leaves room for a second program on a multiprocessor:
+one multiplies while the other picks. Long tiles start first.
+
+Few rows (a decode step) would leave a chip idle: then the candidates are split over programs, and
+a second kernel puts their tables into one. All of it follows from shapes.
+
+Shape letters as in gpu_problem.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moonfx.kernels import gpu_configs, gpu_means, gpu_route_wide
+from moonfx.kernels.gpu_problem import Layout
+from moonfx.kernels.gpu_route_best import (
+    BEYOND,
+    INTERPRETED,
+    empty,
+    fixed_blocks,
+    put,
+    ranked,
+    write,
+)
+from moonfx.kernels.gpu_tile import inner_contiguous, padded
+
+MOST = 64  # blocks of a row that a table in registers is for
+WIDEST = 64  # columns that are written at a time
+PROGRAMS = 264  # two for each multiprocessor of a large chip
+LEAST = 2  # tiles of blocks that are worth a program of their own
+MERGED = 64  # partial results that are put into a table at a time
+REUSE = 8  # programs that have to read a mean before it pays to split it beforehand
+
+# How queries meet means.
+WHOLE, SPLIT, PARTS = (tl.constexpr(x) for x in range(3))
+
+
+def gated(layout: Layout) -> int:
+    """How many of a row's blocks are chosen by score, at most; without any, no mean is read."""
+    fixed = 1 + layout.sinks if layout.causal else max(1, layout.sinks)
+    return layout.topk - fixed
+
+
+def route(
+    query: Tensor, means: Tensor | None, bias_means: Tensor | None, layout: Layout, scale: float
+) -> Tensor:
+    """The blocks of each row, by number: own, sinks, chosen ones in ascending order, -1 for none.
+
+    Args:
+        query: [B, Hq, Nq, D]. means: float32 [B, Hkv, m, D], m no less than any candidate's number;
+            None will do where nothing is `gated`. bias_means: float32 [B, Hq, n].
+        scale: of the softmax, which the biases are to be divided by.
+    Returns:
+        int32 [B, Hkv, Nq * G, K]; a row that sees nothing has -1 throughout.
+    """
+    batch, heads, queries, dim = query.shape
+    kv_heads, rows = heads // layout.group, queries * layout.group
+    if bias_means is not None:
+        bias_means = bias_means / scale
+    slots = gated(layout)
+    assert slots == 0 or means is not None, "blocks are to be chosen, so their means are needed"
+    if slots > MOST:
+        assert means is not None
+        return gpu_route_wide.route(query, means, bias_means, layout)
+    routes = query.new_empty(batch, kv_heads, rows, layout.topk, dtype=torch.int32)
+    if routes.numel() == 0:
+        return routes
+
+    config = gpu_configs.choose("route", dim, query.dtype, layout.block, query.device)
+    block_m = min(config.block_m, max(16, triton.next_power_of_2(rows)))
+    tiles = triton.cdiv(rows, block_m)
+    programs = tiles * batch * kv_heads
+    splits = 1
+    if slots > 0:
+        most = triton.cdiv(layout.n, LEAST * config.block_n)
+        splits = max(1, min(most, triton.cdiv(PROGRAMS, programs)))
+    share = triton.cdiv(triton.cdiv(layout.n, splits), config.block_n) * config.block_n
+    form = WHOLE
+    if query.dtype == torch.bfloat16:
+        form = PARTS if tiles >= REUSE else SPLIT
+
+    query = inner_contiguous(query)
+    table = triton.next_power_of_2(slots) if slots > 0 else 0
+    if slots == 0:
+        means = query
+    else:
+        means = gpu_means.parts(means) if form == PARTS else inner_contiguous(means)
+    part = (batch, kv_heads, rows, splits, table)
+    scores = query.new_empty(part if splits > 1 else (1,), dtype=torch.float32)
+    blocks = query.new_empty(part if splits > 1 else (1,), dtype=torch.int32)
+    of = layout.queries
+    index = of.own if of.index is None else of.index
+    places = (of.own, of.first, of.end, index)
+    place_rows = tuple(x.stride(0) for x in places)
+    counts = (kv_heads, layout.group, rows, layout.topk, layout.sinks, slots, tiles, splits)
+    columns = min(WIDEST, triton.next_power_of_2(layout.topk))
+    gpu_configs.launch(
+        route_kernel,
+        (programs * splits,),
+        config,
+        query,
+        means,
+        means if bias_means is None else bias_means,
+        routes,
+        scores,
+        blocks,
+        *places,
+        *query.stride()[:3],
+        means.stride(0) if means.dim() == 5 else 0,
+        *means.stride()[-4:-1],
+        *((0, 0) if bias_means is None else bias_means.stride()[:2]),
+        *place_rows,
+        *counts,
+        share,
+        ROWS=block_m,
+        BLOCKS=config.block_n,
+        TABLE=table,
+        COLUMNS=columns,
+        D=dim,
+        PADDED=padded(dim),
+        FORM=form,
+        PRECISION="ieee" if torch.version.hip is not None else "tf32x3",
+        BIAS=bias_means is not None,
+        SORTED=of.index is not None,
+        CAUSAL=layout.causal,
+        PARTIAL=splits > 1,
+    )
+    if splits > 1:
+        merge_kernel[(programs,)](
+            *(scores, blocks, routes, *places[:3], *place_rows[:3], *counts),
+            ROWS=block_m,
+            TABLE=table,
+            COLUMNS=columns,
+            WIDTH=max(MERGED, table),
+            num_warps=4,
+        )
+    return routes
+
+
+COUNTS = ["kv_heads", "rows", "topk", "sinks", "slots", "tiles", "splits", "share"]
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def route_kernel(
+    query,
+    means,
+    bias,
+    routes,
+    part_scores,
+    part_blocks,
+    own,
+    first,
+    end,
+    index,
+    query_row,
+    query_head,
+    query_token,
+    means_part,
+    means_row,
+    means_head,
+    means_block,
+    bias_row,
+    bias_head,
+    own_row,
+    first_row,
+    end_row,
+    index_row,
+    kv_heads,
+    group,
+    rows,
+    topk,
+    sinks,
+    slots,
+    tiles,
+    splits,
+    share,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TABLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    FORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BIAS: tl.constexpr,
+    SORTED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """The routes of ROWS rows; or, PARTIAL, their tables from one share of the blocks."""
+    tile = tl.program_id(0) // splits
+    split = tl.program_id(0) - tile * splits
+    head = (tile // tiles).to(tl.int64)
+    tile = tiles - 1 - tile % tiles
+    batch = head // kv_heads
+    kv_head = head - batch * kv_heads
+
+    row = tile * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    place = row // group
+    member = row - place * group
+    my_own = tl.load(own + batch * own_row + place, mask=valid, other=-1)
+    my_first = tl.load(first + batch * first_row + place, mask=valid, other=0)
+    my_end = tl.load(end + batch * end_row + place, mask=valid, other=0)
+    routes += head * rows * topk
+
+    if TABLE == 0:
+        write(routes, row, rows, my_own, my_first, my_end, my_own,
+              topk, sinks, slots, TABLE, COLUMNS)  # fmt: skip
+    else:
+        token = place
+        if SORTED:
+            token = tl.load(index + batch * index_row + place, mask=valid, other=0)
+        dim = tl.arange(0, PADDED)
+        query_heads = kv_head * group + member
+        rows_of_query = query_heads * query_head + token.to(tl.int64) * query_token
+        q = tl.load(
+            query + batch * query_row + rows_of_query[:, None] + dim[None, :],
+            mask=valid[:, None] & (dim < D)[None, :],
+            other=0.0,
+        )
+        if FORM == WHOLE:
+            q = q.to(tl.float32)
+        low = tl.where(my_own >= 0, my_first + sinks, BEYOND)
+        high = tl.where(my_own >= 0, my_end, 0)
+        begin, stop = tl.min(low, 0), tl.max(high, 0)
+        # Within these, every row may choose every block but its own.
+        all_from = tl.max(tl.where(valid, low, 0), 0)
+        all_to = tl.min(tl.where(valid, high, BEYOND), 0)
+        own_from, own_to = tl.min(tl.where(valid, my_own, BEYOND), 0), tl.max(my_own, 0)
+        if PARTIAL:
+            begin = tl.maximum(begin, split * share)
+            stop = tl.minimum(stop, split * share + share)
+            all_to = tl.minimum(all_to, stop)
+
+        fixed, _ = fixed_blocks(my_own, my_first, my_end, sinks)
+        scores, blocks, worst = empty(tl.minimum(topk - fixed, slots), TABLE)
+        means += batch * means_row + kv_head * means_head
+        bias += batch * bias_row
+        for start in range(begin, stop, BLOCKS):
+            block = start + tl.arange(0, BLOCKS)
+            there = block < stop
+            pointers = means + block.to(tl.int64)[:, None] * means_block + dim[None, :]
+            mask = there[:, None] & (dim < D)[None, :]
+            score = tl.zeros([ROWS, BLOCKS], tl.float32)
+            if FORM == WHOLE:
+                mean = tl.load(pointers, mask=mask, other=0.0)
+                score = tl.dot(q, tl.trans(mean), score, input_precision=PRECISION)
+            else:
+                if FORM == SPLIT:
+                    hi, mid, lo = gpu_means.three_parts(tl.load(pointers, mask=mask, other=0.0))
+                else:
+                    hi = tl.load(pointers, mask=mask, other=0.0)
+                    mid = tl.load(pointers + means_part, mask=mask, other=0.0)
+                    lo = tl.load(pointers + 2 * means_part, mask=mask, other=0.0)
+                score = product(q, lo, score)
+                score = product(q, mid, score)
+                score = product(q, hi, score)
+            if BIAS:
+                pointers = bias + query_heads[:, None] * bias_head + block[None, :]
+                score += tl.load(pointers, mask=valid[:, None] & there[None, :], other=0.0)
+            score = ranked(score)
+            inside = (start >= all_from) & (start + BLOCKS <= all_to)
+            if not CAUSAL:
+                inside = inside & ((start > own_to) | (start + BLOCKS <= own_from))
+            if not inside:
+                able = (block[None, :] >= low[:, None]) & (block[None, :] < high[:, None])
+                able = able & there[None, :]
+                if not CAUSAL:
+                    able = able & (block[None, :] != my_own[:, None])
+                score = tl.where(able, score, -float("inf"))
+            scores, blocks, worst = put(scores, blocks, worst, score, block[None, :])
+
+        if PARTIAL:
+            place = tl.arange(0, TABLE)[None, :]
+            out = ((head * rows + row)[:, None] * splits + split) * TABLE + place
+            scores = tl.where(blocks < 0, -float("inf"), scores)
+            tl.store(part_scores + out, scores, mask=valid[:, None])
+            tl.store(part_blocks + out, blocks, mask=valid[:, None])
+        else:
+            write(routes, row, rows, my_own, my_first, my_end, blocks,
+                  topk, sinks, slots, TABLE, COLUMNS)  # fmt: skip
+
+
+@triton.jit
+def product(q, mean, score):
+    """score + q mean^T."""
+    if INTERPRETED:  # NumPy has no bfloat16
+        q, mean = q.to(tl.float32), mean.to(tl.float32)
+    return tl.dot(q, tl.trans(mean), score)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def merge_kernel(
+    part_scores,
+    part_blocks,
+    routes,
+    own,
+    first,
+    end,
+    own_row,
+    first_row,
+    end_row,
+    kv_heads,
+    group,
+    rows,
+    topk,
+    sinks,
+    slots,
+    tiles,
+    splits,
+    ROWS: tl.constexpr,
+    TABLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The routes of ROWS rows from their partial tables, whose shares of the blocks ascend."""
+    tile = tl.program_id(0)
+    head = (tile // tiles).to(tl.int64)
+    batch = head // kv_heads
+    row = (tile % tiles) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    place = row // group
+    my_own = tl.load(own + batch * own_row + place, mask=valid, other=-1)
+    my_first = tl.load(first + batch * first_row + place, mask=valid, other=0)
+    my_end = tl.load(end + batch * end_row + place, mask=valid, other=0)
+
+    fixed, _ = fixed_blocks(my_own, my_first, my_end, sinks)
+    scores, blocks, worst = empty(tl.minimum(topk - fixed, slots), TABLE)
+    count = splits * TABLE
+    base = (head * rows + row)[:, None] * count
+    for start in range(0, count, WIDTH):
+        place = start + tl.arange(0, WIDTH)[None, :]
+        mask = valid[:, None] & (place < count)
+        score = tl.load(part_scores + base + place, mask=mask, other=-float("inf"))
+        block = tl.load(part_blocks + base + place, mask=mask, other=-1)
+        scores, blocks, worst = put(scores, blocks, worst, score, block)
+    write(routes + head * rows * topk, row, rows, my_own, my_first, my_end, blocks,
+          topk, sinks, slots, TABLE, COLUMNS)  # fmt: skip
