@@ -32,6 +32,7 @@ from moonfx.kernels.gpu_tile import (
     by_row,
     key_places,
     load_bias,
+    load_block,
     load_keys,
     load_routes,
     load_rows,
@@ -39,6 +40,7 @@ from moonfx.kernels.gpu_tile import (
     logits,
     multiplier,
     offsets,
+    padded,
     product,
     store_rows,
 )
@@ -57,6 +59,8 @@ def advance(
     begin,
     end,
     limit,
+    b,
+    head,
     keys,
     key_token,
     values,
@@ -71,6 +75,7 @@ def advance(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
     PACKED: tl.constexpr,
+    TMA: tl.constexpr,
     FOLD: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
@@ -87,7 +92,10 @@ def advance(
         place = slot + tl.arange(0, KEYS)
         inside = place < limit
         origin, index = key_places(token, slot, inside, KEYS, MASKED, PACKED)
-        key = load_keys(keys, origin, index, key_token, inside, KEY_DIM, D, MASKED)
+        if TMA:
+            key = load_block(keys, b, head, slot, KEYS, D)
+        else:
+            key = load_keys(keys, origin, index, key_token, inside, KEY_DIM, D, MASKED)
         dots = product(rows, key.T, None, PRECISION)
         added = load_bias(
             bias,
@@ -110,7 +118,10 @@ def advance(
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weight, 1)
         result = result * shrink[:, None]
-        value = load_keys(values, origin, index, value_token, inside, VALUE_DIM, V, MASKED)
+        if TMA:
+            value = load_block(values, b, head, slot, KEYS, V)
+        else:
+            value = load_keys(values, origin, index, value_token, inside, VALUE_DIM, V, MASKED)
         result = product(weight.to(value.dtype), value, result, PRECISION)
         top = peak
     return top, total, result
@@ -171,6 +182,7 @@ def _tiles(
     DIRECT: tl.constexpr,
     SORTED: tl.constexpr,
     PACKED: tl.constexpr,
+    TMA: tl.constexpr,
     FOLD: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
@@ -198,7 +210,7 @@ def _tiles(
     b = (bh // kv_heads).to(tl.int64)
     head = (bh % kv_heads).to(tl.int64)
 
-    row, column, valid = load_routes(entries, first, count, topk, ROWS, INDEXED)
+    row, _, valid = load_routes(entries, first, count, topk, ROWS, INDEXED)
     place, member, mine = locate(row, order + b * order_row, GROUP, SORTED)
     seen = tl.load(last + b * last_row + place, mask=valid, other=BEYOND)
     begin = tl.load(start + b * block_row + block % n)
@@ -209,8 +221,9 @@ def _tiles(
 
     query += b * query_row + head * GROUP * query_head
     rows = load_rows(query, offsets(member, mine, query_head, query_token), valid, KEY_DIM, D, True)
-    key += b * key_row + head * key_head
-    value += b * value_row + head * value_head
+    if not TMA:
+        key += b * key_row + head * key_head
+        value += b * value_row + head * value_head
     bias += b * bias_row + head * GROUP * bias_head
     token += b * token_row
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -218,19 +231,48 @@ def _tiles(
     result = tl.zeros([ROWS, V], tl.float32)
     top, total, result = advance(
         *(top, total, result, rows, seen, member, begin, whole, limit),
-        *(key, key_token, value, value_token, bias, bias_head, token, scale, softcap),
-        *(KEY_DIM, VALUE_DIM, KEYS, False, PACKED, FOLD, SOFTCAP, BIAS, PRECISION),
+        *(
+            bh // kv_heads,
+            bh % kv_heads,
+            key,
+            key_token,
+            value,
+            value_token,
+            bias,
+            bias_head,
+            token,
+            scale,
+            softcap,
+        ),
+        *(KEY_DIM, VALUE_DIM, KEYS, False, PACKED, TMA, FOLD, SOFTCAP, BIAS, PRECISION),
     )
     top, total, result = advance(
         *(top, total, result, rows, seen, member, whole, by_any, limit),
-        *(key, key_token, value, value_token, bias, bias_head, token, scale, softcap),
-        *(KEY_DIM, VALUE_DIM, KEYS, True, PACKED, FOLD, SOFTCAP, BIAS, PRECISION),
+        *(
+            bh // kv_heads,
+            bh % kv_heads,
+            key,
+            key_token,
+            value,
+            value_token,
+            bias,
+            bias_head,
+            token,
+            scale,
+            softcap,
+        ),
+        *(KEY_DIM, VALUE_DIM, KEYS, True, PACKED, TMA, FOLD, SOFTCAP, BIAS, PRECISION),
     )
 
-    nothing = total == 0.0
-    result = result / tl.where(nothing, 1.0, total)[:, None]
-    natural = tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN2)
+    # Read again: where to write, held through the loops, would not fit in registers. The barrier
+    # keeps the two readings from becoming one.
+    tl.debug_barrier()
+    row, column, valid = load_routes(entries, first, count, topk, ROWS, INDEXED)
+    total = tl.where(total == 0.0, 1.0, total)  # of a row that sees nothing: 0, and -inf from top
+    result = result / total[:, None]
+    natural = (top + tl.log2(total)) * LN2
     if DIRECT:
+        _, member, mine = locate(row, order + b * order_row, GROUP, SORTED)
         out += b * out_row + head * GROUP * out_head
         store_rows(out, offsets(member, mine, out_head, out_token), result, valid, VALUE_DIM, V)
         lse += (b * kv_heads + head) * GROUP * queries
@@ -306,14 +348,15 @@ class Call(NamedTuple):
         """Runs the tiles of a pass, of `rows` rows from row0; `out` and `lse` as in `_tiles`."""
         query, key, value, layout, policy = self
         queries, blocks = layout.queries, layout.blocks
-        dim = max(query.shape[3], value.shape[3])
         scores = gpu_tile.scores(query, key.shape[2], policy)
+        bulk = blocks.token is None and gpu_tile.bulk(key) and gpu_tile.bulk(value)
+        dim = max(query.shape[3], value.shape[3])
         extras = scores.SOFTCAP or scores.BIAS > 0 or blocks.token is not None
         config = gpu_configs.choose("forward", dim, query.dtype, layout.block, query.device, extras)
+        read = [gpu_tile.descriptor(x, config.block_n) if bulk else x for x in (key, value)]
         order, order_row = by_row(queries.index, queries.last)
         token, token_row = by_row(blocks.token, blocks.start)
         direct = layout.topk == 1
-        strides = out.stride()[:3] if direct else (0, 0, 0)
         if index is None:
             grid = self.heads * triton.cdiv(rows, config.block_m)
             table = (blocks.start,) * 4  # not read
@@ -325,8 +368,9 @@ class Call(NamedTuple):
             _tiles,
             (grid,),
             config,
-            *(query, key, value, out, lse),
-            *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides),
+            *(query, *read, out, lse),
+            *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
+            *(out.stride()[:3] if direct else (0, 0, 0)),
             *(*table, queries.last, queries.last.stride(0), order, order_row),
             *(blocks.start, blocks.size, blocks.start.stride(0), token, token_row),
             *(scores.bias, scores.row, scores.head, scores.scale, scores.softcap),
@@ -334,14 +378,15 @@ class Call(NamedTuple):
             GROUP=layout.group,
             KEY_DIM=query.shape[3],
             VALUE_DIM=value.shape[3],
-            D=gpu_tile.padded(query.shape[3]),
-            V=gpu_tile.padded(value.shape[3]),
+            D=padded(query.shape[3]),
+            V=padded(value.shape[3]),
             ROWS=config.block_m,
             KEYS=config.block_n,
             INDEXED=index is not None,
             DIRECT=direct,
             SORTED=queries.index is not None,
             PACKED=blocks.token is not None,
+            TMA=bulk,
             PRECISION=gpu_tile.precision(query.dtype),
             **scores.flags(),
         )

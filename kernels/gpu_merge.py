@@ -74,9 +74,9 @@ def _merge(
         total = total * shrink + weight
         top = peak
 
-    nothing = total == 0.0
-    result = result / tl.where(nothing, 1.0, total)[:, None]
-    natural = tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN2)
+    total = tl.where(total == 0.0, 1.0, total)  # of a row that sees nothing: 0, and -inf from top
+    result = result / total[:, None]
+    natural = (top + tl.log2(total)) * LN2
     out += b * out_row + head * GROUP * out_head
     store_rows(out, offsets(member, mine, out_head, out_token), result, valid, DIM, PADDED)
     lse += (b * kv_heads + head) * GROUP * queries

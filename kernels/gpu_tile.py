@@ -13,13 +13,15 @@ the sorted queries (gpu_problem.py).
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moonfx.kernels import gpu_configs
 from moonfx.kernels.policy import Policy
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -48,13 +50,18 @@ class Scores(NamedTuple):
     SOFTCAP: bool
     BIAS: int
 
-    def flags(self) -> dict[str, int]:
+    def flags(self) -> dict[str, Any]:
         return {"FOLD": self.FOLD, "SOFTCAP": self.SOFTCAP, "BIAS": self.BIAS}
+
+
+def scale_of(query: Tensor, policy: Policy) -> float:
+    """The factor on q.k."""
+    return query.shape[3] ** -0.5 if policy.scale is None else policy.scale
 
 
 def scores(query: Tensor, length: int, policy: Policy) -> Scores:
     """Of a query [B, Hq, Nq, D] and `length` keys."""
-    scale = query.shape[3] ** -0.5 if policy.scale is None else policy.scale
+    scale = scale_of(query, policy)
     bias, row, head, kind = query, 0, 0, 0
     if policy.key_bias is not None:
         bias = inner_contiguous(policy.key_bias.detach().float())
@@ -76,6 +83,26 @@ def inner_contiguous(tensor: Tensor) -> Tensor:
     if tensor.stride(-1) == 1 and rows < 2**23:
         return tensor
     return tensor.contiguous()
+
+
+def bulk(tensor: Tensor) -> bool:
+    """Whether the bulk copy engine of NVIDIA's chips from 9.0 on (TMA) reads tiles of a tensor.
+
+    It computes addresses in place of a tile's threads, which have their registers for scores.
+    """
+    if gpu_configs.architecture(tensor.device) not in ("sm_90", "sm_100", gpu_configs.INTERPRETER):
+        return False
+    outer = [s for s, n in zip(tensor.stride()[:-1], tensor.shape, strict=False) if n > 1]
+    aligned = all(s > 0 and s * tensor.element_size() % 16 == 0 for s in outer)
+    return aligned and tensor.data_ptr() % 16 == 0 and tensor.stride(-1) == 1
+
+
+def descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """Of [B, H, N, X], in tiles of `rows` rows, zero beyond N and X."""
+    shape, dim = list(tensor.shape), padded(tensor.shape[3])
+    # The stride of a dimension of one is not used, but must be aligned.
+    strides = [dim if n == 1 else s for s, n in zip(tensor.stride(), shape, strict=True)]
+    return TensorDescriptor(tensor, shape, [*strides[:3], 1], [1, 1, rows, dim])
 
 
 def by_row(tensor: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
@@ -270,3 +297,9 @@ def load_keys(
     return load_rows(
         base + tl.cast(origin, tl.int64) * stride, index * stride, seen, D, PADDED, MASKED
     )
+
+
+@triton.jit
+def load_block(descriptor, b, head, slot, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """[ROWS, PADDED] of a [B, H, N, X] by its descriptor, from `slot` on, 0 beyond N and X."""
+    return descriptor.load([b, head, slot, 0]).reshape([ROWS, PADDED])
