@@ -17,7 +17,6 @@ import triton
 from torch import Tensor
 
 from moonfx.kernels import (
-    gpu_backward,
     gpu_decode,
     gpu_forward,
     gpu_index,
@@ -124,10 +123,12 @@ def backward(
     )
     query, key, value = query.detach(), key.detach(), value.detach()
     if lse.numel() == 0:
-        grads = (empty_by_token(x, x.shape[3]).zero_() for x in (query, key, value))
+        zeros = [empty_by_token(x, x.shape[3]).zero_() for x in (query, key, value)]
         size = query.shape[0], query.shape[1], key.shape[2]
         grad_bias = None if key_bias is None else query.new_zeros(size, dtype=torch.float32)
-        return *grads, grad_bias
+        return zeros[0], zeros[1], zeros[2], grad_bias
+    from moonfx.kernels import gpu_backward
+
     layout = gpu_problem.layout(query, key, policy)
     if routes is None:
         routes = routes_of(query, key, layout, policy)
