@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moonfx.kernels import gpu_configs, gpu_tile
 from moonfx.kernels.gpu_forward import advance
-from moonfx.kernels.gpu_problem import Layout
+from moonfx.kernels.gpu_problem import STRIDES, Layout
 from moonfx.kernels.gpu_tile import (
     BEYOND,
     LN2,
@@ -45,9 +45,10 @@ MOST_ROUTES = 4096  # of a kv head, with rows and columns padded: every program 
 PROGRAMS = 1024  # four times what the largest chips run at a time, so that they end together
 BUDGET = 256 << 20  # bytes of partial results
 CHUNK, DIMS = 32, 64  # of a row's partial results in a step of a program that combines them
+VARY = [*STRIDES, "topk", "kv_heads", "rows", "queries", "bh0", "block", "span", "splits"]
 
 
-@triton.jit(do_not_specialize=["topk", "kv_heads", "rows", "bh0", "block", "span", "splits"])
+@triton.jit(do_not_specialize=VARY)
 def _attend(
     query,
     key,
@@ -156,7 +157,7 @@ def _attend(
     store_rows(part, slot * VALUE_DIM, result / total[:, None], chose & ~nothing, VALUE_DIM, V)
 
 
-@triton.jit(do_not_specialize=["topk", "splits", "kv_heads", "rows", "queries", "bh0"])
+@triton.jit(do_not_specialize=VARY)
 def _combine(
     part,
     part_lse,

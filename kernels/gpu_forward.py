@@ -25,7 +25,7 @@ from torch import Tensor
 from moonfx.kernels import gpu_configs, gpu_index, gpu_tile
 from moonfx.kernels.gpu_index import Index, Pass
 from moonfx.kernels.gpu_merge import merge
-from moonfx.kernels.gpu_problem import Layout
+from moonfx.kernels.gpu_problem import STRIDES, Layout
 from moonfx.kernels.gpu_tile import (
     BEYOND,
     LN2,
@@ -127,7 +127,9 @@ def advance(
     return top, total, result
 
 
-@triton.jit(do_not_specialize=["topk", "kv_heads", "n", "queries", "bh0", "row0", "pass_rows"])
+@triton.jit(
+    do_not_specialize=[*STRIDES, "topk", "kv_heads", "n", "queries", "bh0", "row0", "pass_rows"]
+)
 def _tiles(
     query,
     key,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moonfx.kernels import gpu_configs
-from moonfx.kernels.gpu_problem import Layout
+from moonfx.kernels.gpu_problem import STRIDES, Layout
 
 BIASES = 256  # lanes of a program when a token has one number
 SPLIT = 1024  # numbers that a program splits
@@ -56,7 +56,7 @@ def means(source: Tensor, layout: Layout, config: gpu_configs.Config) -> Tensor:
     lanes = min(config.block_m, triton.next_power_of_2(layout.block))
     tiles = triton.cdiv(layout.n, config.block_m // lanes)
     gpu_configs.launch(
-        mean_kernel,
+        bias_kernel if dim == 1 else mean_kernel,
         (tiles * batch * heads,),
         config,
         source,
@@ -80,7 +80,7 @@ def means(source: Tensor, layout: Layout, config: gpu_configs.Config) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["heads", "n", "tiles"])
+@triton.jit(do_not_specialize=[*STRIDES, "heads", "n", "tiles"])
 def mean_kernel(
     source,
     out,
@@ -133,6 +133,13 @@ def mean_kernel(
     mean = total / tl.maximum(count, 1).to(tl.float32)[:, None]
     place = (head.to(tl.int64) * n + block)[:, None] * D + dim[None, :]
     tl.store(out + place, mean, mask=(block < n)[:, None] & (dim < D)[None, :])
+
+
+# The same for numbers that lie by head and token: no stride of theirs is a multiple of a head dim.
+BIAS_STRIDES = ["source_row", "source_head"]
+bias_kernel = triton.jit(do_not_specialize=[*STRIDES, *BIAS_STRIDES, "heads", "n", "tiles"])(
+    mean_kernel.fn
+)
 
 
 def parts(means: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moonfx.kernels import gpu_configs
-from moonfx.kernels.gpu_problem import Layout
+from moonfx.kernels.gpu_problem import STRIDES, Layout
 from moonfx.kernels.gpu_tile import (
     LN2,
     LOG2E,
@@ -24,7 +24,7 @@ from moonfx.kernels.gpu_tile import (
 )
 
 
-@triton.jit(do_not_specialize=["topk", "kv_heads", "queries", "bh0", "row0", "pass_rows"])
+@triton.jit(do_not_specialize=[*STRIDES, "topk", "kv_heads", "queries", "bh0", "row0", "pass_rows"])
 def _merge(
     part,
     part_lse,

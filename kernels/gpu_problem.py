@@ -20,6 +20,13 @@ from torch import Tensor
 from moonfx.kernels.policy import Policy
 from moonfx.kernels.tiled_sequences import Sequences
 
+# Kernel arguments that follow a sequence's length without being one: strides of the tensors below,
+# and of a bias. A kernel that Triton specialised for them would be compiled for each new length.
+STRIDES = [
+    *("last_row", "own_row", "first_row", "end_row", "order_row", "index_row"),
+    *("block_row", "start_row", "size_row", "token_row", "bias_row", "bias_head"),
+]
+
 
 @dataclass(frozen=True)
 class Queries:
