@@ -44,6 +44,7 @@ REFUSED = [
     ("no turn", ["--repeats", "0"], "--repeats must be at least 1"),
     ("a size beside a suite", ["--suite", "cpu", "--heads", "4"], "has sizes of its own"),
     ("a length that a suite has not", ["--suite", "cpu", "--length", "7"], "has no such case"),
+    ("more queries than keys", ["--queries", "300", "--length", "256"], "--queries must be 1 to"),
     ("no such file", ["--from", "/nowhere.json"], "is not what `moonfx bench attention --json`"),
 ]
 
@@ -103,6 +104,18 @@ def test_dense_queries_stand_at_the_end_of_the_keys(queries):
     case = replace(SPARSE, length=64, queries=queries, topk=2)
     given = contenders.inputs(case, CPU)
     close(contenders.dense(case, given, "enable_gqa")(), contenders.moonfx(case, given)())
+
+
+@pytest.mark.parametrize("queries", [1, 8])
+def test_means_that_are_given_are_those_that_the_kernel_would_take(queries):
+    case = replace(SPARSE, queries=queries)
+    given = contenders.inputs(replace(case, means=True), CPU)
+    assert given.means.shape == (2, 2, 8, 16)
+    expected = contenders.by_definition(case, given, 256)()
+    close(contenders.moonfx(case, given)(), expected)
+    # They are what the gate reads: other means choose other blocks.
+    other = contenders.moonfx(case, given._replace(means=-given.means))()
+    assert not torch.allclose(other, expected, atol=1e-2)
 
 
 def close(actual, expected):

@@ -139,10 +139,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def add_shapes(parser: argparse.ArgumentParser) -> None:
-    for name, (default, help_text) in SIZES.items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, help=f"{help_text} ({default})"
-        )
+    for name, (size, help_text) in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{help_text} ({size})")
+    parser.add_argument("--queries", type=int, help="of the last tokens only (of all)")
     for name, (several, help_text) in LISTS.items():
         choices = {"dtype": DTYPES, "work": PASSES}.get(name)
         parser.add_argument(
@@ -161,7 +160,7 @@ def check(options: argparse.Namespace) -> None:
     if options.plot and (reason := plot.missing()):
         raise ValueError(reason)
     options.run = read(options.read) if options.read else None
-    given = [name for name in SIZES if getattr(options, name) is not None]
+    given = [name for name in (*SIZES, "queries") if getattr(options, name) is not None]
     if options.suite:
         if given or options.quick:
             raise ValueError(f"--suite {options.suite} has sizes of its own: {given or '--quick'}")
@@ -176,6 +175,8 @@ def check(options: argparse.Namespace) -> None:
     sizes = [options.batch, options.heads, options.kv_heads, *options.dim, *options.length]
     if min(sizes) < 1 or options.heads % options.kv_heads:
         raise ValueError("sizes must be at least 1, and --heads a multiple of --kv-heads")
+    if options.queries is not None and not 1 <= options.queries <= min(options.length):
+        raise ValueError(f"--queries must be 1 to the least --length, got {options.queries}")
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -193,7 +194,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         options.dtype, options.dim, options.length, options.work
     ):
         yield Case(
-            *(options.batch, options.heads, options.kv_heads, length, length, dim, dtype),
+            *(options.batch, options.heads, options.kv_heads, options.queries or length, length),
+            *(dim, dtype),
             *(options.block, options.topk, options.sinks, work),
         )
 

@@ -7,7 +7,7 @@ reference  kernels/reference.py, the definition: every score in memory, twice ov
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +55,12 @@ def block_means(key: Tensor, case: Case) -> Tensor:
 
 
 def moonfx(case: Case, given: Inputs) -> Callable[[], object]:
-    options: dict[str, Any] = {} if given.means is None else {"block_means": given.means}
-
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return moba_attention(query, key, value, case.block, case.topk, sinks=case.sinks, **options)
+        return moba_attention(
+            *(query, key, value, case.block, case.topk),
+            sinks=case.sinks,
+            block_means=given.means,
+        )
 
     return run(attention, [given.query, given.key, given.value], given.gradient)
 
