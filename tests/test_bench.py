@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from moonfx.bench import (
     measure,
     model,
     passes,
+    readme,
     roofline,
     table,
 )
@@ -31,6 +33,8 @@ from moonfx.ops.flops import attended_keys
 
 SMALL = ["--length", "256", "--dim", "16", "--block", "32", "--topk", "2", "--repeats", "1"]
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "docs" / "benchmarks"
 SPARSE = Case(2, 4, 2, 256, 256, 16, "float32", 32, 3, 1, "forward")
 # Rates at which a million operations, bytes or exponentials take a second.
 SLOW = Ceilings("cpu", {"float32": 1e6, "bfloat16": 1e6}, 1e6, 0, "made up")
@@ -213,6 +217,31 @@ def test_what_json_writes_prints_the_same_table_again_and_files_are_joined(capsy
     assert rows[:2] == rows[2:]
 
 
+def test_a_table_is_put_between_the_comments_that_name_its_data(capsys, tmp_path):
+    kept, document = tmp_path / "data.json", tmp_path / "README.md"
+    kept.write_text(json.dumps(results_of(["--dtype", "float32"], capsys)))
+    comments = f"<!-- {kept} -->", f"<!-- /{kept} -->"
+    document.write_text(f"before\n{comments[0]}\nold\n{comments[1]}\nafter\n")
+    for _ in range(2):
+        assert attention.main(["--from", str(kept), "--into", str(document)]) == 0
+        table_of = table.markdown(read([str(kept)]))
+        assert readme.between(document.read_text(), str(kept)) == table_of
+        assert document.read_text() == (
+            f"before\n{comments[0]}\n{table_of}\n{comments[1]}\nafter\n"
+        )
+    document.write_text("no comments")
+    with pytest.raises(ValueError, match="once each"):
+        attention.main(["--from", str(kept), "--into", str(document)])
+
+
+@pytest.mark.parametrize("data", sorted(DATA.glob("*.json")), ids=lambda path: path.name)
+def test_a_table_in_the_readme_is_what_its_data_prints(data):
+    name = str(data.relative_to(ROOT))
+    assert readme.between((ROOT / "README.md").read_text(), name) == table.markdown(
+        read([str(data)])
+    )
+
+
 def test_files_of_two_machines_are_not_joined(capsys, tmp_path):
     said = results_of(["--dtype", "float32", "--work", "forward"], capsys)
     for name in ("one", "two"):
@@ -346,6 +375,13 @@ def test_a_prediction_without_the_chip_is_called_one_and_measures_nothing(monkey
     printed = capsys.readouterr().out
     assert printed.startswith("PREDICTION, not a measurement: published ceilings of an H100 SXM")
     assert len([line for line in printed.splitlines() if "bfloat16" in line]) == 14
+
+
+def test_the_higher_of_two_measured_rates_counts():
+    other = SLOW._replace(flops={"float32": 2e6, "bfloat16": 1.0}, copy=3e6)
+    found = ceilings.higher(SLOW, other)
+    assert found.flops == {"float32": 2e6, "bfloat16": 1e6}
+    assert found.copy == 3e6
 
 
 def test_ceilings_are_rates_of_this_machine(monkeypatch):

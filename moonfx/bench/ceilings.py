@@ -56,6 +56,12 @@ def measure(device: torch.device, dtypes: set[str]) -> Ceilings:
     return Ceilings(device.type, flops, copy, exps, "ceilings measured in this run")
 
 
+def higher(one: Ceilings, other: Ceilings) -> Ceilings:
+    """The higher of each rate, of two measurements of one machine."""
+    flops = {name: max(rate, other.flops[name]) for name, rate in one.flops.items()}
+    return one._replace(flops=flops, copy=max(one.copy, other.copy))
+
+
 def product_rate(dtype: str, device: torch.device) -> float:
     """FLOP/s; a square whose operands stay in a CPU's last-level cache."""
     gpu = device.type == "cuda"

@@ -44,6 +44,17 @@ def predicted(case: Case, ceilings: Ceilings) -> Result:
     )
 
 
+def predicted_anew(result: Result, ceilings: Ceilings) -> Result:
+    """The same result beside what other ceilings predict."""
+    fresh = predicted(result.case, ceilings)
+    return replace(
+        result,
+        byte_floor=fresh.byte_floor,
+        predicted=fresh.predicted,
+        dense_predicted=fresh.dense_predicted,
+    )
+
+
 def does_not_fit(case: Case, free: int) -> str | None:
     """Why a case cannot be measured here, if so; `free` bytes are left."""
     needed = counts.needed_bytes(case, expanded=False)
