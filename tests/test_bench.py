@@ -1,11 +1,13 @@
 """The benchmarks: what they print adds up, and what they are given is checked."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from moonfx import cli
@@ -185,8 +187,31 @@ def test_a_case_larger_than_the_memory_is_left_out_with_a_line_that_says_so(monk
     assert printed.count("left out: batch 1, heads 8/2, queries 256") == len(PASSES)
 
 
+def test_dense_runs_by_the_backend_that_is_asked_for(capsys):
+    said = results_of(["--dense", "math", "--dtype", "float32", "--work", "forward"], capsys)
+    assert said["where"]["dense"] == "math backend"
+    given = contenders.inputs(SPARSE, CPU)
+    for backend, runs in (
+        ("math", "aten::_scaled_dot_product_attention_math"),
+        ("auto", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+    ):
+        with profile() as seen:
+            contenders.dense(SPARSE, given, "enable_gqa", backend)()
+        assert runs in {event.key for event in seen.key_averages()}
+
+
+def test_a_short_call_is_repeated_and_a_long_one_is_not():
+    count = []
+    assert machine.seconds(lambda: count.append(1), CPU) < 1e-4
+    assert len(count) > 100
+    count.clear()
+    assert machine.seconds(lambda: (count.append(1), time.sleep(0.021)), CPU) >= 0.021
+    assert len(count) == 1
+
+
 def test_a_long_warm_up_is_a_turn(monkeypatch):
     monkeypatch.setattr(measure, "LONG", 0.0)
+    monkeypatch.setattr(machine, "SHORT", 0.0)
     calls = []
     monkeypatch.setattr(contenders, "moonfx", lambda case, given: lambda: calls.append(1))
     result = measure.measure(SPARSE, CPU, SLOW, Limits(2, patience=1e9))

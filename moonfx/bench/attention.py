@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from moonfx.bench import ceilings, machine, plot, readme, table
 from moonfx.bench.cases import DTYPES, PASSES, SUITES, Case
+from moonfx.bench.contenders import BACKENDS
 from moonfx.bench.measure import Limits, does_not_fit, measure, predicted, predicted_anew
 from moonfx.bench.results import Run, read
 from moonfx.policy import check_block_topk_sinks
@@ -87,6 +88,8 @@ def measured(options: argparse.Namespace) -> Run:
     rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in roof.flops.items())
     where["ceilings"] = f"{rates} TFLOP/s, copy {roof.copy / 1e9:.0f} GB/s"
     where["turns"] = f"best of {options.repeats}"
+    if options.dense != "auto":
+        where["dense"] = f"{options.dense} backend"
     return Run(where, [predicted_anew(result, roof) for result in results], left_out)
 
 
@@ -110,6 +113,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         choices=["flex", "reference"],
         help="contenders beside dense and moonfx; FlexAttention compiles for each case",
+    )
+    parser.add_argument(
+        "--dense",
+        choices=("auto", *BACKENDS),
+        default="auto",
+        help="backend of F.scaled_dot_product_attention (torch's own choice)",
     )
     parser.add_argument(
         "--reference-up-to", type=int, default=4096, metavar="N", help="tokens (%(default)s)"

@@ -7,17 +7,25 @@ reference  kernels/reference.py, the definition: every score in memory, twice ov
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from moonfx.bench.cases import DTYPES, Case
 from moonfx.kernels import reference
 from moonfx.ops.moba import moba_attention
 
+# Beside "auto", torch's own choice.
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 BASELINES = ("expanded", "enable_gqa")
 Attention = Callable[..., Tensor]
 
@@ -65,21 +73,22 @@ def moonfx(case: Case, given: Inputs) -> Callable[[], object]:
     return run(attention, [given.query, given.key, given.value], given.gradient)
 
 
-def dense(case: Case, given: Inputs, baseline: str) -> Callable[[], object]:
-    """With key and value heads expanded beforehand, or with enable_gqa=True."""
+def dense(case: Case, given: Inputs, baseline: str, backend: str = "auto") -> Callable[[], object]:
+    """With key and value heads expanded beforehand, or with enable_gqa=True; by one of BACKENDS."""
     mask = None
     if 1 < case.queries < case.length:
         mask = causal_lower_right(case.queries, case.length)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=case.queries == case.length,
-            enable_gqa=baseline == "enable_gqa",
-        )
+        with sdpa_kernel(BACKENDS[backend]) if backend in BACKENDS else nullcontext():
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=case.queries == case.length,
+                enable_gqa=baseline == "enable_gqa",
+            )
 
     group = case.heads // case.kv_heads if baseline == "expanded" else 1
     key, value = (x.repeat_interleave(group, 1) if group > 1 else x for x in given[1:3])

@@ -22,13 +22,14 @@ class Limits:
 
     Args:
         also: contenders beside dense and moonfx. reference_up_to: tokens. patience: seconds that a
-            call may be predicted to take.
+            call may be predicted to take. dense: its backend, one of contenders.BACKENDS or "auto".
     """
 
     repeats: int
     also: tuple[str, ...] = ()
     reference_up_to: int = 4096
     patience: float = 300.0
+    dense: str = "auto"
 
 
 def predicted(case: Case, ceilings: Ceilings) -> Result:
@@ -103,8 +104,8 @@ def prepare(
             if wait > limits.patience:
                 raise Absent(f"predicted {wait:,.0f} s, over --patience {limits.patience:,.0f}")
             if name == "dense":
-                baseline = faster_baseline(case, device)
-                calls[name] = contenders.dense(case, given, baseline)
+                baseline = faster_baseline(case, device, limits.dense)
+                calls[name] = contenders.dense(case, given, baseline, limits.dense)
             elif name == "moonfx":
                 calls[name] = contenders.moonfx(case, given)
             elif name == "flex":
@@ -123,7 +124,7 @@ def warm_up(call: Callable[[], object], device: torch.device) -> tuple[list[floa
     return [spent] if spent > LONG else [], peak
 
 
-def faster_baseline(case: Case, device: torch.device) -> str:
+def faster_baseline(case: Case, device: torch.device, backend: str) -> str:
     """The faster of BASELINES at a quarter of the length, if expanded heads fit at the whole."""
     if case.heads == case.kv_heads:
         return "expanded"
@@ -132,7 +133,7 @@ def faster_baseline(case: Case, device: torch.device) -> str:
     length = max(1, case.length // 4)
     short = replace(case, length=length, queries=min(case.queries, length), means=False)
     given: Inputs = contenders.inputs(short, device)
-    calls = {name: contenders.dense(short, given, name) for name in BASELINES}
+    calls = {name: contenders.dense(short, given, name, backend) for name in BASELINES}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(3):
         for name, call in calls.items():
