@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moonfx.kernels import gpu_configs, gpu_means, gpu_route_wide
-from moonfx.kernels.gpu_problem import Layout
+from moonfx.kernels.gpu_problem import STRIDES, Layout
 from moonfx.kernels.gpu_route_best import (
     BEYOND,
     INTERPRETED,
@@ -149,7 +149,7 @@ def route(
     return routes
 
 
-COUNTS = ["kv_heads", "rows", "topk", "sinks", "slots", "tiles", "splits", "share"]
+COUNTS = [*STRIDES, "kv_heads", "rows", "topk", "sinks", "slots", "tiles", "splits", "share"]
 
 
 @triton.jit(do_not_specialize=COUNTS)
