@@ -21,6 +21,7 @@ int64_t moonfx_forward(const Arguments* a, int64_t bfloat16) {
 #ifdef MOONFX_BF16
     if (bfloat16) return few ? Decode<bf16>{plan, *a}.run() : Forward<BFloat16>{plan, *a}.run();
 #endif
+    (void)bfloat16;
     return few ? Decode<float>{plan, *a}.run() : Forward<Float32>{plan, *a}.run();
 }
 
@@ -29,6 +30,7 @@ int64_t moonfx_backward(const Arguments* a, int64_t bfloat16) {
 #ifdef MOONFX_BF16
     if (bfloat16) return Backward<BFloat16>(plan).run();
 #endif
+    (void)bfloat16;
     return Backward<Float32>(plan).run();
 }
 }

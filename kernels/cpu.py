@@ -31,16 +31,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moonfx.kernels import cpu_build, tiled
-from moonfx.kernels.policy import Policy
+from moonfx.kernels import cpu_build
 
 STRIDED = (
     *("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"),
-    "key_bias",
+    *("key_bias", "block_means"),
 )
 POINTERS = (
     *("query", "key", "value", "out", "lse", "key_mask", "key_bias", "segments"),
-    *("grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias"),
+    *("block_means", "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias"),
 )
 SIZES = ("B", "Hq", "Hkv", "Nq", "Nk", "D", "Dv", "block", "topk", "sinks", "causal", "threads")
 
@@ -145,6 +144,7 @@ def about_keys(
     key_mask: Tensor | None,
     key_bias: Tensor | None,
     segments: Tensor | None,
+    block_means: Tensor | None,
 ) -> dict[str, Tensor | None]:
     """What the keys carry beside themselves, as the library reads it."""
     if key_bias is not None:
@@ -153,6 +153,7 @@ def about_keys(
         "key_mask": None if key_mask is None else key_mask.contiguous(),
         "key_bias": key_bias,
         "segments": None if segments is None else segments.long().contiguous(),
+        "block_means": None if block_means is None else ready(block_means, torch.float32),
     }
 
 
@@ -182,24 +183,21 @@ def forward(
         softcap: c > 0 makes a score c tanh(score / c); 0 for none.
         key_bias: [B or 1, Hq or 1, Nk], added to the scores behind the softcap; scale > 0 then.
         segments: integers [B, Nk]; a query sees the keys with its own token's number only.
-        block_means: what the gate reads in place of the keys' means, as kernels/reference.py says;
-            computed by kernels/tiled.py. Not with segments.
+        block_means: float32 [B, Hkv, m, D], m >= (Nk - 1) // block, causal and without segments:
+            what the gate reads in place of the means of the keys.
     Returns:
         out [B, Hq, Nq, Dv] in query's dtype over token-major storage, and lse [B, Hq, Nq] float32,
         the natural logarithm. A query that sees no real key gives 0 and -inf.
     Raises:
         RuntimeError: if there is no compiler. MemoryError: if there is no room for the scratch.
     """
-    if block_means is not None:
-        policy = Policy(*(block, topk, sinks, scale, key_mask, causal, softcap, key_bias))
-        return tiled.forward(query, key, value, *policy._replace(block_means=block_means))
     library = load()
     numbers = problem(query, value, block, topk, sinks, scale, causal, softcap)
     dtype = compute_dtype(library, query.dtype)
     out = token_major((*query.shape[:3], value.shape[3]), dtype)
     lse = torch.empty(query.shape[:3], dtype=torch.float32)
     if lse.numel():
-        tensors = about_keys(query, key, key_mask, key_bias, segments) | {
+        tensors = about_keys(query, key, key_mask, key_bias, segments, block_means) | {
             "query": ready(query, dtype),
             "key": ready(key, dtype),
             "value": ready(value, dtype),
@@ -239,10 +237,6 @@ def backward(
     Raises:
         RuntimeError: if there is no compiler. MemoryError: if there is no room for the scratch.
     """
-    if block_means is not None:
-        policy = Policy(*(block, topk, sinks, scale, key_mask, causal, softcap, key_bias))
-        policy = policy._replace(block_means=block_means)
-        return tiled.backward(grad_out, grad_lse, query, key, value, out, lse, *policy)
     library = load()
     numbers = problem(query, value, block, topk, sinks, scale, causal, softcap)
     dtype = compute_dtype(library, query.dtype)
@@ -252,7 +246,7 @@ def backward(
     if key_bias is not None:
         grad_bias = torch.zeros(*query.shape[:2], key.shape[2], dtype=torch.float32)
     if lse.numel():
-        tensors = about_keys(query, key, key_mask, key_bias, segments) | {
+        tensors = about_keys(query, key, key_mask, key_bias, segments, block_means) | {
             "query": ready(query, dtype),
             "key": ready(key, dtype),
             "value": ready(value, dtype),

@@ -16,16 +16,18 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 MAIN = "cpu.cpp"
 # Not -ffast-math: -inf marks what is masked, and a NaN must come through.
 FLAGS = [
-    *("-std=c++17", "-O3", "-shared", "-fPIC"),
+    *("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 ]
-# Tried in this order. Without -march=native vectors are short; without OpenMP one thread works.
+# Tried in this order. Without -march=native vectors are short; without OpenMP each call starts its
+# threads anew.
 EXTRAS = (
     ("-march=native", "-fopenmp"),
     ("-mcpu=native", "-fopenmp"),
@@ -95,6 +97,7 @@ def build() -> Path:
     if path.exists():
         return path
     directory.mkdir(parents=True, exist_ok=True)
+    sys.stderr.write(f"moonfx: compiling its CPU kernel with {compiler[0]}, once, into {path}\n")
     handle, temporary = tempfile.mkstemp(suffix=".so", prefix=".building-", dir=directory)
     os.close(handle)
     try:

@@ -13,15 +13,21 @@ template <class T, class F>
 static void prepare(const Plan& plan, Bias& bias, Means& means, bool packs, const F& pack) {
     const Arguments& a = plan.a;
     std::vector<Piece> panels, blocks;
+    auto gates = [&](const List& x) {
+        return x.dense ? 0 : a.block_means ? ceil_div(x.n, NR) : x.n;
+    };
     if (packs || bias.heads)
         panels = plan.pieces([](const List& x) { return ceil_div(x.real, NR); });
-    if (!plan.dense) blocks = plan.pieces([](const List& x) { return x.dense ? 0 : x.n; });
+    if (!plan.dense) blocks = plan.pieces(gates);
     int64_t packed = panels.size(), pooled = blocks.size(), first = a.Hkv * packed;
     parallel(a.threads, a.Hkv * (packed + pooled), [&](int64_t i, int64_t) {
         if (i >= first) {
             const Piece& piece = blocks[(i - first) % pooled];
-            means.template compute<T>(plan, plan.lists[piece.list], (i - first) / pooled,
-                                      piece.index);
+            const List& x = plan.lists[piece.list];
+            if (a.block_means)
+                means.copy(plan, x, (i - first) / pooled, piece.index);
+            else
+                means.template compute<T>(plan, x, (i - first) / pooled, piece.index);
             return;
         }
         const Piece& piece = panels[i % packed];

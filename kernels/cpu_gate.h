@@ -27,15 +27,17 @@ struct Means {
         return bias ? bias + (heads.heads > 1 ? head : 0) * columns + x.means : nullptr;
     }
 
+    // A causal query's candidates end before its own block, so the last block is never one.
+    static bool candidate(const Plan& plan, const List& x, int64_t j) {
+        return j >= plan.a.sinks && (j + (plan.a.causal ? 1 : 0)) * x.block < x.real;
+    }
     // The mean of block j (keys added one by one, in ascending order); zero if it can never be a
     // candidate.
     template <class T>
     void compute(const Plan& plan, const List& x, int64_t h, int64_t j) {
-        int64_t s = j * x.block, e = s + x.block, ldb = width(x, j / NR);
+        int64_t s = j * x.block, e = std::min(s + x.block, x.real), ldb = width(x, j / NR);
         float* out = (float*)panel(x, h, j / NR) + j % NR;
-        // A causal query's candidates end before its own block, so the last block is never one.
-        bool candidate = j >= plan.a.sinks && (plan.a.causal ? e < x.real : s < x.real);
-        e = std::min(e, x.real);
+        bool candidate = Means::candidate(plan, x, j);
         const T* keys = row_of((const T*)plan.a.key, plan.a.key_at, x.b, h, 0);
         const int32_t* order = plan.order.empty() ? nullptr : plan.order.data() + x.keys;
         for (int64_t d = 0, width; d < D; d += width) {
@@ -47,6 +49,25 @@ struct Means {
             for (int64_t i = 0; i < width; ++i)
                 out[(d + i) * ldb] = candidate ? total[i] / (float)(e - s) : 0.0f;
         }
+        compute_bias(plan, x, h, j);
+    }
+    // Those of panel p as the caller gave them, in place of all that.
+    void copy(const Plan& plan, const List& x, int64_t h, int64_t p) {
+        const float* row[NR];
+        int64_t ldb = width(x, p);
+        float* out = (float*)panel(x, h, p);
+        for (int64_t c = 0; c < ldb; ++c) {
+            int64_t j = p * NR + c;
+            bool read = j < x.n && candidate(plan, x, j);
+            row[c] = read ? row_of(plan.a.block_means, plan.a.block_means_at, x.b, h, j) : nullptr;
+            if (j < x.n) compute_bias(plan, x, h, j);
+        }
+        for (int64_t d = 0; d < D; ++d)
+            for (int64_t c = 0; c < ldb; ++c) out[d * ldb + c] = row[c] ? row[c][d] : 0.0f;
+    }
+    void compute_bias(const Plan& plan, const List& x, int64_t h, int64_t j) {
+        int64_t s = j * x.block, e = std::min(s + x.block, x.real);
+        bool candidate = Means::candidate(plan, x, j);
         auto [head, end] = heads.heads_of(plan, h);
         for (; head < end; ++head) {
             const float* b = plan.a.key_bias + offset(plan.a.key_bias_at, x.b, head, 0);

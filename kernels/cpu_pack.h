@@ -59,7 +59,7 @@ struct Packed {
         d = depth;
         padded = round_up(d, VL);
         columns = plan.columns;
-        int64_t all = plan.a.Hkv * columns;
+        int64_t all = plan.a.Hkv * columns + NR;  // whole registers are read from any panel
         if (want_across) across = arena.take<word>(all * words<E>(d));
         if (want_along) along = arena.take<word>(all / E::per_word * padded);
     }

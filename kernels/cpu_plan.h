@@ -18,6 +18,7 @@ struct Arguments {
     const uint8_t* key_mask;  // [B, Nk] or null
     const float* key_bias;    // [B, Hq, Nk] (a broadcast dimension has stride 0) or null
     const int64_t* segments;  // [B, Nk] or null
+    const float* block_means;  // [B, Hkv, m, D] or null: causal only, and not with segments
     const void* grad_out;
     const float* grad_lse;  // [B, Hq, Nq] or null
     void* grad_query;
@@ -26,7 +27,7 @@ struct Arguments {
     int64_t B, Hq, Hkv, Nq, Nk, D, Dv, block, topk, sinks, causal, threads;
     double scale, softcap;
     Strides query_at, key_at, value_at, out_at, grad_out_at, grad_query_at, grad_key_at,
-        grad_value_at, key_bias_at;
+        grad_value_at, key_bias_at, block_means_at;
 };
 
 // A row of the batch, or one segment of it. Its real keys are numbered by rank; whatever follows
@@ -42,10 +43,11 @@ struct List {
     int64_t block = 0, topk = 0, n = 0;  // n blocks; in a dense list their size is ours to choose
 
     // Columns of the panel that holds this rank: NR, but at the list's end only the registers that
-    // it fills, for there may be as many lists as tokens.
-    int64_t width(int64_t rank) const {
-        return std::min<int64_t>(NR, round_up(real, VL) - rank / NR * NR);
-    }
+    // it fills, and where it fills none only the keys (by pairs), for there may be as many lists as
+    // tokens. A register is then read beyond the panel; what it finds there is masked.
+    int64_t width(int64_t rank) const { return std::min<int64_t>(NR, columns() - rank / NR * NR); }
+    int64_t columns() const { return round_up(real, unit()); }
+    int64_t unit() const { return real < VL ? 2 : VL; }
 };
 
 struct Piece {
@@ -88,8 +90,8 @@ struct Plan {
             dense &= x.dense;
             n = std::max(n, x.n);
             topk = std::max(topk, x.topk);
-            x.column = columns;
-            columns += round_up(x.real, VL);
+            x.column = round_up(columns, x.unit());
+            columns = x.column + x.columns();
             x.means = mean_columns;
             if (!x.dense) mean_columns += round_up(x.n, VL);
         }

@@ -37,7 +37,7 @@ struct Modifiers {
 // Zero (or -inf) outside columns lo..hi.
 static inline vf keep(vf x, int64_t column, int64_t lo, int64_t hi, float other) {
     vi c = iota() + (int32_t)column;
-    return (c >= (int32_t)lo) & (c < (int32_t)hi) ? x : splat(other);
+    return ((c >= (int32_t)lo) & (c < (int32_t)hi)) ? x : splat(other);
 }
 
 static inline void round_to(vf p, float* out) { store(out, p); }

@@ -7,6 +7,10 @@
 #include <cstdint>
 #ifdef _OPENMP
 #include <omp.h>
+#else
+#include <system_error>
+#include <thread>
+#include <vector>
 #endif
 #ifdef __linux__
 #include <sys/mman.h>
@@ -45,17 +49,26 @@ struct Arena {
     }
 };
 
-// Runs body(item, thread); items start in ascending order.
+// Runs body(item, thread); items start in ascending order. OpenMP's threads wait for the next call,
+// and others must be started each time: tens of microseconds.
 template <class F>
 static void parallel(int64_t threads, int64_t items, const F& body) {
     threads = std::max<int64_t>(1, std::min(threads, items));
     std::atomic<int64_t> next{0};
+    auto work = [&](int64_t thread) {
+        for (int64_t i; (i = next.fetch_add(1)) < items;) body(i, thread);
+    };
+    if (threads == 1) return work(0);
 #ifdef _OPENMP
-    if (threads > 1) {
 #pragma omp parallel num_threads((int)threads)
-        for (int64_t i; (i = next.fetch_add(1)) < items;) body(i, (int64_t)omp_get_thread_num());
-        return;
+    work(omp_get_thread_num());
+#else
+    std::vector<std::thread> others;
+    try {
+        for (int64_t t = 1; t < threads; ++t) others.emplace_back(work, t);
+    } catch (const std::system_error&) {  // the system has no more: those that there are do it
     }
+    work(0);
+    for (std::thread& t : others) t.join();
 #endif
-    for (int64_t i = 0; i < items; ++i) body(i, (int64_t)0);
 }

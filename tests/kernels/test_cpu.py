@@ -2,7 +2,9 @@
 
 import itertools
 import os
+import platform
 import shlex
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from moonfx.kernels import cpu, cpu_build, reference
-from tests.moba_cases import FEATURES, Case, cases, feature_cases
+from tests.moba_cases import FEATURES, GIVEN_MEANS, Case, cases, feature_cases
 
 needs_kernel = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 
@@ -60,6 +62,15 @@ TABLE = [
                                                                         "strided")),
 ]  # fmt: skip
 
+
+ROWS = [
+    *FEATURES,
+    *GIVEN_MEANS,
+    ("means given, more than a panel",
+     Case(batch=1, means="other", queries=300, length=300, block=2, topk=9, sinks=3, dim=40)),
+    ("means given, a few queries",
+     Case(means="other", queries=3, length=300, block=2, topk=9, padding="holes")),
+]  # fmt: skip
 
 # Every pair of these is one problem; a later one's sizes win.
 PARTS: dict[str, dict[str, Any]] = {
@@ -159,7 +170,7 @@ def test_output_and_gradients_equal_the_reference(case: Case, dtype: torch.dtype
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [case for _, case in FEATURES], ids=[name for name, _ in FEATURES])
+@pytest.mark.parametrize("case", [case for _, case in ROWS], ids=[name for name, _ in ROWS])
 def test_every_feature_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
     assert_like_reference(case.but(dtype=dtype))
 
@@ -528,6 +539,57 @@ def test_without_openmp_or_native_the_kernel_is_still_built(
     assert len(lines) == 3
     assert "-march=native" in lines[-1]
     assert "-fopenmp" not in lines[-1]
+
+
+BUILDS = [
+    ("SSE, without OpenMP", "g++", "-march=x86-64"),
+    ("AVX2, without OpenMP", "g++", "-march=x86-64-v3"),
+    ("clang, AVX-512", "clang++", "-march=x86-64-v4"),
+]
+# What a register's width decides: dims and keys that fill none, several, or not all of one.
+BUILT = [
+    Case(queries=333, length=333, block=32, topk=3, dim=24, value_dim=40),
+    Case(queries=3, length=200, block=16, topk=3, sinks=1, dim=33),
+    Case(queries=90, length=90, topk=3, packing="runs", softcap=0.5, bias="all", scale=0.25),
+    Case(queries=90, length=90, topk=3, packing="one token each", padding="holes", dim=64),
+]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are of x86-64")
+@pytest.mark.parametrize(
+    ("compiler", "flag"), [row[1:] for row in BUILDS], ids=[x[0] for x in BUILDS]
+)
+def test_other_compilers_and_processors_compute_the_same(
+    compiler: str, flag: str, fresh_build: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    needed = {"-march=x86-64-v3": " avx2 ", "-march=x86-64-v4": " avx512dq "}.get(flag, "")
+    if shutil.which(compiler) is None or needed not in cpu_build.processor():
+        pytest.skip(f"needs {compiler} and a processor with{needed or ' SSE'}")
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(cpu_build, "FLAGS", [x.replace("-O3", "-O1") for x in cpu_build.FLAGS])
+    monkeypatch.setattr(cpu_build, "EXTRAS", ((flag,),))
+    assert cpu.available() is None
+    runs = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        for case, dtype in itertools.product(BUILT, DTYPES):
+            assert_like_reference(case.but(dtype=dtype))
+        tensors = BUILT[0].inputs()
+        runs.append(cpu.forward(*tensors, *BUILT[0].policy())[0])
+    assert torch.equal(*runs)
+
+
+def test_the_first_build_says_that_it_compiles_and_later_ones_nothing(
+    fresh_build: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake_compiler(fresh_build, monkeypatch, refuse=())
+    path = cpu_build.build()
+    said = capfd.readouterr().err
+    assert said.startswith("moonfx: compiling its CPU kernel")
+    assert str(path) in said
+    assert len(said.splitlines()) == 1
+    cpu_build.build()
+    assert capfd.readouterr().err == ""
 
 
 def test_builds_that_race_leave_one_library_and_nothing_else(
