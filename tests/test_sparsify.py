@@ -11,6 +11,7 @@ import torch
 import moonfx
 from moonfx import LayerPolicy, capture
 from moonfx.backend import NothingRewritten
+from moonfx.ops import moba
 from tests.tiny import Plain, TinyLM, gradients, tokens
 
 EAGER = {"compiler": "eager"}
@@ -177,6 +178,25 @@ def test_a_layer_finds_its_policy_by_name_then_regex_then_index(layers, expected
     rows = moonfx.report(model).rows
     assert [r.layer for r in rows] == [f"layers.{i}" for i in range(4)]
     assert [str(r.policy or "") for r in rows] == expected
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_recompute_routing_reaches_every_attention(
+    given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, asked = moba.routes_to_keep, []
+
+    def record(*arguments):  # type: ignore[no-untyped-def]
+        asked.append(arguments[-1])
+        return original(*arguments)
+
+    monkeypatch.setattr(moba, "routes_to_keep", record)
+    model, x = TinyLM(), tokens()
+    plain = moonfx.sparsify(copy.deepcopy(model), 16, 2, **EAGER)(x)
+    assert asked == [False, False]
+    out = moonfx.sparsify(model, 16, 2, recompute_routing=given, **EAGER)(x)
+    assert asked[2:] == [given, given]
+    assert torch.equal(out, plain)
 
 
 def test_a_shared_module_goes_by_each_of_its_names() -> None:

@@ -21,9 +21,11 @@ from torch import Tensor
 from moonfx.fallback import warn_slow
 from moonfx.kernels import cpu, tiled
 
-# kernels/tiled.py waits on the host for its number of tiles, which a CUDA graph cannot record. It
-# runs on a GPU where Triton is missing, which is known before any device is asked.
-TAGS = () if importlib.util.find_spec("triton") else (torch.Tag.cudagraph_unsafe,)
+# kernels/tiled.py waits on the host for its number of tiles, which a CUDA graph cannot record. That
+# Triton is missing is known at once; that it does not serve this GPU, when a tensor is on one.
+UNSAFE = torch.Tag.cudagraph_unsafe
+TAGS = () if importlib.util.find_spec("triton") else (UNSAFE,)
+OPERATORS = ("moba_attention", "moba_attention_backward")
 
 
 @functools.cache
@@ -34,7 +36,11 @@ def find_triton_kernels() -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return None, f"Triton cannot be imported ({error}): pip install triton"
     reason: str | None = module.available()
-    return (module, None) if reason is None else (None, reason)
+    if reason is None:
+        return module, None
+    for name in OPERATORS:
+        getattr(torch.ops.moonfx, name).default.tags.append(UNSAFE)
+    return None, reason
 
 
 def triton_kernels(device: torch.device) -> ModuleType | None:

@@ -660,6 +660,21 @@ def test_given_means_decide_the_choice_and_have_no_gradient() -> None:
     assert torch.autograd.grad(out.sum(), means, allow_unused=True) == (None,)
 
 
+@pytest.fixture
+def nothing_found() -> Iterator[None]:
+    """Nobody has looked for kernels in Triton, or been warned; nor has anybody after the test."""
+    tags = [getattr(torch.ops.moonfx, name).default.tags for name in dispatch.OPERATORS]
+    before = [list(x) for x in tags]
+    dispatch.find_triton_kernels.cache_clear()
+    fallback.forget()
+    yield
+    dispatch.find_triton_kernels.cache_clear()
+    fallback.forget()
+    for now, then in zip(tags, before, strict=True):
+        now[:] = then
+
+
+@pytest.mark.usefixtures("nothing_found")
 def test_a_gpu_without_triton_gets_the_torch_kernel_and_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -667,18 +682,29 @@ def test_a_gpu_without_triton_gets_the_torch_kernel_and_is_told(
         raise ImportError("No module named 'triton'")
 
     monkeypatch.setattr(dispatch.importlib, "import_module", missing)
-    dispatch.find_triton_kernels.cache_clear()
-    fallback.forget()
-    try:
-        with pytest.warns(RuntimeWarning, match="No module named 'triton'.*pip install triton"):
-            assert dispatch.kernel_for(torch.device("cuda")) is tiled
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert dispatch.kernel_for(torch.device("cuda")) is tiled
-            assert dispatch.kernel_for(torch.device("meta")) is tiled
-    finally:
-        dispatch.find_triton_kernels.cache_clear()
-        fallback.forget()
+    with pytest.warns(RuntimeWarning, match="No module named 'triton'.*pip install triton"):
+        assert dispatch.kernel_for(torch.device("cuda")) is tiled
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.kernel_for(torch.device("cuda")) is tiled
+        assert dispatch.kernel_for(torch.device("meta")) is tiled
+
+
+@pytest.mark.usefixtures("nothing_found")
+@pytest.mark.parametrize("reason", [None, "an old GPU has compute capability (7, 5)"])
+def test_a_gpu_that_triton_does_not_serve_stays_out_of_cuda_graphs(
+    reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("gpu")
+    module.available = lambda: reason  # type: ignore[attr-defined]
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: module)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = dispatch.kernel_for(torch.device("cuda"))
+    assert found is (tiled if reason else module)
+    assert [str(reason) in str(x.message) for x in caught] == ([True] if reason else [])
+    for operator in (OPERATOR, BACKWARD):
+        assert (torch.Tag.cudagraph_unsafe in operator.default.tags) == (reason is not None)
 
 
 FALLBACK = """
