@@ -59,8 +59,6 @@ def advance(
     begin,
     end,
     limit,
-    b,
-    head,
     keys,
     key_token,
     values,
@@ -75,15 +73,18 @@ def advance(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
     PACKED: tl.constexpr,
-    TMA: tl.constexpr,
     FOLD: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr = False,
+    b=0,
+    head=0,
 ):
     """The softmax over slots begin .. end - 1, added to its state (m, l, O l).
 
     MASKED: a row sees slots up to `last`, and none from `limit` on. Otherwise all.
+    TMA: `keys` and `values` are descriptors, of which head `head` of batch row b is read.
     """
     factor = multiplier(scale, FOLD)
     D: tl.constexpr = rows.shape[1]
@@ -233,37 +234,15 @@ def _tiles(
     result = tl.zeros([ROWS, V], tl.float32)
     top, total, result = advance(
         *(top, total, result, rows, seen, member, begin, whole, limit),
-        *(
-            bh // kv_heads,
-            bh % kv_heads,
-            key,
-            key_token,
-            value,
-            value_token,
-            bias,
-            bias_head,
-            token,
-            scale,
-            softcap,
-        ),
-        *(KEY_DIM, VALUE_DIM, KEYS, False, PACKED, TMA, FOLD, SOFTCAP, BIAS, PRECISION),
+        *(key, key_token, value, value_token, bias, bias_head, token, scale, softcap),
+        *(KEY_DIM, VALUE_DIM, KEYS, False, PACKED, FOLD, SOFTCAP, BIAS, PRECISION),
+        *(TMA, bh // kv_heads, bh % kv_heads),
     )
     top, total, result = advance(
         *(top, total, result, rows, seen, member, whole, by_any, limit),
-        *(
-            bh // kv_heads,
-            bh % kv_heads,
-            key,
-            key_token,
-            value,
-            value_token,
-            bias,
-            bias_head,
-            token,
-            scale,
-            softcap,
-        ),
-        *(KEY_DIM, VALUE_DIM, KEYS, True, PACKED, TMA, FOLD, SOFTCAP, BIAS, PRECISION),
+        *(key, key_token, value, value_token, bias, bias_head, token, scale, softcap),
+        *(KEY_DIM, VALUE_DIM, KEYS, True, PACKED, FOLD, SOFTCAP, BIAS, PRECISION),
+        *(TMA, bh // kv_heads, bh % kv_heads),
     )
 
     # Read again: where to write, held through the loops, would not fit in registers. The barrier
