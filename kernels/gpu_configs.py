@@ -24,7 +24,7 @@ INTERPRETER = "interpreter"
 # rows x keys / warps / stages, by head dim (the larger of D and Dv): the first row that fits. One
 # with a + is for calls with extras: a bias, a softcap, gathered keys.
 # means: keys of a block in a step x dims. route: rows x block means. merge, delta: rows of a
-# program. index: routes of a step. dkdv: rows of a step x keys of a program.
+# program. dkdv: rows of a step x keys of a program.
 TABLE = """
 kernel   bytes  block  chip         <=64         <=128        <=256        <=512
 means    any    any    any          64x64/4/2    64x128/4/2   32x256/4/2   32x512/8/2
@@ -67,7 +67,6 @@ decode   2      any    any          64x64/4/3    64x64/4/3    64x32/4/2    16x32
 decode   4      any    gfx942       16x32/4/2    16x32/4/2    16x16/4/1    16x16/8/1
 decode   4      any    sm_86        16x32/4/2    16x32/4/1    16x16/8/1    16x16/8/1
 decode   4      any    any          32x32/8/2    16x32/4/2    16x16/8/1    16x16/8/1
-index    any    any    any          1024x1/4/1   1024x1/4/1   1024x1/4/1   1024x1/4/1
 """
 
 

@@ -7,7 +7,7 @@ import torch
 
 from moonfx.kernels import gpu_configs
 
-KERNELS = ("means", "route", "forward", "merge", "dkdv", "dq", "delta", "decode", "index")
+KERNELS = ("means", "route", "forward", "merge", "dkdv", "dq", "delta", "decode")
 CHIPS = (*gpu_configs.ARCHITECTURES, gpu_configs.INTERPRETER)
 
 # torch.cuda.get_device_capability, and the row's name: by shared memory and matrix instruction.
