@@ -140,12 +140,12 @@ def _attend(
         tl.full([ROWS], float("-inf"), tl.float32),
         tl.zeros([ROWS], tl.float32),
         tl.zeros([ROWS, V], tl.float32),
-        *(asking, seen, member, begin, end, end, b, head),
+        *(asking, seen, member, begin, end, end),
         *(key + b * key_row + head * key_head, key_token),
         *(value + b * value_row + head * value_head, value_token),
         *(bias + b * bias_row + head * GROUP * bias_head, bias_head),
         *(token + b * token_row, scale, softcap),
-        *(KEY_DIM, VALUE_DIM, KEYS, True, PACKED, False, FOLD, SOFTCAP, BIAS, PRECISION),
+        *(KEY_DIM, VALUE_DIM, KEYS, True, PACKED, FOLD, SOFTCAP, BIAS, PRECISION),
     )
 
     nothing = total == 0.0  # the split lies beyond what the row sees
