@@ -7,10 +7,11 @@ A program has ROWS rows of a kv head, all heads of a group among them, and goes 
 BLOCKS at a time: a product, and what comes of it into a table in registers (gpu_route_best.py).
 Nothing as large as rows x blocks is ever in memory.
 
-A score is as exact as float32's own product, whatever the matrix unit takes: bfloat16 queries meet
-means split into three parts (gpu_means.py), others are multiplied in three TF32 products. 64 rows
-by 64 blocks is one warp group's product and leaves room for a second program on a multiprocessor:
-one multiplies while the other picks. Long tiles start first.
+A score is as exact as float32's own product, whatever the inputs are: queries and means are sums of
+bfloat16 parts (gpu_means.py), one for bfloat16, two for float16, three for float32, and products of
+parts are exact. Only those below 2**-26 of the whole are left out: 3, 5 or 6 products are taken,
+the smallest first. 64 rows by 64 blocks is one warp group's product and leaves room for a second
+program on a multiprocessor: one multiplies while the other picks. Long tiles start first.
 
 Few rows (a decode step) would leave a chip idle: then the candidates are split over programs, and
 a second kernel puts their tables into one. All of it follows from shapes.
@@ -43,8 +44,11 @@ LEAST = 2  # tiles of blocks that are worth a program of their own
 MERGED = 64  # partial results that are put into a table at a time
 REUSE = 8  # programs that have to read a mean before it pays to split it beforehand
 
-# How queries meet means.
-WHOLE, SPLIT, PARTS = (tl.constexpr(x) for x in range(3))
+HELD = 512  # numbers of a row, in all its parts, that are held while the blocks go by
+CHUNK = 64  # of a row's numbers at a time where that is not enough
+TABLES = 2048  # places of a program's tables: as many as registers take
+
+QUERY_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 def gated(layout: Layout) -> int:
@@ -79,7 +83,8 @@ def route(
         return routes
 
     config = gpu_configs.choose("route", dim, query.dtype, layout.block, query.device)
-    block_m = min(config.block_m, max(16, triton.next_power_of_2(rows)))
+    table = triton.next_power_of_2(slots) if slots > 0 else 0
+    block_m = min(config.block_m, max(16, triton.next_power_of_2(rows)), TABLES // max(table, 1))
     tiles = triton.cdiv(rows, block_m)
     programs = tiles * batch * kv_heads
     splits = 1
@@ -87,16 +92,14 @@ def route(
         most = triton.cdiv(layout.n, LEAST * config.block_n)
         splits = max(1, min(most, triton.cdiv(PROGRAMS, programs)))
     share = triton.cdiv(triton.cdiv(layout.n, splits), config.block_n) * config.block_n
-    form = WHOLE
-    if query.dtype == torch.bfloat16:
-        form = PARTS if tiles >= REUSE else SPLIT
+    parts = QUERY_PARTS[query.dtype]
+    split = tiles < REUSE
 
     query = inner_contiguous(query)
-    table = triton.next_power_of_2(slots) if slots > 0 else 0
-    if slots == 0:
+    if means is None or slots == 0:
         means = query
     else:
-        means = gpu_means.parts(means) if form == PARTS else inner_contiguous(means)
+        means = inner_contiguous(means) if split else gpu_means.parts(means)
     part = (batch, kv_heads, rows, splits, table)
     scores = query.new_empty(part if splits > 1 else (1,), dtype=torch.float32)
     blocks = query.new_empty(part if splits > 1 else (1,), dtype=torch.int32)
@@ -130,8 +133,9 @@ def route(
         COLUMNS=columns,
         D=dim,
         PADDED=padded(dim),
-        FORM=form,
-        PRECISION="ieee" if torch.version.hip is not None else "tf32x3",
+        CHUNK=padded(dim) if padded(dim) * parts <= HELD else CHUNK,
+        PARTS=parts,
+        SPLIT=split,
         BIAS=bias_means is not None,
         SORTED=of.index is not None,
         CAUSAL=layout.causal,
@@ -192,8 +196,9 @@ def route_kernel(
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
     PADDED: tl.constexpr,
-    FORM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BIAS: tl.constexpr,
     SORTED: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -223,16 +228,11 @@ def route_kernel(
         token = place
         if SORTED:
             token = tl.load(index + batch * index_row + place, mask=valid, other=0)
-        dim = tl.arange(0, PADDED)
         query_heads = kv_head * group + member
-        rows_of_query = query_heads * query_head + token.to(tl.int64) * query_token
-        q = tl.load(
-            query + batch * query_row + rows_of_query[:, None] + dim[None, :],
-            mask=valid[:, None] & (dim < D)[None, :],
-            other=0.0,
-        )
-        if FORM == WHOLE:
-            q = q.to(tl.float32)
+        query += batch * query_row
+        query_rows = query_heads * query_head + token.to(tl.int64) * query_token
+        if CHUNK == PADDED:
+            q, q_mid, q_lo = query_parts(query, query_rows, valid, 0, D, CHUNK, PARTS)
         low = tl.where(my_own >= 0, my_first + sinks, BEYOND)
         high = tl.where(my_own >= 0, my_end, 0)
         begin, stop = tl.min(low, 0), tl.max(high, 0)
@@ -252,20 +252,20 @@ def route_kernel(
         for start in range(begin, stop, BLOCKS):
             block = start + tl.arange(0, BLOCKS)
             there = block < stop
-            pointers = means + block.to(tl.int64)[:, None] * means_block + dim[None, :]
-            mask = there[:, None] & (dim < D)[None, :]
+            # A tile's last blocks may lie behind the last mean: then that is read again.
+            near = tl.minimum(block, stop - 1).to(tl.int64) * means_block
             score = tl.zeros([ROWS, BLOCKS], tl.float32)
-            if FORM == WHOLE:
-                mean = tl.load(pointers, mask=mask, other=0.0)
-                score = tl.dot(q, tl.trans(mean), score, input_precision=PRECISION)
-            else:
-                if FORM == SPLIT:
-                    hi, mid, lo = gpu_means.three_parts(tl.load(pointers, mask=mask, other=0.0))
-                else:
-                    hi = tl.load(pointers, mask=mask, other=0.0)
-                    mid = tl.load(pointers + means_part, mask=mask, other=0.0)
-                    lo = tl.load(pointers + 2 * means_part, mask=mask, other=0.0)
+            for d in tl.static_range(0, D, CHUNK):
+                if CHUNK < PADDED:
+                    q, q_mid, q_lo = query_parts(query, query_rows, valid, d, D, CHUNK, PARTS)
+                hi, mid, lo = mean_parts(means, near, means_part, d, D, CHUNK, SPLIT)
+                if PARTS == 3:
+                    score = product(q_lo, hi, score)
+                if PARTS >= 2:
+                    score = product(q_mid, mid, score)
                 score = product(q, lo, score)
+                if PARTS >= 2:
+                    score = product(q_mid, hi, score)
                 score = product(q, mid, score)
                 score = product(q, hi, score)
             if BIAS:
@@ -292,6 +292,56 @@ def route_kernel(
         else:
             write(routes, row, rows, my_own, my_first, my_end, blocks,
                   topk, sinks, slots, TABLE, COLUMNS)  # fmt: skip
+
+
+@triton.jit
+def query_parts(
+    query,
+    rows,
+    valid,
+    start,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Numbers `start` to start + CHUNK of a tile's queries: hi, mid and lo, or one part thrice."""
+    dim = start + tl.arange(0, CHUNK)
+    mask = valid[:, None] & (dim < D)[None, :]
+    q = tl.load(query + rows[:, None] + dim[None, :], mask=mask, other=0.0)
+    if PARTS == 1:
+        return q, q, q
+    else:
+        return gpu_means.three_parts(q.to(tl.float32))
+
+
+@triton.jit
+def mean_parts(
+    means,
+    rows,
+    part,
+    start,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Numbers `start` to start + CHUNK of a tile's means: hi, mid and lo. SPLIT: they are whole."""
+    dim = start + tl.arange(0, CHUNK)
+    pointers = means + rows[:, None] + dim[None, :]
+    if SPLIT:
+        return gpu_means.three_parts(load_dims(pointers, dim, start + CHUNK <= D, D))
+    else:
+        hi = load_dims(pointers, dim, start + CHUNK <= D, D)
+        mid = load_dims(pointers + part, dim, start + CHUNK <= D, D)
+        lo = load_dims(pointers + 2 * part, dim, start + CHUNK <= D, D)
+        return hi, mid, lo
+
+
+@triton.jit
+def load_dims(pointers, dim, FULL: tl.constexpr, D: tl.constexpr):
+    if FULL:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(dim < D)[None, :], other=0.0)
 
 
 @triton.jit
