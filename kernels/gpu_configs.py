@@ -60,10 +60,12 @@ dq       4      any    sm_86        32x32/4/1    32x16/4/1    16x16/4/1    16x16
 dq       4      any    any          64x32/4/2    32x32/4/1    32x16/8/1    16x16/8/1
 merge    any    any    any          16x1/4/1     16x1/4/1     8x1/4/1      4x1/4/1
 delta    any    any    any          32x1/4/1     32x1/4/1     16x1/4/1     8x1/4/1
+decode+  2      any    gfx942       16x32/4/2    16x32/4/2    16x32/4/1    16x16/4/1
+decode+  2      any    any          64x64/8/3    32x64/8/3    32x32/8/3    16x32/8/2
 decode   2      any    gfx942       64x32/4/2    64x32/4/2    32x32/4/2    16x16/4/2
-decode   2      any    sm_80        64x64/4/3    64x64/4/3    32x32/4/2    16x32/8/2
+decode   2      any    sm_80        64x64/4/3    32x64/4/3    64x32/8/3    16x32/8/2
 decode   2      any    sm_86        64x64/4/2    64x64/4/2    32x32/4/2    16x16/8/2
-decode   2      any    any          64x64/4/3    64x64/4/3    64x32/4/2    16x32/8/2
+decode   2      any    any          64x64/4/3    64x64/4/3    64x32/8/3    16x32/8/2
 decode   4      any    gfx942       16x32/4/2    16x32/4/2    16x16/4/1    16x16/8/1
 decode   4      any    sm_86        16x32/4/2    16x32/4/1    16x16/8/1    16x16/8/1
 decode   4      any    any          32x32/8/2    16x32/4/2    16x16/8/1    16x16/8/1

@@ -136,17 +136,35 @@ def _attend(
     query += b * query_row + head * GROUP * query_head
     at = offsets(member, asked, query_head, query_token)
     asking = load_rows(query, at, valid, KEY_DIM, D, True)
-    top, total, result = advance(
-        tl.full([ROWS], float("-inf"), tl.float32),
-        tl.zeros([ROWS], tl.float32),
-        tl.zeros([ROWS, V], tl.float32),
-        *(asking, seen, member, begin, end, end),
-        *(key + b * key_row + head * key_head, key_token),
-        *(value + b * value_row + head * value_head, value_token),
-        *(bias + b * bias_row + head * GROUP * bias_head, bias_head),
-        *(token + b * token_row, scale, softcap),
-        *(KEY_DIM, VALUE_DIM, KEYS, True, PACKED, FOLD, SOFTCAP, BIAS, PRECISION),
-    )
+    key += b * key_row + head * key_head
+    value += b * value_row + head * value_head
+    bias += b * bias_row + head * GROUP * bias_head
+    token += b * token_row
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, V], tl.float32)
+    gathered = False
+    if PACKED:
+        # Between paddings, or in a packed sequence, keys are adjacent: those need no index.
+        some = begin < end
+        shift = tl.load(token + begin, mask=some, other=0) - begin
+        gathered = tl.load(token + end - 1, mask=some, other=0) - (end - 1) != shift
+        if not gathered:
+            key += shift.to(tl.int64) * key_token
+            value += shift.to(tl.int64) * value_token
+            bias += shift
+    if gathered:
+        top, total, result = advance(
+            *(top, total, result, asking, seen, member, begin, end, end),
+            *(key, key_token, value, value_token, bias, bias_head, token, scale, softcap),
+            *(KEY_DIM, VALUE_DIM, KEYS, True, True, FOLD, SOFTCAP, BIAS, PRECISION),
+        )
+    else:
+        top, total, result = advance(
+            *(top, total, result, asking, seen, member, begin, end, end),
+            *(key, key_token, value, value_token, bias, bias_head, token, scale, softcap),
+            *(KEY_DIM, VALUE_DIM, KEYS, True, False, FOLD, SOFTCAP, BIAS, PRECISION),
+        )
 
     nothing = total == 0.0  # the split lies beyond what the row sees
     total = tl.where(nothing, 1.0, total)
@@ -261,10 +279,11 @@ def attend(
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     query, key, value = (gpu_tile.inner_contiguous(tensor) for tensor in (query, key, value))
     width = max(dim, value_dim)
-    config = gpu_configs.choose("decode", width, query.dtype, layout.block, query.device)
-    splits, span = split(batch * kv_heads, topk, layout.block, config.block_n)
     made = gpu_tile.scores(query, key.shape[2], policy)
     sought, blocks = layout.queries, layout.blocks
+    extras = bool(made.BIAS or made.SOFTCAP or blocks.token is not None)
+    config = gpu_configs.choose("decode", width, query.dtype, layout.block, query.device, extras)
+    splits, span = split(batch * kv_heads, topk, layout.block, config.block_n)
     order, order_row = by_row(sought.index, sought.last)
     token, token_row = by_row(blocks.token, blocks.start)
 
