@@ -7,8 +7,8 @@ With the routes of a (batch, kv head) cut into chunks of rows, each the work of 
     entries[starts[bh, j, c] + how many of block j came before in the chunk] = id
 
 One body makes both walks over the routes. How many came before is a counter per block and program
-in memory, to which a route adds its rank among the 32 of its step: a warp compares all pairs, and
-the bits of a word say which are alike. The scan is torch's.
+in memory, to which a route adds its rank among those of its step: all pairs of these are compared,
+and the bits of words say which are alike. The scan is torch's.
 
 Shape letters: B batch, Hkv kv heads, bh counts both; R rows of a kv head, K columns, n blocks,
 C chunks.
@@ -19,9 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STEP = tl.constexpr(32)  # routes of a step: the bits of a word, the lanes of a warp
+WORD = tl.constexpr(32)  # routes of a step that a warp has
 # 32 warps on each of 132 processors: a step is short, and waits for what it loads.
 PROGRAMS = 4096
+# Where counts allow for few programs (packed sequences have many block numbers), a step has four
+# warps: four times the routes, and the comparisons for each, in about the time of one wait. Not on
+# AMD's chips, whose barrier does not wait for what other waves stored; one wave sees its own.
+FEW, WIDE = 1024, 4
 # A pass over an index is whole chunks: these are few enough for any budget over 2 KB * 2**17.
 CHUNK_ROUTES = 1 << 17
 
@@ -41,9 +45,14 @@ def sort(routes: Tensor, n: int) -> tuple[Tensor, Tensor, int, int]:
         return entries, starts, chunks, chunk_rows
     seen = torch.zeros(bhs, chunks, n, dtype=torch.int32, device=device)
     sizes = rows * columns, chunk_rows * columns, n, chunks
+    words = WIDE if bhs * chunks < FEW and torch.version.hip is None else 1
     for scatter in (False, True):
         _walk[(bhs * chunks,)](
-            *(routes, seen, starts, entries, *sizes), SCATTER=scatter, num_warps=1, num_stages=1
+            *(routes, seen, starts, entries, *sizes),
+            WORDS=words,
+            SCATTER=scatter,
+            num_warps=words,
+            num_stages=1,
         )
         if not scatter:
             counts = starts[1:]
@@ -62,9 +71,9 @@ def cut(bhs: int, rows: int, columns: int, n: int) -> tuple[int, int]:
     counts = max(1 << 20, bhs * rows * columns // 2)
     chunks = min(-(-PROGRAMS // max(bhs, 1)), counts // max(bhs * n, 1))
     chunk_rows = -(-rows // max(chunks, 1))
-    # A step or more, but for the last.
+    # A word or more, but for the last.
     columns = max(columns, 1)
-    chunk_rows = max(min(chunk_rows, CHUNK_ROUTES // columns), -(-STEP.value // columns))
+    chunk_rows = max(min(chunk_rows, CHUNK_ROUTES // columns), -(-WORD.value // columns))
     return max(-(-rows // chunk_rows), 1), chunk_rows
 
 
@@ -78,6 +87,7 @@ def _walk(
     routes_of_chunk,
     n,
     chunks,
+    WORDS: tl.constexpr,
     SCATTER: tl.constexpr,
 ):
     """Adds the routes of one chunk to its counters [n], which are zero; SCATTER: and writes them.
@@ -86,6 +96,7 @@ def _walk(
     different threads do, so that a barrier stands between. A block's counter is written once in a
     step, by the last of its routes.
     """
+    STEP: tl.constexpr = WORDS * WORD
     program = tl.program_id(0).to(tl.int64)
     bh = program // chunks
     chunk = program % chunks
@@ -94,7 +105,12 @@ def _walk(
     starts += bh * n * chunks + chunk
 
     lane = tl.arange(0, STEP)
-    bit = tl.full([STEP], 1, tl.uint32) << lane
+    bit = tl.full([WORD], 1, tl.uint32) << tl.arange(0, WORD)
+    # Which routes of the step come before each: [WORDS, STEP].
+    ahead = lane[None, :] - tl.arange(0, WORDS)[:, None] * WORD
+    before = (tl.full([WORDS, STEP], 1, tl.uint32) << tl.minimum(tl.maximum(ahead, 0), 31)) - 1
+    before = tl.where(ahead < WORD, before, 0xFFFFFFFF)
+
     begin = chunk.to(tl.int32) * routes_of_chunk
     end = tl.minimum(begin + routes_of_chunk, routes_of_bh)
     block = tl.load(routes + begin + lane, mask=begin + lane < end, other=-1)
@@ -102,12 +118,15 @@ def _walk(
         route = step + lane
         upcoming = tl.load(routes + route + STEP, mask=route + STEP < end, other=-1)
         there = block >= 0
-        # Bit j of `alike`: the j-th route of the step is to the same block. Summed over the first
-        # axis, a thread's elements are those of one route: the sum crosses no lanes.
-        alike = tl.sum(tl.where(block[:, None] == block[None, :], bit[:, None], 0), 0)
-        count = tl.load(seen + block, mask=there, other=0) + _bits(alike & (bit - 1))
+        # Bit j of word w: route 32 w + j of the step is to the same block. Those summed are all of
+        # one thread, so that the sum crosses no lanes.
+        others = tl.reshape(block, [WORDS, WORD])[:, :, None]
+        alike = tl.sum(tl.where(others == block[None, None, :], bit[None, :, None], 0), 1)
+        rank = tl.sum(_bits(alike & before), 0)
+        last = rank + 1 == tl.sum(_bits(alike), 0)
+        count = tl.load(seen + block, mask=there, other=0) + rank
         tl.debug_barrier()
-        tl.store(seen + block, count + 1, mask=there & (alike >> lane == 1))
+        tl.store(seen + block, count + 1, mask=there & last)
         if SCATTER:
             start = tl.load(starts + block.to(tl.int64) * chunks, mask=there, other=0)
             tl.store(entries + start + count, route, mask=there)

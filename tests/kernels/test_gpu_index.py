@@ -45,10 +45,15 @@ TABLES = [
 NAMES = [name for name, *_ in TABLES]
 
 
-@pytest.fixture(params=[2, 4096], ids=["few programs", "many programs"])
+# Programs at most, and how many are few.
+WALKS = {"wide steps": (2, 3000), "narrow steps": (2, 0), "a step each": (4096, 0)}
+
+
+@pytest.fixture(params=WALKS)
 def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long chunks have many steps; short ones have one."""
-    monkeypatch.setattr(gpu_sort, "PROGRAMS", request.param)
+    programs, few = WALKS[request.param]
+    monkeypatch.setattr(gpu_sort, "PROGRAMS", programs)
+    monkeypatch.setattr(gpu_sort, "FEW", few)
 
 
 def check_index(routes: Tensor, n: int) -> None:
