@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from moonfx.kernels import (
+    gpu_backward,
     gpu_decode,
     gpu_forward,
     gpu_index,
@@ -127,8 +128,6 @@ def backward(
         size = query.shape[0], query.shape[1], key.shape[2]
         grad_bias = None if key_bias is None else query.new_zeros(size, dtype=torch.float32)
         return zeros[0], zeros[1], zeros[2], grad_bias
-    from moonfx.kernels import gpu_backward
-
     layout = gpu_problem.layout(query, key, policy)
     if routes is None:
         routes = routes_of(query, key, layout, policy)
