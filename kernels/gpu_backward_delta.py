@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moonfx.kernels import gpu_configs
-from moonfx.kernels.gpu_problem import Layout
+from moonfx.kernels.gpu_problem import STRIDES, Layout
 from moonfx.kernels.gpu_tile import LOG2E, by_row, load_rows, locate, offsets, padded
 
 
-@triton.jit(do_not_specialize=["kv_heads", "queries"])
+@triton.jit(do_not_specialize=[*STRIDES, "kv_heads", "queries"])
 def _delta(
     statistics,
     grad_out,

@@ -23,7 +23,7 @@ from torch import Tensor
 from moonfx.kernels import gpu_configs, gpu_tile
 from moonfx.kernels.gpu_backward_plan import COLUMNS, plan
 from moonfx.kernels.gpu_index import Index
-from moonfx.kernels.gpu_problem import Layout
+from moonfx.kernels.gpu_problem import STRIDES, Layout
 from moonfx.kernels.gpu_tile import (
     by_row,
     load_bias,
@@ -212,7 +212,7 @@ def _in_scratch(
     return scratch + row[:, None] * WIDTH + FIRST + tl.arange(0, SIZE)[None, :]
 
 
-@triton.jit(do_not_specialize=["kv_heads", "n", "queries", "length"])
+@triton.jit(do_not_specialize=[*STRIDES, "kv_heads", "n", "queries", "length"])
 def _walk(
     query,
     key,
@@ -347,7 +347,7 @@ def _walk(
             tl.store(_in_scratch(scratch, place, KEYS, WIDTH, D + V, HEADS), sums_bias)
 
 
-@triton.jit(do_not_specialize=["kv_heads", "n", "length"])
+@triton.jit(do_not_specialize=[*STRIDES, "kv_heads", "n", "length"])
 def _join(
     grad_key,
     grad_key_row,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moonfx.kernels import gpu_configs, gpu_index, gpu_tile
 from moonfx.kernels.gpu_index import Index, Pass
-from moonfx.kernels.gpu_problem import Layout
+from moonfx.kernels.gpu_problem import STRIDES, Layout
 from moonfx.kernels.gpu_tile import (
     BEYOND,
     by_row,
@@ -99,7 +99,9 @@ def _advance(
     return result
 
 
-@triton.jit(do_not_specialize=["topk", "kv_heads", "n", "queries", "bh0", "row0", "pass_rows"])
+@triton.jit(
+    do_not_specialize=[*STRIDES, "topk", "kv_heads", "n", "queries", "bh0", "row0", "pass_rows"]
+)
 def _tiles(
     query,
     key,
@@ -227,7 +229,7 @@ def _tiles(
         store_rows(grad_query, slot * KEY_DIM, result, valid, KEY_DIM, D)
 
 
-@triton.jit(do_not_specialize=["topk", "kv_heads", "queries", "bh0", "row0", "pass_rows"])
+@triton.jit(do_not_specialize=[*STRIDES, "topk", "kv_heads", "queries", "bh0", "row0", "pass_rows"])
 def _sum(
     part,
     routes,
