@@ -45,7 +45,8 @@ def sort(routes: Tensor, n: int) -> tuple[Tensor, Tensor, int, int]:
         return entries, starts, chunks, chunk_rows
     seen = torch.zeros(bhs, chunks, n, dtype=torch.int32, device=device)
     sizes = rows * columns, chunk_rows * columns, n, chunks
-    words = WIDE if bhs * chunks < FEW and torch.version.hip is None else 1
+    wide = bhs * chunks < FEW and chunk_rows * columns > WIDE * WORD.value
+    words = WIDE if wide and torch.version.hip is None else 1
     for scatter in (False, True):
         _walk[(bhs * chunks,)](
             *(routes, seen, starts, entries, *sizes),
