@@ -44,7 +44,7 @@ MOST_ROWS = 64
 MOST_ROUTES = 4096  # of a kv head, with rows and columns padded: every program reads them all
 PROGRAMS = 1024  # four times what the largest chips run at a time, so that they end together
 BUDGET = 256 << 20  # bytes of partial results
-CHUNK, DIMS = 32, 64  # of a row's partial results in a step of a program that combines them
+CHUNK, DIMS = 128, 64  # of a row's partial results, read at a time: 32 KiB hide the latency
 VARY = [*STRIDES, "topk", "kv_heads", "rows", "queries", "bh0", "block", "span", "splits"]
 
 
@@ -288,7 +288,7 @@ def attend(
     token, token_row = by_row(blocks.token, blocks.start)
 
     slots = rows * topk * splits
-    step = min(batch * kv_heads, max(1, BUDGET // (slots * 4 * (value_dim + 1))))
+    step = max(1, min(batch * kv_heads, BUDGET // (slots * 4 * (value_dim + 1))))
     part = query.new_empty(step, slots, value_dim, dtype=torch.float32)
     part_lse = query.new_empty(step, slots, dtype=torch.float32)
     for bh0 in range(0, batch * kv_heads, step):
@@ -322,7 +322,7 @@ def attend(
             GROUP=layout.group,
             DIM=value_dim,
             DIMS=min(DIMS, gpu_tile.padded(value_dim)),
-            CHUNK=CHUNK,
+            CHUNK=min(CHUNK, triton.next_power_of_2(topk * splits)),
             SORTED=sought.index is not None,
             num_warps=4,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from moonfx.kernels import gpu_decode, gpu_problem, reference
 from moonfx.kernels.gpu_problem import Layout
 from moonfx.kernels.policy import Policy
+from tests.kernels.no_waits import NoWaits
 from tests.moba_cases import Case, feature_cases
 
 # float32: sums of at most 150 products of size 1, on the chip from three TF32 parts. 16-bit: the
@@ -74,7 +75,8 @@ def decode(
     policy = Policy(*(x.to(device) if isinstance(x, Tensor) else x for x in policy))
     inputs = [x.to(device) for x in (query, key, value)]
     layout = gpu_problem.layout(*inputs[:2], policy)
-    return gpu_decode.attend(*inputs, layout, routes, policy)
+    with NoWaits():
+        return gpu_decode.attend(*inputs, layout, routes, policy)
 
 
 def assert_like_reference(case: Case, device: str = "cpu") -> None:
