@@ -18,7 +18,14 @@ import torch
 
 DIMS = (64, 128, 256, 512)
 BLOCKS = (16, 32, 64, 256)  # at most this many keys, and beyond; a tile spans no more keys
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+# Bytes of shared memory that a program may have.
+ARCHITECTURES = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+}
 INTERPRETER = "interpreter"
 
 # rows x keys / warps / stages, by head dim (the larger of D and Dv): the first row that fits. One
