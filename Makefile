@@ -8,14 +8,23 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 READY := .venv/ready
 
-.PHONY: test sweep lint types demo bench setup clean
+.PHONY: test sweep gpu aot lint types demo bench setup clean
 
 test: lint types
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=15 -m "not sweep"
 
-# The other form of every architecture of transformers: what `make test` takes a sixth of.
+# What `make test` takes a part of: the other form of every architecture of transformers, and the
+# GPU kernels compiled for every chip and shape class (about an hour on two cores).
 sweep: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) -m sweep tests/test_architectures.py
+	$(BIN)/python -m pytest -n $(JOBS) -m sweep tests/test_architectures.py tests/kernels/test_gpu_aot.py
+
+# What needs a GPU; elsewhere each test says so.
+gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+# Registers, spills, shared memory and matrix instructions of the GPU kernels; needs no GPU.
+aot: $(READY)
+	$(BIN)/python -m tests.kernels.aot --chips all --features plain,everything,dense,decode
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from moonfx.kernels import cpu, cpu_build
+from moonfx.kernels import cpu, cpu_build, gpu_configs
 
 PYTHON_FROM = (3, 11)
 TORCH_FROM, TORCH_BELOW = (2, 11), (2, 16)
 NEEDS_OPENMP = "CPU kernel on more than one core"
+NEEDS_TRITON = "fast attention on a GPU (else plain torch)"
 
 OK = "ok"
 MISSING = "missing"  # can be installed: `fix` says how
@@ -60,7 +61,8 @@ def diagnose() -> Iterator[Check]:
     yield check_backend_name()
     yield from check_vector_units(cpu_flags())
     yield check_gpu()
-    yield check_package("triton", "torch.compile on a GPU")
+    yield check_package("triton", f"{NEEDS_TRITON}, torch.compile there")
+    yield check_triton_kernels()
     yield check_package("transformers", "Hugging Face models, `moonfx explain <model type>`")
     yield check_package("gguf", "reading the demo's weights")
     yield check_package("onnx", "ONNX models (planned)")
@@ -94,19 +96,25 @@ def check_operator() -> Check:
     component, needed_by = "moonfx::moba_attention", "everything"
     show = "python -c 'import moonfx; moonfx.moba_attention'"
     try:
-        moonfx = importlib.import_module("moonfx")
-        reference = importlib.import_module("moonfx.kernels.reference")
-        query, key, value = torch.randn(
-            3, 1, 2, 24, 16, generator=torch.Generator().manual_seed(0)
-        ).unbind()
-        out = moonfx.moba_attention(query, key, value, 4, 3, sinks=1)
-        expected, _ = reference.moba_attention(query, key, value, 4, 3, sinks=1)
-        error = float((out - expected).abs().max())
+        error = error_on("cpu")
     except Exception as failure:  # noqa: BLE001 - whatever is wrong is the finding
         return Check(component, one_line(failure), needed_by, BROKEN, show, core=True)
     status = OK if error < 1e-4 else BROKEN
     found = f"differs from the reference by {error:.0e}"
     return Check(component, found, needed_by, status, "" if status == OK else show, core=True)
+
+
+def error_on(device: str) -> float:
+    """The operator's largest difference from the reference, in a sparse call."""
+    moonfx = importlib.import_module("moonfx")
+    reference = importlib.import_module("moonfx.kernels.reference")
+    query, key, value = torch.randn(
+        3, 1, 2, 24, 16, generator=torch.Generator().manual_seed(0)
+    ).unbind()
+    inputs = (x.to(device) for x in (query, key, value))
+    out = moonfx.moba_attention(*inputs, 4, 3, sinks=1)
+    expected, _ = reference.moba_attention(query, key, value, 4, 3, sinks=1)
+    return float((out.cpu() - expected).abs().max())
 
 
 def check_backend_name() -> Check:
@@ -172,6 +180,26 @@ def check_gpu() -> Check:
         found = f"a driver, but torch {torch.__version__} cannot use it"
         return Check(component, found, needed_by, BROKEN, "pip install --force-reinstall torch")
     return Check(component, "-", needed_by, ABSENT)
+
+
+def check_triton_kernels() -> Check:
+    """Runs the operator on the GPU, which compiles its kernels, against the reference."""
+    component = "Triton kernels"
+    if not torch.cuda.is_available():
+        return Check(component, "-", NEEDS_TRITON, ABSENT)
+    show = "python -c 'from moonfx.kernels import gpu; print(gpu.available())'"
+    kernels, reason = importlib.import_module("moonfx.ops.dispatch").find_triton_kernels()
+    if kernels is None:
+        if importlib.util.find_spec("triton") is None:
+            return Check(component, "-", NEEDS_TRITON, MISSING, "pip install triton")
+        return Check(component, str(reason), NEEDS_TRITON, BROKEN, show)
+    try:
+        error = error_on("cuda")
+    except Exception as failure:  # noqa: BLE001 - whatever is wrong is the finding
+        return Check(component, one_line(failure), NEEDS_TRITON, BROKEN, show)
+    found = f"tiles of {gpu_configs.architecture()}, differ from the reference by {error:.0e}"
+    status = OK if error < 1e-4 else BROKEN
+    return Check(component, found, NEEDS_TRITON, status, "" if status == OK else show)
 
 
 def check_package(name: str, needed_by: str) -> Check:

@@ -192,11 +192,17 @@ def test_the_doctor_prints_one_row_per_component(capsys):
     cli.main(["doctor"])
     lines = capsys.readouterr().out.splitlines()
     assert re.split(r"\s{2,}", lines[0]) == ["component", "found", "needed by", "status", "fix"]
-    for component in ("torch", "triton", "C++ compiler", "OpenMP", "GPU", "transformers", "onnx"):
+    for component in (
+        *("torch", "triton", "C++ compiler", "OpenMP", "GPU", "Triton kernels"),
+        *("transformers", "onnx"),
+    ):
         assert sum(line.startswith(component + " ") for line in lines) == 1
     environment = lines[lines.index("environment:") + 1 :]
     variables = [re.split(r"\W", line.strip())[0] for line in environment]
-    assert variables == ["MOONFX_DUMP", "MOONFX_VERIFY", "TORCH_LOGS", "TORCH_TRACE"]
+    assert variables == [
+        *("MOONFX_AUTOTUNE", "MOONFX_DUMP", "MOONFX_VERIFY"),
+        *("TORCH_LOGS", "TORCH_TRACE"),
+    ]
 
 
 def test_whatever_is_missing_has_exactly_one_fix_and_nothing_else_has():
@@ -238,6 +244,33 @@ def test_a_missing_compiler_is_reported_and_leaves_the_core_working(variable, fi
 )
 def test_torch_is_supported_from_2_11_to_2_15(version, status):
     assert doctor.check_torch(version).status == status
+
+
+def test_triton_kernels_are_absent_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check = doctor.check_triton_kernels()
+    assert (check.found, check.status, check.fix) == ("-", doctor.ABSENT, "")
+
+
+GPU_KERNELS = [
+    # what dispatch finds, what a call gives, and what the doctor says
+    ("they run", (object(), None), 1e-6, doctor.OK, "tiles of sm_90, differ"),
+    ("they are wrong", (object(), None), 1e-2, doctor.BROKEN, "differ from the reference by 1e-02"),
+    ("an old chip", (None, "compute capability 7.5"), 0.0, doctor.BROKEN, "capability 7.5"),
+]
+
+
+@pytest.mark.parametrize(("found", "error", "status", "said"), [x[1:] for x in GPU_KERNELS])
+def test_the_doctor_says_how_triton_kernels_do_on_a_gpu(found, error, status, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("moonfx.ops.dispatch.find_triton_kernels", lambda: found)
+    monkeypatch.setattr(doctor, "error_on", lambda device: error)
+    monkeypatch.setattr("moonfx.kernels.gpu_configs.architecture", lambda: "sm_90")
+    check = doctor.check_triton_kernels()
+    assert said in check.found
+    assert check.status == status
+    assert bool(check.fix) == (status != doctor.OK)
+    assert not check.core
 
 
 def test_a_package_that_is_not_installed_is_missing():
