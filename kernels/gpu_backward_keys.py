@@ -424,8 +424,10 @@ def gradients_of_keys(
     _, kv_heads, length, dim = key.shape
     wide = value.shape[3]
     group, queries = layout.group, query.shape[2]
-    config = gpu_configs.choose("dkdv", max(dim, wide), key.dtype, layout.block, key.device)
     scores = gpu_tile.scores(query, length, policy)
+    config = gpu_configs.choose(
+        *("dkdv", max(dim, wide), key.dtype, layout.block, key.device), extras=scores.extras(layout)
+    )
     heads = 1 if group == 1 or scores.BIAS == 0 else gpu_tile.padded(group)
     columns = gpu_tile.padded(dim) + gpu_tile.padded(wide) + (heads if scores.BIAS else 0)
     todo = plan(index, layout, kv_heads, config.block_n, columns * config.block_n * 4)

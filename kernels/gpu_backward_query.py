@@ -318,8 +318,10 @@ def _run(
     query, key, value, _, _ = tensors
     queries, blocks = layout.queries, layout.blocks
     dim = max(query.shape[3], value.shape[3])
-    config = gpu_configs.choose("dq", dim, query.dtype, layout.block, query.device)
     scores = gpu_tile.scores(query, key.shape[2], policy)
+    config = gpu_configs.choose(
+        *("dq", dim, query.dtype, layout.block, query.device), extras=scores.extras(layout)
+    )
     order, order_row = by_row(queries.index, queries.last)
     token, token_row = by_row(blocks.token, blocks.start)
     direct = layout.topk == 1

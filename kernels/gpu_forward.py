@@ -332,7 +332,7 @@ class Call(NamedTuple):
         scores = gpu_tile.scores(query, key.shape[2], policy)
         bulk = blocks.token is None and gpu_tile.bulk(key) and gpu_tile.bulk(value)
         dim = max(query.shape[3], value.shape[3])
-        extras = scores.SOFTCAP or scores.BIAS > 0 or blocks.token is not None
+        extras = scores.extras(layout)
         config = gpu_configs.choose("forward", dim, query.dtype, layout.block, query.device, extras)
         read = [gpu_tile.descriptor(x, config.block_n) if bulk else x for x in (key, value)]
         order, order_row = by_row(queries.index, queries.last)

@@ -82,7 +82,9 @@ def route(
     if routes.numel() == 0:
         return routes
 
-    config = gpu_configs.choose("route", dim, query.dtype, layout.block, query.device)
+    config = gpu_configs.choose(
+        *("route", dim, query.dtype, layout.block, query.device), extras=bias_means is not None
+    )
     table = triton.next_power_of_2(slots) if slots > 0 else 0
     block_m = min(config.block_m, max(16, triton.next_power_of_2(rows)), TABLES // max(table, 1))
     tiles = triton.cdiv(rows, block_m)

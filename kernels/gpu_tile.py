@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moonfx.kernels import gpu_configs
+from moonfx.kernels.gpu_problem import Layout
 from moonfx.kernels.policy import Policy
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -49,6 +50,10 @@ class Scores(NamedTuple):
     FOLD: bool
     SOFTCAP: bool
     BIAS: int
+
+    def extras(self, layout: Layout) -> bool:
+        """Whether a tile takes registers beyond those of plain scores of adjacent keys."""
+        return self.SOFTCAP or self.BIAS > 0 or layout.blocks.token is not None
 
     def flags(self) -> dict[str, Any]:
         return {"FOLD": self.FOLD, "SOFTCAP": self.SOFTCAP, "BIAS": self.BIAS}

@@ -32,9 +32,15 @@ UNIT = {
 ENTRIES = {
     *ATTENTION,
     "gpu_means.mean_kernel",
+    "gpu_means.part_kernel",
     "gpu_route.route_kernel",
-    "gpu_index.sort_routes",
+    "gpu_sort._walk",
+    "gpu_index._count",
+    "gpu_index._place",
     "gpu_merge._merge",
+    "gpu_backward_delta._delta",
+    "gpu_backward_keys._join",
+    "gpu_backward_query._sum",
     "gpu_decode._attend",
     "gpu_decode._combine",
 }
