@@ -18,7 +18,7 @@ ROADS = ("a program for all blocks", "blocks split over programs", "more than a 
 def take(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the launcher choose one of ROADS whatever the shapes are, with small tiles."""
     config = gpu_configs.Config(64, 16, 4, 1)
-    monkeypatch.setattr(gpu_configs, "choose", lambda *args: config)
+    monkeypatch.setattr(gpu_configs, "choose", lambda *_, **__: config)
     monkeypatch.setattr(gpu_route, "PROGRAMS", 1 << 20 if road == ROADS[1] else 1)
     monkeypatch.setattr(gpu_route, "LEAST", 1)
     if road == ROADS[2]:
