@@ -9,12 +9,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
 
-from moonfx.kernels import gpu_decode, gpu_problem, reference
-from moonfx.kernels.gpu_problem import Layout
+from moonfx.kernels import reference
 from moonfx.kernels.policy import Policy
 from tests.kernels.no_waits import NoWaits
 from tests.moba_cases import Case, feature_cases
 
+gpu = pytest.importorskip("moonfx.kernels.gpu", reason="needs Triton")
+from moonfx.kernels import gpu_decode, gpu_problem  # noqa: E402
+from moonfx.kernels.gpu_problem import Layout  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # float32: sums of at most 150 products of size 1, on the chip from three TF32 parts. 16-bit: the
 # weights of a split are rounded to the dtype, and the result once more: a few half units of 1.
 TOLERANCE = {
@@ -66,27 +70,26 @@ def routes_of(query: Tensor, key: Tensor, policy: Policy, layout: Layout) -> Ten
     return routes.int().contiguous()
 
 
-def decode(
-    query: Tensor, key: Tensor, value: Tensor, policy: Policy, device: str = "cpu"
-) -> tuple[Tensor, Tensor]:
+def decode(query: Tensor, key: Tensor, value: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
     layout = gpu_problem.layout(query, key, policy)
     assert gpu_decode.fits(query, layout)
-    routes = routes_of(query, key, policy, layout).to(device)
-    policy = Policy(*(x.to(device) if isinstance(x, Tensor) else x for x in policy))
-    inputs = [x.to(device) for x in (query, key, value)]
+    routes = routes_of(query, key, policy, layout).to(DEVICE)
+    policy = Policy(*(x.to(DEVICE) if isinstance(x, Tensor) else x for x in policy))
+    inputs = [x.to(DEVICE) for x in (query, key, value)]
     layout = gpu_problem.layout(*inputs[:2], policy)
     with NoWaits():
-        return gpu_decode.attend(*inputs, layout, routes, policy)
+        out, lse = gpu_decode.attend(*inputs, layout, routes, policy)
+    return out.cpu(), lse.cpu()
 
 
-def assert_like_reference(case: Case, device: str = "cpu") -> None:
+def assert_like_reference(case: Case) -> None:
     inputs = case.inputs()
-    out, lse = decode(*inputs, case.policy(), device)
+    out, lse = decode(*inputs, case.policy())
     expected = reference.moba_attention(*inputs, case.block, case.topk, **case.named())
     assert out.dtype == case.dtype
     assert out.transpose(1, 2).is_contiguous()
-    torch.testing.assert_close(out.cpu(), expected[0], **TOLERANCE[case.dtype])
-    torch.testing.assert_close(lse.cpu(), expected[1], **TOLERANCE[torch.float32])
+    torch.testing.assert_close(out, expected[0], **TOLERANCE[case.dtype])
+    torch.testing.assert_close(lse, expected[1], **TOLERANCE[torch.float32])
 
 
 CASES = [
@@ -123,18 +126,14 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", [case for _, case in CASES], ids=[name for name, _ in CASES])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_few_queries_are_as_the_reference_says(case: Case, device: str) -> None:
-    assert_like_reference(case, device)
+def test_a_few_queries_are_as_the_reference_says(case: Case) -> None:
+    assert_like_reference(case)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_sixteen_bit_inputs_are_rounded_no_more_than_in_prefill(
-    dtype: torch.dtype, device: str
-) -> None:
+def test_sixteen_bit_inputs_are_rounded_no_more_than_in_prefill(dtype: torch.dtype) -> None:
     case = Case(queries=2, length=61, topk=3, dim=16, dtype=dtype, padding="left", softcap=2.0)
-    assert_like_reference(case, device)
+    assert_like_reference(case)
 
 
 @settings(max_examples=12)
@@ -161,6 +160,31 @@ def test_rows_of_decoding_are_rows_of_a_prefill(padding: str) -> None:
             torch.testing.assert_close(mine, rows, **TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_a_step_with_means_from_a_cache_is_a_row_of_a_prefill(padding: str) -> None:
+    case = Case(batch=2, kv_heads=1, length=61, queries=61, topk=3, sinks=1, padding=padding)
+    query, key, value = case.inputs()
+    whole = reference.moba_attention(query, key, value, case.block, case.topk, **case.named())
+    step = query[:, :, -2:], key, value, *case.but(means="exact").policy()
+    out, lse, _ = gpu.forward(*(x.to(DEVICE) if isinstance(x, Tensor) else x for x in step))
+    torch.testing.assert_close(out.cpu(), whole[0][:, :, -2:], **TOLERANCE[torch.float32])
+    torch.testing.assert_close(lse.cpu(), whole[1][:, :, -2:], **TOLERANCE[torch.float32])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("sizes", [(4096, 3, 20000), (128, 8, 5000)], ids=["large", "small"])
+@pytest.mark.parametrize(("batch", "queries"), [(1, 1), (1, 8), (7, 3), (256, 1)])
+def test_steps_of_real_sizes_are_as_the_reference_says(
+    batch: int, queries: int, sizes: tuple[int, int, int], padding: str
+) -> None:
+    block, topk, length = sizes
+    case = Case(batch=batch, queries=queries, length=length // max(1, batch // 8), block=block)
+    case = case.but(topk=topk, group=4, dim=64, value_dim=64, kv_heads=2, sinks=1, padding=padding)
+    assert_like_reference(case.but(dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter reads")
 def test_each_chosen_block_is_read_once_for_all_the_rows_that_chose_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
