@@ -1,6 +1,6 @@
-// A few queries: keys and values are not packed, each selected block is read once for all the rows
-// that selected it. Each (row, block) leaves a partial softmax (m, l, O); a row's partials are
-// merged in ascending order of block.
+// A few queries: no copy of all keys and values is packed. Each selected block is read once for all
+// the rows that selected it, 64 keys at a time, which stay in the core's cache. Each (row, block)
+// leaves a partial softmax (m, l, O); a row's partials are merged in ascending order of block.
 #pragma once
 #include "cpu_forward.h"
 
@@ -14,7 +14,7 @@ struct Decode {
     Means means{};
     Bias bias{};
     int64_t query_padded = 0, value_padded = 0, slot_size = 0;
-    static constexpr int64_t STEP = 64;  // keys scored before their values are read
+    static constexpr int64_t STEP = 64;  // keys of a tile
 
     struct Item {
         const Routes* routes;
@@ -27,64 +27,86 @@ struct Decode {
         return (routes.h * a.B * a.Nq + routes.list->query) * plan.G + r;
     }
 
-    void score_and_sum(const Item& item, const float* query, float* partial) {
+    struct Thread {
+        const T **key, **value;         // [2][STEP]: this tile and the next, which is on its way
+        float *keys, *values, *scores;  // [D][STEP], [STEP][value_padded], [MR][STEP]
+    };
+    void take(Arena& arena, Thread& t) const {
+        t.key = arena.take<const T*>(2 * STEP);
+        t.value = arena.take<const T*>(2 * STEP);
+        t.keys = arena.take<float>(STEP * a.D);
+        t.values = arena.take<float>(STEP * value_padded);
+        t.scores = arena.take<float>(MR * STEP);
+    }
+
+    // Finds and fetches a list's keys first..last, one tile at most.
+    void find(const List& x, int64_t h, int64_t first, int64_t last, const T** key,
+              const T** value) const {
+        for (int64_t r = first; r < std::min(last, first + STEP); ++r) {
+            int64_t token = plan.key_index(x, r);
+            key[r - first] = row_of((const T*)a.key, a.key_at, x.b, h, token);
+            value[r - first] = row_of((const T*)a.value, a.value_at, x.b, h, token);
+            prefetch(key[r - first], a.D);
+            prefetch(value[r - first], a.Dv);
+        }
+    }
+
+    void score_and_sum(Thread& t, const Item& item, const float* query, float* partial) const {
         const Routes& routes = *item.routes;
         const List& x = *routes.list;
         int64_t h = routes.h, first = item.block * x.block,
-                last = std::min<int64_t>(first + x.block, x.real);
-        size_t count = item.rows.size();
-        std::vector<float> buffer(count * STEP + query_padded + value_padded);
-        float *scores = buffer.data(), *key = scores + count * STEP, *value = key + query_padded;
-        int64_t most = 0;
-        std::vector<int64_t> end(count);
-        std::vector<float*> out(count);
-        std::vector<const float*> q(count);
-        for (size_t i = 0; i < count; ++i) {
-            int64_t r = item.rows[i].first;
-            end[i] = std::min<int64_t>(last, routes.position[r] + 1);
-            most = std::max(most, end[i]);
-            out[i] = partial + (place(routes, r) * plan.topk + item.rows[i].second) * slot_size;
-            q[i] = query + place(routes, r) * query_padded;
-            std::fill(out[i], out[i] + slot_size, 0.0f);
-            out[i][0] = -INFINITY;
+                last = std::min<int64_t>(first + x.block, x.real), count = item.rows.size();
+        auto end = [&](int64_t i) {
+            return std::min<int64_t>(last, routes.position[item.rows[i].first] + 1);
+        };
+        auto slot = [&](int64_t i) {
+            auto [r, at] = item.rows[i];
+            return partial + (place(routes, r) * plan.topk + at) * slot_size;
+        };
+        for (int64_t i = 0; i < count; ++i) {
+            std::fill(slot(i), slot(i) + slot_size, 0.0f);
+            slot(i)[0] = -INFINITY;
         }
-        for (int64_t s = first; s < most; s += STEP) {
-            int64_t n = std::min(STEP, most - s);
-            for (int64_t c = 0; c < n; ++c) {
-                const T* k = row_of((const T*)a.key, a.key_at, x.b, h, plan.key_index(x, s + c));
-                widen_row(k, a.D, query_padded, key);
-                for (size_t i = 0; i < count; ++i) {
-                    vf dot = vf{};
-                    for (int64_t d = 0; d < query_padded; d += VL)
-                        dot = mul_add(load(q[i] + d), load(key + d), dot);
-                    scores[i * STEP + c] = sum(dot) * modifiers.alpha;
+        int64_t most = end(count - 1);  // rows ascend, and so does what they see
+        find(x, h, first, most, t.key, t.value);
+        for (int64_t s = first, now = 0; s < most; s += STEP, now = STEP - now) {
+            int64_t n = std::min(STEP, most - s), columns = round_up(n, VL);
+            transpose(t.key + now, n, a.D, STEP, t.keys);
+            for (int64_t c = 0; c < n; ++c)
+                widen_row(t.value[now + c], a.Dv, value_padded, t.values + c * value_padded);
+            find(x, h, s + STEP, most, t.key + STEP - now, t.value + STEP - now);
+            for (int64_t g = 0; g < count; g += MR) {
+                int m = (int)std::min<int64_t>(MR, count - g);
+                Rows<float> rows;
+                float *p[MR], *top[MR], *total[MR], *out[MR], factor[MR];
+                int64_t hi[MR];
+                for (int i = 0; i < m; ++i) {
+                    float* o = slot(g + i);
+                    rows.row[i] = query + place(routes, item.rows[g + i].first) * query_padded;
+                    p[i] = t.scores + i * STEP;
+                    top[i] = o, total[i] = o + 1, out[i] = o + 2;
+                    hi[i] = std::min(n, end(g + i) - s);
                 }
-            }
-            for (size_t i = 0; i < count; ++i) {
-                if (end[i] <= s) {
-                    std::fill(scores + i * STEP, scores + (i + 1) * STEP, 0.0f);
-                    continue;
+                for (int64_t c = 0; c < columns; c += NR)
+                    multiply<Float32, Rows<float>, SET>(
+                        m, (int)std::min<int64_t>(NV, (columns - c) / VL), rows, t.keys + c, STEP,
+                        a.D, p, c, modifiers.alpha);
+                for (int i = 0; i < m; ++i) {
+                    int64_t r = item.rows[g + i].first;
+                    modifiers.apply(p[i], bias.of(x, routes.head(plan, r), s), routes.shift_of(r),
+                                    columns);
                 }
-                float *row = scores + i * STEP, *m = out[i], *l = out[i] + 1, factor;
-                int64_t hi = std::min(n, end[i] - s);
-                int64_t r = item.rows[i].first;
-                modifiers.apply(row, bias.of(x, routes.head(plan, r), s), routes.shift_of(r),
-                                round_up(n, VL));
-                softmax(1, &row, &row, 0, &hi, round_up(n, VL), &m, &l, &factor);
-                if (factor != 1.0f)
-                    for (int64_t d = 0; d < value_padded; d += VL)
-                        store(out[i] + 2 + d, load(out[i] + 2 + d) * factor);
-            }
-            for (int64_t c = 0; c < n; ++c) {
-                int64_t token = plan.key_index(x, s + c);
-                const T* v = row_of((const T*)a.value, a.value_at, x.b, h, token);
-                widen_row(v, a.Dv, value_padded, value);
-                for (size_t i = 0; i < count; ++i) {
-                    float p = scores[i * STEP + c];
-                    for (int64_t d = 0; d < value_padded; d += VL)
-                        store(out[i] + 2 + d,
-                              mul_add(splat(p), load(value + d), load(out[i] + 2 + d)));
+                softmax(m, p, p, 0, hi, columns, top, total, factor);
+                for (int i = 0; i < m; ++i) {
+                    if (factor[i] != 1.0f)
+                        for (int64_t d = 0; d < value_padded; d += VL)
+                            store(out[i] + d, load(out[i] + d) * factor[i]);
+                    rows.row[i] = p[i];
                 }
+                for (int64_t d = 0; d < value_padded; d += NR)
+                    multiply<Float32, Rows<float>, ADD>(
+                        m, (int)std::min<int64_t>(NV, (value_padded - d) / VL), rows, t.values + d,
+                        value_padded, n, out, d);
             }
         }
     }
@@ -119,6 +141,7 @@ struct Decode {
         int64_t most;
         std::vector<Unit> units = units_of(plan, [&](const List&) { return a.Nq; }, &most);
         std::vector<Routes> routes(a.Hkv * units.size());
+        std::vector<Thread> threads(a.threads);
         float *query, *partial, *total;
         auto all = [&](Arena& arena) {
             bias.take(arena, plan);
@@ -128,6 +151,7 @@ struct Decode {
             query = arena.take<float>(all_rows * query_padded);
             partial = arena.take<float>(all_rows * plan.topk * slot_size);
             total = arena.take<float>(a.threads * value_padded);
+            for (Thread& t : threads) take(arena, t);
         };
         Arena count{nullptr};
         all(count);
@@ -159,8 +183,9 @@ struct Decode {
                     items.back().rows.push_back({id[i], used[id[i]]++});
             }
         }
-        parallel(a.threads, items.size(),
-                 [&](int64_t i, int64_t) { score_and_sum(items[i], query, partial); });
+        parallel(a.threads, items.size(), [&](int64_t i, int64_t thread) {
+            score_and_sum(threads[thread], items[i], query, partial);
+        });
         parallel(a.threads, rows.size(), [&](int64_t i, int64_t thread) {
             merge(*rows[i].first, rows[i].second, partial, total + thread * value_padded);
         });

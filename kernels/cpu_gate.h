@@ -62,8 +62,7 @@ struct Means {
             row[c] = read ? row_of(plan.a.block_means, plan.a.block_means_at, x.b, h, j) : nullptr;
             if (j < x.n) compute_bias(plan, x, h, j);
         }
-        for (int64_t d = 0; d < D; ++d)
-            for (int64_t c = 0; c < ldb; ++c) out[d * ldb + c] = row[c] ? row[c][d] : 0.0f;
+        transpose(row, ldb, D, ldb, out);
     }
     void compute_bias(const Plan& plan, const List& x, int64_t h, int64_t j) {
         int64_t s = j * x.block, e = std::min(s + x.block, x.real);

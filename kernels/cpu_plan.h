@@ -15,9 +15,9 @@ struct Arguments {
     const void *query, *key, *value;
     void* out;
     float* lse;
-    const uint8_t* key_mask;  // [B, Nk] or null
-    const float* key_bias;    // [B, Hq, Nk] (a broadcast dimension has stride 0) or null
-    const int64_t* segments;  // [B, Nk] or null
+    const uint8_t* key_mask;   // [B, Nk] or null
+    const float* key_bias;     // [B, Hq, Nk] (a broadcast dimension has stride 0) or null
+    const int64_t* segments;   // [B, Nk] or null
     const float* block_means;  // [B, Hkv, m, D] or null: causal only, and not with segments
     const void* grad_out;
     const float* grad_lse;  // [B, Hq, Nq] or null

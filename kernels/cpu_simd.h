@@ -4,6 +4,7 @@
 // VL floats fill one register. A matrix product keeps MR rows of NV registers as accumulators, so
 // 6 x 4 + 4 + 1 of 32 registers (AVX-512, NEON) or 6 x 2 + 2 + 1 of 16 (AVX2, SSE).
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -64,6 +65,38 @@ static inline vf mul_add(vf a, vf b, vf c) {
     return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
+#endif
+}
+
+// Column c of VL rows becomes row c.
+static inline void transpose(vf* x) {
+#if VB == 64
+    __m512 t[VL], u[VL];
+    for (int i = 0; i < VL; i += 2) {
+        t[i] = _mm512_unpacklo_ps((__m512)x[i], (__m512)x[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps((__m512)x[i], (__m512)x[i + 1]);
+    }
+    for (int i = 0; i < VL; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            __m512d a = (__m512d)t[i + j], b = (__m512d)t[i + j + 2];
+            u[i + 2 * j] = (__m512)_mm512_unpacklo_pd(a, b);
+            u[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(a, b);
+        }
+    for (int j = 0; j < 4; ++j) {  // u[4 i + j]: columns j, 4 + j, 8 + j, 12 + j of rows 4 i ..
+        __m512 a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88),
+               b = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd),
+               c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88),
+               d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+        x[j] = (vf)_mm512_shuffle_f32x4(a, c, 0x88);
+        x[4 + j] = (vf)_mm512_shuffle_f32x4(b, d, 0x88);
+        x[8 + j] = (vf)_mm512_shuffle_f32x4(a, c, 0xdd);
+        x[12 + j] = (vf)_mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+#else
+    float t[VL][VL];
+    std::memcpy(t, x, sizeof t);
+    for (int i = 0; i < VL; ++i)
+        for (int j = 0; j < VL; ++j) x[i][j] = t[j][i];
 #endif
 }
 static inline vf larger(vf a, vf b) { return a > b ? a : b; }
@@ -159,6 +192,25 @@ static inline void from_float(float x, bf16* p) {
 static inline vf widen(const float* p) { return load(p); }
 static inline vf widen(const bf16* p) {
     return (vf)(__builtin_convertvector(*(const vh_any*)p, vu) << 16);
+}
+// The columns, each of d values (null: zeros), as the rows of a product's B operand.
+template <class T>
+static inline void transpose(const T* const* column, int64_t columns, int64_t d, int64_t ldb,
+                             float* out) {
+    for (int64_t c = 0; c < columns; c += VL)
+        for (int64_t i = 0; i < d; i += VL) {
+            vf x[VL];
+            for (int r = 0; r < VL; ++r) {
+                const T* p = c + r < columns ? column[c + r] : nullptr;
+                float t[VL] = {};
+                if (p && i + VL > d)
+                    for (int64_t e = 0; e < d - i; ++e) t[e] = to_float(p[i + e]);
+                x[r] = p && i + VL <= d ? widen(p + i) : load(t);
+            }
+            transpose(x);
+            for (int64_t e = 0; e < std::min<int64_t>(VL, d - i); ++e)
+                store(out + (i + e) * ldb + c, x[e]);
+        }
 }
 // d values to float32, zeros up to padded.
 template <class T>

@@ -1,0 +1,81 @@
+"""The operator on Triton's kernels, by the interpreter: routes kept, gradients, fake values."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moonfx import moba_attention
+from moonfx.kernels import reference
+from moonfx.ops import dispatch
+from tests.moba_cases import Case
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("a CPU tensor needs Triton's interpreter", allow_module_level=True)
+gpu: Any = pytest.importorskip("moonfx.kernels.gpu", exc_type=ImportError)
+
+OPERATOR = torch.ops.moonfx.moba_attention
+BACKWARD = torch.ops.moonfx.moba_attention_backward
+# float32: sums of at most 100 products of size 1, in another order.
+TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
+
+CASES = [
+    ("sparse", Case(batch=1, topk=3, sinks=1)),
+    ("dense", Case(batch=1, topk=9, length=20, queries=20)),
+    ("one block", Case(batch=1, block=64, topk=2, length=20, queries=20)),
+    ("one query", Case(queries=1, topk=3)),
+    ("padding, bias", Case(padding="holes", bias="by head", scale=0.25, topk=3)),
+    ("packed", Case(packing="runs", topk=3)),
+    ("means given", Case(means="other", topk=3, padding="left")),
+]
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "triton_kernels", lambda device: gpu)
+
+
+def prepared(case: Case) -> tuple[list[Tensor], dict[str, Any]]:
+    """query, key, value and the bias if there is one, as leaves; and the named arguments."""
+    named = case.named()
+    leaves = [x.nan_to_num().requires_grad_() for x in case.inputs()]
+    if (bias := named.get("key_bias")) is not None:
+        named["key_bias"] = bias.nan_to_num().requires_grad_()
+        leaves.append(named["key_bias"])
+    return leaves, named
+
+
+@pytest.mark.parametrize("case", [case for _, case in CASES], ids=[name for name, _ in CASES])
+def test_the_operator_and_its_gradients_equal_the_reference(case: Case) -> None:
+    runs = []
+    for function in (moba_attention, reference.moba_attention):
+        leaves, named = prepared(case)
+        more = {"return_lse": True} if function is moba_attention else {}
+        out, lse = function(*leaves[:3], case.block, case.topk, **named, **more)
+        seen = lse.masked_fill(lse.isneginf(), 0.0)
+        runs.append([out, seen, *torch.autograd.grad(out.square().sum() + seen.sum(), leaves)])
+    for mine, theirs in zip(*runs, strict=True):
+        torch.testing.assert_close(mine, theirs, **TOLERANCE)
+
+
+def test_routes_kept_or_found_again_give_the_same_bits() -> None:
+    runs = []
+    for recompute in (False, True):
+        leaves, _ = prepared(CASES[0][1])
+        out = moba_attention(*leaves, 8, 3, sinks=1, recompute_routing=recompute)
+        runs.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("case", [case for _, case in CASES[:3]], ids=[x for x, _ in CASES[:3]])
+def test_fake_results_are_like_the_real_ones(case: Case) -> None:
+    leaves, _ = prepared(case)
+    policy = case.policy()
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(OPERATOR, (*leaves, *policy), test_utils=tests)
+    inputs = [x.detach() for x in leaves]
+    saved = OPERATOR(*inputs, *policy)
+    given = (saved[0], None, *inputs, *saved, *policy)
+    torch.library.opcheck(BACKWARD, given, test_utils=tests)
