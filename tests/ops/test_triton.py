@@ -1,5 +1,6 @@
 """The operator on Triton's kernels, by the interpreter: routes kept, gradients, fake values."""
 
+import importlib
 import os
 from typing import Any
 
@@ -14,21 +15,21 @@ from tests.moba_cases import Case
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a CPU tensor needs Triton's interpreter", allow_module_level=True)
-gpu: Any = pytest.importorskip("moonfx.kernels.gpu", exc_type=ImportError)
+pytest.importorskip("triton")
+gpu = importlib.import_module("moonfx.kernels.gpu")
 
 OPERATOR = torch.ops.moonfx.moba_attention
 BACKWARD = torch.ops.moonfx.moba_attention_backward
 # float32: sums of at most 100 products of size 1, in another order.
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
 
+SMALL = Case(batch=1, kv_heads=1, length=20, queries=20)  # the interpreter is slow
 CASES = [
-    ("sparse", Case(batch=1, topk=3, sinks=1)),
-    ("dense", Case(batch=1, topk=9, length=20, queries=20)),
-    ("one block", Case(batch=1, block=64, topk=2, length=20, queries=20)),
-    ("one query", Case(queries=1, topk=3)),
-    ("padding, bias", Case(padding="holes", bias="by head", scale=0.25, topk=3)),
-    ("packed", Case(packing="runs", topk=3)),
-    ("means given", Case(means="other", topk=3, padding="left")),
+    ("sparse", SMALL.but(sinks=1)),
+    ("dense", SMALL.but(topk=3)),
+    ("one block", SMALL.but(block=64)),
+    ("packed, bias", SMALL.but(packing="runs", bias="by head", scale=0.25)),
+    ("one query, means given, padding", SMALL.but(queries=1, means="other", padding="left")),
 ]
 
 
@@ -64,12 +65,12 @@ def test_routes_kept_or_found_again_give_the_same_bits() -> None:
     runs = []
     for recompute in (False, True):
         leaves, _ = prepared(CASES[0][1])
-        out = moba_attention(*leaves, 8, 3, sinks=1, recompute_routing=recompute)
+        out = moba_attention(*leaves, 8, 2, sinks=1, recompute_routing=recompute)
         runs.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("case", [case for _, case in CASES[:3]], ids=[x for x, _ in CASES[:3]])
+@pytest.mark.parametrize("case", [case for _, case in CASES[:2]], ids=[x for x, _ in CASES[:2]])
 def test_fake_results_are_like_the_real_ones(case: Case) -> None:
     leaves, _ = prepared(case)
     policy = case.policy()
