@@ -21,8 +21,9 @@ nothing, and a unit belongs to one. So a packed sequence gives, bit for bit, wha
 (where it has more than 32 rows per kv head).
 
 Scratch grows with the sequence, never with its square: packed copies of K and V (2 forward, 3
-backward; each segment's padded to a multiple of at most 16 keys), the block means, and per thread
-the accumulators of one unit. Up to 32 rows per kv head (decoding) pack neither.
+backward; a segment's padded to twice its keys at most), the block means, and per thread the
+accumulators of one unit. Up to 32 rows per kv head (decoding) pack neither, and with `block_means`
+given they read no key outside the selected blocks.
 """
 
 import ctypes

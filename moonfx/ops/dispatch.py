@@ -31,11 +31,12 @@ OPERATORS = ("moba_attention", "moba_attention_backward")
 @functools.cache
 def find_triton_kernels() -> tuple[ModuleType | None, str | None]:
     """moonfx.kernels.gpu, or why it cannot run and what to do about it."""
+    reason: str | None
     try:
         module = importlib.import_module("moonfx.kernels.gpu")
-    except ImportError as error:
-        return None, f"Triton cannot be imported ({error}): pip install triton"
-    reason: str | None = module.available()
+        reason = module.available()
+    except (ImportError, AttributeError) as error:  # it is missing, or too old to have all we use
+        reason = f"Triton cannot be used ({error}): pip install 'triton>=3.6'"
     if reason is None:
         return module, None
     for name in OPERATORS:

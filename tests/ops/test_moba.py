@@ -682,7 +682,7 @@ def test_a_gpu_without_triton_gets_the_torch_kernel_and_is_told(
         raise ImportError("No module named 'triton'")
 
     monkeypatch.setattr(dispatch.importlib, "import_module", missing)
-    with pytest.warns(RuntimeWarning, match="No module named 'triton'.*pip install triton"):
+    with pytest.warns(RuntimeWarning, match="No module named 'triton'.*pip install 'triton"):
         assert dispatch.kernel_for(torch.device("cuda")) is tiled
     with warnings.catch_warnings():
         warnings.simplefilter("error")
