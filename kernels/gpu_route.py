@@ -7,11 +7,9 @@ A program has ROWS rows of a kv head, all heads of a group among them, and goes 
 BLOCKS at a time: a product, and what comes of it into a table in registers (gpu_route_best.py).
 Nothing as large as rows x blocks is ever in memory.
 
-A score is as exact as float32's own product, whatever the inputs are: queries and means are sums of
-bfloat16 parts (gpu_means.py), one for bfloat16, two for float16, three for float32, and products of
-parts are exact. Only those below 2**-26 of the whole are left out: 3, 5 or 6 products are taken,
-the smallest first. 64 rows by 64 blocks is one warp group's product and leaves room for a second
-program on a multiprocessor: one multiplies while the other picks. Long tiles start first.
+64 rows by 64 blocks is one warp group's product and leaves room for a second program on a
+multiprocessor: one multiplies while the other picks. Programs with the most blocks start first.
+Where few are picked of many, lanes do most of the picking (gpu_route_lanes.py).
 
 Few rows (a decode step) would leave a chip idle: then the candidates are split over programs, and
 a second kernel puts their tables into one. All of it follows from shapes.
@@ -24,17 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moonfx.kernels import gpu_configs, gpu_means, gpu_route_wide
+from moonfx.kernels import gpu_configs, gpu_means, gpu_route_lanes, gpu_route_wide
 from moonfx.kernels.gpu_problem import STRIDES, Layout
-from moonfx.kernels.gpu_route_best import (
-    BEYOND,
-    INTERPRETED,
-    empty,
-    fixed_blocks,
-    put,
-    ranked,
-    write,
-)
+from moonfx.kernels.gpu_route_best import BEYOND, empty, fixed_blocks, put, write
+from moonfx.kernels.gpu_route_lanes import keep, keys, no_keys, settle
+from moonfx.kernels.gpu_route_score import query_parts, tile_scores
 from moonfx.kernels.gpu_tile import inner_contiguous, padded
 
 MOST = 64  # blocks of a row that a table in registers is for
@@ -94,6 +86,9 @@ def route(
         most = triton.cdiv(layout.n, LEAST * config.block_n)
         splits = max(1, min(most, triton.cdiv(PROGRAMS, programs)))
     share = triton.cdiv(triton.cdiv(layout.n, splits), config.block_n) * config.block_n
+    # Bits of a number that tells a program's tiles of blocks apart.
+    steps = (1 << triton.cdiv(layout.n, config.block_n).bit_length()) - 1
+    lanes = splits == 1 and gpu_route_lanes.suits(table, steps, query.device)
     parts = QUERY_PARTS[query.dtype]
     split = tiles < REUSE
 
@@ -129,6 +124,7 @@ def route(
         *place_rows,
         *counts,
         share,
+        steps,
         ROWS=block_m,
         BLOCKS=config.block_n,
         TABLE=table,
@@ -142,6 +138,7 @@ def route(
         SORTED=of.index is not None,
         CAUSAL=layout.causal,
         PARTIAL=splits > 1,
+        LANES=lanes,
     )
     if splits > 1:
         merge_kernel[(programs,)](
@@ -155,7 +152,18 @@ def route(
     return routes
 
 
-COUNTS = [*STRIDES, "kv_heads", "rows", "topk", "sinks", "slots", "tiles", "splits", "share"]
+COUNTS = [
+    *STRIDES,
+    "kv_heads",
+    "rows",
+    "topk",
+    "sinks",
+    "slots",
+    "tiles",
+    "splits",
+    "share",
+    "steps",
+]
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -192,6 +200,7 @@ def route_kernel(
     tiles,
     splits,
     share,
+    steps,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     TABLE: tl.constexpr,
@@ -205,6 +214,7 @@ def route_kernel(
     SORTED: tl.constexpr,
     CAUSAL: tl.constexpr,
     PARTIAL: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """The routes of ROWS rows; or, PARTIAL, their tables from one share of the blocks."""
     tile = tl.program_id(0) // splits
@@ -230,11 +240,10 @@ def route_kernel(
         token = place
         if SORTED:
             token = tl.load(index + batch * index_row + place, mask=valid, other=0)
-        query_heads = kv_head * group + member
+        head_of = kv_head * group + member
         query += batch * query_row
-        query_rows = query_heads * query_head + token.to(tl.int64) * query_token
-        if CHUNK == PADDED:
-            q, q_mid, q_lo = query_parts(query, query_rows, valid, 0, D, CHUNK, PARTS)
+        offset = head_of * query_head + token.to(tl.int64) * query_token
+        q, q_mid, q_lo = query_parts(query, offset, valid, 0, D, CHUNK, PARTS)
         low = tl.where(my_own >= 0, my_first + sinks, BEYOND)
         high = tl.where(my_own >= 0, my_end, 0)
         begin, stop = tl.min(low, 0), tl.max(high, 0)
@@ -245,45 +254,35 @@ def route_kernel(
         if PARTIAL:
             begin = tl.maximum(begin, split * share)
             stop = tl.minimum(stop, split * share + share)
+            high = tl.minimum(high, stop)
             all_to = tl.minimum(all_to, stop)
 
         fixed, _ = fixed_blocks(my_own, my_first, my_end, sinks)
-        scores, blocks, worst = empty(tl.minimum(topk - fixed, slots), TABLE)
+        free = tl.where(valid, tl.minimum(topk - fixed, slots), 0)
         means += batch * means_row + kv_head * means_head
         bias += batch * bias_row
-        for start in range(begin, stop, BLOCKS):
-            block = start + tl.arange(0, BLOCKS)
-            there = block < stop
-            # A tile's last blocks may lie behind the last mean: then that is read again.
-            near = tl.minimum(block, stop - 1).to(tl.int64) * means_block
-            score = tl.zeros([ROWS, BLOCKS], tl.float32)
-            for d in tl.static_range(0, D, CHUNK):
-                if CHUNK < PADDED:
-                    q, q_mid, q_lo = query_parts(query, query_rows, valid, d, D, CHUNK, PARTS)
-                hi, mid, lo = mean_parts(means, near, means_part, d, D, CHUNK, SPLIT)
-                if PARTS == 3:
-                    score = product(q_lo, hi, score)
-                if PARTS >= 2:
-                    score = product(q_mid, mid, score)
-                score = product(q, lo, score)
-                if PARTS >= 2:
-                    score = product(q_mid, hi, score)
-                score = product(q, mid, score)
-                score = product(q, hi, score)
-            if BIAS:
-                pointers = bias + query_heads[:, None] * bias_head + block[None, :]
-                score += tl.load(pointers, mask=valid[:, None] & there[None, :], other=0.0)
-            score = ranked(score)
-            inside = (start >= all_from) & (start + BLOCKS <= all_to)
-            if not CAUSAL:
-                inside = inside & ((start > own_to) | (start + BLOCKS <= own_from))
-            if not inside:
-                able = (block[None, :] >= low[:, None]) & (block[None, :] < high[:, None])
-                able = able & there[None, :]
-                if not CAUSAL:
-                    able = able & (block[None, :] != my_own[:, None])
-                score = tl.where(able, score, -float("inf"))
-            scores, blocks, worst = put(scores, blocks, worst, score, block[None, :])
+        queries = q, q_mid, q_lo, query, offset, valid, head_of
+        candidates = low, high, my_own, all_from, all_to, own_from, own_to
+        scores, blocks, worst = empty(free, TABLE, tl.float32)
+        unsure = 1
+        if LANES:
+            lanes = no_keys(ROWS, BLOCKS)
+            for start in range(begin, stop, BLOCKS):
+                score = tile_scores(
+                    start, stop, queries, candidates, means, means_part, means_block, bias,
+                    bias_head, BLOCKS, D, PADDED, CHUNK, PARTS, SPLIT, BIAS, CAUSAL)  # fmt: skip
+                lanes = keep(lanes, keys(score, (start - begin) // BLOCKS, steps))
+            blocks, unsure = settle(lanes, free, begin, steps, TABLE, BLOCKS)
+        if unsure > 0:
+            # Nothing of this loop can be prepared, and kept, while the lanes fill the registers.
+            begin += unsure - 1
+            scores, blocks, worst = empty(free, TABLE, tl.float32)
+            for start in range(begin, stop, BLOCKS):
+                score = tile_scores(
+                    start, stop, queries, candidates, means, means_part, means_block, bias,
+                    bias_head, BLOCKS, D, PADDED, CHUNK, PARTS, SPLIT, BIAS, CAUSAL)  # fmt: skip
+                block = start + tl.arange(0, BLOCKS)
+                scores, blocks, worst = put(scores, blocks, worst, score, block[None, :])
 
         if PARTIAL:
             place = tl.arange(0, TABLE)[None, :]
@@ -296,65 +295,7 @@ def route_kernel(
                   topk, sinks, slots, TABLE, COLUMNS)  # fmt: skip
 
 
-@triton.jit
-def query_parts(
-    query,
-    rows,
-    valid,
-    start,
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Numbers `start` to start + CHUNK of a tile's queries: hi, mid and lo, or one part thrice."""
-    dim = start + tl.arange(0, CHUNK)
-    mask = valid[:, None] & (dim < D)[None, :]
-    q = tl.load(query + rows[:, None] + dim[None, :], mask=mask, other=0.0)
-    if PARTS == 1:
-        return q, q, q
-    else:
-        return gpu_means.three_parts(q.to(tl.float32))
-
-
-@triton.jit
-def mean_parts(
-    means,
-    rows,
-    part,
-    start,
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """Numbers `start` to start + CHUNK of a tile's means: hi, mid and lo. SPLIT: they are whole."""
-    dim = start + tl.arange(0, CHUNK)
-    pointers = means + rows[:, None] + dim[None, :]
-    if SPLIT:
-        return gpu_means.three_parts(load_dims(pointers, dim, start + CHUNK <= D, D))
-    else:
-        hi = load_dims(pointers, dim, start + CHUNK <= D, D)
-        mid = load_dims(pointers + part, dim, start + CHUNK <= D, D)
-        lo = load_dims(pointers + 2 * part, dim, start + CHUNK <= D, D)
-        return hi, mid, lo
-
-
-@triton.jit
-def load_dims(pointers, dim, FULL: tl.constexpr, D: tl.constexpr):
-    if FULL:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=(dim < D)[None, :], other=0.0)
-
-
-@triton.jit
-def product(q, mean, score):
-    """score + q mean^T."""
-    if INTERPRETED:  # NumPy has no bfloat16
-        q, mean = q.to(tl.float32), mean.to(tl.float32)
-    return tl.dot(q, tl.trans(mean), score)
-
-
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=COUNTS[:-2])
 def merge_kernel(
     part_scores,
     part_blocks,
@@ -390,7 +331,8 @@ def merge_kernel(
     my_end = tl.load(end + batch * end_row + place, mask=valid, other=0)
 
     fixed, _ = fixed_blocks(my_own, my_first, my_end, sinks)
-    scores, blocks, worst = empty(tl.minimum(topk - fixed, slots), TABLE)
+    free = tl.where(valid, tl.minimum(topk - fixed, slots), 0)
+    scores, blocks, worst = empty(free, TABLE, tl.float32)
     count = splits * TABLE
     base = (head * rows + row)[:, None] * count
     for start in range(0, count, WIDTH):

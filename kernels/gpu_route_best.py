@@ -29,8 +29,18 @@ def ranked(score):
         return tl.maximum(score, LOWEST)
 
 
+@triton.constexpr_function
+def nothing(dtype):
+    return -float("inf") if dtype == tl.float32 else -(2**31)
+
+
+@triton.constexpr_function
+def everything(dtype):
+    return float("inf") if dtype == tl.float32 else 2**31 - 1
+
+
 @triton.jit
-def empty(places, TABLE: tl.constexpr):
+def empty(places, TABLE: tl.constexpr, DTYPE: tl.constexpr):
     """The scores [M, TABLE], the blocks [M, TABLE] and the worst score [M] of an empty table.
 
     Args:
@@ -38,7 +48,7 @@ def empty(places, TABLE: tl.constexpr):
     """
     column = tl.arange(0, TABLE)[None, :]
     blocks = tl.broadcast_to(-1 - column, [places.shape[0], TABLE])
-    scores = tl.where(column < places[:, None], -float("inf"), float("inf"))
+    scores = tl.where(column < places[:, None], nothing(DTYPE), everything(DTYPE)).to(DTYPE)
     return scores, blocks, tl.min(scores, 1)
 
 
@@ -60,7 +70,7 @@ def put(scores, blocks, worst, score, block):
             scores = tl.where(here, best[:, None], scores)
             blocks = tl.where(here, new[:, None], blocks)
             worst = tl.min(scores, 1)
-            score = tl.where(block == new[:, None], -float("inf"), score)
+            score = tl.where(block == new[:, None], nothing(score.dtype), score)
             best = tl.max(score, 1)
             more = tl.max((best > worst).to(tl.int32), 0)
     return scores, blocks, worst

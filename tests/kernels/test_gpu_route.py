@@ -4,11 +4,21 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from torch import Tensor
 
-from moonfx.kernels import gpu_configs, gpu_means, gpu_route, gpu_route_wide, reference
+from moonfx.kernels import (
+    gpu_configs,
+    gpu_means,
+    gpu_route,
+    gpu_route_lanes,
+    gpu_route_wide,
+    reference,
+)
 from moonfx.kernels.gpu_problem import Layout, layout
+from moonfx.kernels.gpu_route_lanes import keep, keys, no_keys, settle
 from moonfx.kernels.policy import Policy
 from tests.moba_cases import FEATURES, Case, feature_cases
 
@@ -168,6 +178,83 @@ def test_scores_are_as_exact_as_float32(
     assert torch.equal(chosen.sum(-1), torch.full_like(chosen.sum(-1), of.topk))
 
 
+LANES, TILES = 16, 9
+
+
+@triton.jit
+def lanes_kernel(score, blocks, unsure, STEPS: tl.constexpr, LANES: tl.constexpr):
+    """16 rows of scores [16, (STEPS + 1) * LANES]: 7 blocks of each."""
+    row = tl.arange(0, 16)
+    free = tl.full([16], 7, tl.int32)
+    lanes = no_keys(16, LANES)
+    for step in range(9):
+        column = step * LANES + tl.arange(0, LANES)
+        tile = tl.load(score + row[:, None] * (9 * LANES) + column[None, :])
+        lanes = keep(lanes, keys(tile, step, STEPS))
+    best, doubt = settle(lanes, free, 0, STEPS, 8, LANES)
+    tl.store(blocks + row[:, None] * 8 + tl.arange(0, 8)[None, :], best)
+    tl.store(unsure, doubt)
+
+
+def by_lanes(score: Tensor) -> tuple[list[list[int]], int]:
+    """The blocks of each row [16, 9 * 16] that lanes find, ascending, and if one is unsure."""
+    blocks = torch.empty(16, 8, dtype=torch.int32)
+    unsure = torch.empty(1, dtype=torch.int32)
+    lanes_kernel[(1,)](score.contiguous(), blocks, unsure, STEPS=15, LANES=LANES)
+    return [sorted(x for x in row if x >= 0) for row in blocks.tolist()], int(unsure)
+
+
+def spread() -> Tensor:
+    """Scores whose seven best lie in seven lanes, on both sides of zero."""
+    score = torch.arange(16 * TILES * LANES).view(16, -1).remainder(1009) / 1009 - 2.0
+    score[:, 3:66:9] = torch.arange(7) / 4 - 0.75
+    return score
+
+
+def test_lanes_find_the_best_and_know_when_they_may_not() -> None:
+    best = spread().topk(7).indices.sort(-1).values.tolist()
+    assert by_lanes(spread()) == (best, 0)
+
+    few = torch.full_like(spread(), -torch.inf)
+    few[:, 20:22] = 1.0
+    assert by_lanes(few) == ([[20, 21]] * 16, 0)  # not more than there are places: no doubt
+
+    tied = spread()
+    tied[5] = 1.0
+    assert by_lanes(tied)[1] == 1
+
+    close = spread()
+    close[5, 100] = close[5, 3] * (1 + 2**-22)  # hardly worse, in another lane
+    assert by_lanes(close)[1] == 1
+
+    crowded = spread()
+    crowded[5, 2::LANES] = torch.arange(TILES) + 5.0  # nine in a lane of three places
+    assert by_lanes(crowded)[1] == 1
+
+
+def test_negative_zero_ties_with_zero_in_lanes() -> None:
+    score = spread()
+    score[:, 3:66:9] = 1.0
+    score[:, 59] = -0.0
+    score[:, 75] = 0.0
+    score[:, 3] = -5.0
+    assert by_lanes(score)[1] == 1
+
+
+@pytest.mark.parametrize("lanes", [0, 8], ids=["without lanes", "with lanes"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_lanes_change_no_route(lanes: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(ROADS[0], monkeypatch)
+    query, key = torch.randn(1, 2, 40, 16), torch.randn(1, 1, 300, 16)
+    query = query if causal else torch.randn(1, 2, 300, 16)
+    of = layout(query, key, Policy(2, 7, 1, causal=causal))
+    means = gpu_means.block_means(key, of)
+    monkeypatch.setattr(gpu_route_lanes, "TABLE", lanes)
+    got = gpu_route.route(query, means, None, of, 1.0)
+    monkeypatch.setattr(gpu_route, "MOST", 0)
+    assert torch.equal(got, gpu_route.route(query, means, None, of, 1.0))
+
+
 def test_routes_repeat_bit_for_bit_and_do_not_depend_on_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -204,7 +291,7 @@ def test_a_nan_never_comes_before_a_number(road: str, monkeypatch: pytest.Monkey
     query, key = torch.ones(1, 1, 40, 4), -torch.ones(1, 1, 40, 4)
     key[:, :, 3:8] = torch.nan
     key[:, :, 8:20] = -torch.inf
-    key[:, :, 20] = torch.inf
+    key[:, :, 20] = 1e30
     of = layout(query, key, Policy(1, 4))
     routes = gpu_route.route(query, gpu_means.block_means(key, of), None, of, 1.0)[0, 0]
     assert routes[39].tolist() == [39, 0, 1, 20]
