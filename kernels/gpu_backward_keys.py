@@ -156,7 +156,7 @@ def _accumulate(
                 grad_bias += tl.sum(slope, 1)[:, None]
             else:
                 head = tl.arange(0, grad_bias.shape[1])
-                heads = (member[:, None] == head[None, :]).to(rows.dtype)
+                heads = tl.where(member[:, None] == head[None, :], 1.0, 0.0).to(rows.dtype)
                 grad_bias = product(slope.to(rows.dtype), heads, grad_bias, PRECISION)
         if SOFTCAP:
             slope = slope * (1.0 - tanh * tanh)
