@@ -263,6 +263,24 @@ def test_a_query_alone_selects_the_blocks_that_it_selects_among_others(queries: 
 
 
 @needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_with_means_given_a_few_queries_read_the_blocks_that_they_select_alone(
+    queries: int, dtype: torch.dtype
+) -> None:
+    case = Case(queries=queries, length=400, topk=3, sinks=1, means="other", dtype=dtype)
+    query, key, value = case.inputs()
+    means = case.block_means()
+    expected = cpu.forward(query, key, value, *case.policy())
+    found = reference.select_blocks(query, key, 8, 3, sinks=1, block_means=means)
+    read = found.view(2, 2, 2, queries, -1).any(3).any(2).repeat_interleave(8, -1)[..., None]
+    assert 0 < read.float().mean() < 0.3
+    key, value = (x.masked_fill(~read, torch.nan) for x in (key, value))
+    got = cpu.forward(query, key, value, *case.policy())
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+@needs_kernel
 @pytest.mark.parametrize("queries", [1, 100], ids=["decode", "prefill"])
 def test_ties_go_to_the_lower_block(queries: int) -> None:
     query, key = torch.ones(1, 2, queries, 8), torch.ones(1, 1, 100, 8)
