@@ -73,14 +73,15 @@ def build(routes: Tensor, n: int) -> Index:
     return Index(routes, entries, starts, n, chunks, chunk_rows)
 
 
-def passes(index: Index, bytes_per_route: int, budget: int = BUDGET) -> Iterator[Pass]:
-    """All routes in passes whose results take at most `budget` bytes, or one chunk each.
+def passes(index: Index, bytes_per_route: int, budget: int | None = None) -> Iterator[Pass]:
+    """All routes in passes whose results take at most `budget` (BUDGET) bytes, or one chunk each.
 
     As few passes as that allows, of about the same size, in the order of (bh, chunk).
     """
     batch, kv_heads, rows, columns = index.routes.shape
     if index.routes.numel() == 0:
         return
+    budget = BUDGET if budget is None else budget
     heads = budget // (rows * columns * bytes_per_route)
     chunks = budget // (index.chunk_rows * columns * bytes_per_route)
     for bh0, bh1 in _even(batch * kv_heads, max(heads, 1)):
