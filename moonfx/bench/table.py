@@ -96,9 +96,9 @@ def text(run: Run) -> str:
 def markdown(run: Run) -> str:
     """The README's table: times and shares, and the memory that grows."""
     columns = [*TIMES, MEMORY[1], MEMORY[3]]
-    where = "; ".join(
-        run.where[name] for name in ("hardware", "versions", "threads", "date") if name in run.where
-    )
+    names = ("hardware", "versions", "threads", "turns", "date", "warning")
+    known = {name: words for name, words in run.where.items() if name in names}
+    where = "; ".join(f"{name}: {words}" for name, words in known.items())
     return f"{where}.\n\n{grid(run, columns, 'github')}"
 
 
