@@ -209,13 +209,16 @@ def feature_cases(draw: st.DrawFn) -> Case:
     case = draw(cases())
     bias = draw(st.sampled_from(BIASES))
     causal = draw(st.booleans())
+    packing = draw(st.sampled_from(PACKINGS))
+    means = draw(st.sampled_from(MEANS)) if causal and packing == "none" else "none"
     return case.but(
         queries=case.queries if causal else case.length,
         causal=causal,
         softcap=draw(st.sampled_from([0.0, 0.0, 0.5, 2.0])),
         bias=bias,
         scale=case.scale if bias == "none" else draw(st.sampled_from([0.25, 1.0])),
-        packing=draw(st.sampled_from(PACKINGS)),
+        packing=packing,
+        means=means,
     )
 
 
