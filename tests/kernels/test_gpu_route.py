@@ -40,7 +40,9 @@ def routed(inputs: tuple[Tensor, ...], policy: Any) -> tuple[Tensor, Layout]:
     query, key = inputs[:2]
     of = layout(query, key, policy)
     scale = query.shape[3] ** -0.5 if policy.scale is None else policy.scale
-    means = gpu_means.block_means(key, of) if gpu_route.gated(of) else None
+    means = policy.block_means if gpu_route.gated(of) else None
+    if means is None and gpu_route.gated(of):
+        means = gpu_means.block_means(key, of)
     bias = policy.key_bias
     if bias is not None:
         bias = gpu_means.bias_means(bias, of, query.shape[1])
@@ -74,6 +76,7 @@ def expected(inputs: tuple[Tensor, ...], policy: Any, of: Layout) -> Tensor:
             key_mask=mask,
             causal=policy.causal,
             key_bias=policy.key_bias,
+            block_means=policy.block_means,
         )
         for b, q in segments[:, length - queries :].eq(sequence).nonzero().tolist():
             for h in range(heads):
