@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+pytest.importorskip("triton")
 from moonfx.kernels import gpu_sort
 from moonfx.kernels.gpu_index import BUDGET, build, passes, rows_of, tiles
 from tests.kernels.no_waits import NoWaits
