@@ -15,14 +15,14 @@ Shape letters: B batch, Hq = Hkv * G heads, R = Nq * G rows of a kv head, K rout
 M rows and N keys of a tile, D and V the padded head and value dims.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moonfx.kernels import gpu_configs, gpu_index, gpu_tile
+from moonfx.kernels import gpu_configs, gpu_forward_held, gpu_index, gpu_tile
 from moonfx.kernels.gpu_index import Index, Pass
 from moonfx.kernels.gpu_merge import merge
 from moonfx.kernels.gpu_problem import STRIDES, Layout
@@ -332,8 +332,13 @@ class Call(NamedTuple):
         scores = gpu_tile.scores(query, key.shape[2], policy)
         bulk = blocks.token is None and gpu_tile.bulk(key) and gpu_tile.bulk(value)
         dim = max(query.shape[3], value.shape[3])
-        extras = scores.extras(layout)
-        config = gpu_configs.choose("forward", dim, query.dtype, layout.block, query.device, extras)
+        of = dim, query.dtype, layout.block, query.device
+        config = held = None
+        if index is not None:
+            config = held = gpu_forward_held.configuration(*of, not scores.FOLD)
+        if config is None:
+            config = gpu_configs.choose("forward", *of, scores.extras(layout))
+        also: dict[str, Any] = {} if held else {"INDEXED": index is not None}
         read = [gpu_tile.descriptor(x, config.block_n) if bulk else x for x in (key, value)]
         order, order_row = by_row(queries.index, queries.last)
         token, token_row = by_row(blocks.token, blocks.start)
@@ -342,11 +347,12 @@ class Call(NamedTuple):
             grid = self.heads * triton.cdiv(rows, config.block_m)
             table = (blocks.start,) * 4  # not read
         else:
-            tiles = gpu_index.tiles(index, part, config.block_m)
+            span = config.block_m * (gpu_forward_held.STEPS if held else 1)
+            tiles = gpu_index.tiles(index, part, span)
             grid = len(tiles.block)
             table = (*tiles, index.entries)
         gpu_configs.launch(
-            _tiles,
+            gpu_forward_held.held if held else _tiles,
             (grid,),
             config,
             *(query, *read, out, lse),
@@ -363,11 +369,11 @@ class Call(NamedTuple):
             V=padded(value.shape[3]),
             ROWS=config.block_m,
             KEYS=config.block_n,
-            INDEXED=index is not None,
             DIRECT=direct,
             SORTED=queries.index is not None,
             PACKED=blocks.token is not None,
             TMA=bulk,
             PRECISION=gpu_tile.precision(query.dtype),
             **scores.flags(),
+            **also,
         )
