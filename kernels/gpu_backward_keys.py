@@ -133,9 +133,7 @@ def _accumulate(
         from_out = offsets(member, mine, out_head, out_token)
         grads = load_rows(grad_out, from_out, None, VALUE_DIM, V, False)
         # Past the end there is an lse of inf: P is 0.
-        known = tl.where(at + tl.arange(0, ROWS) < count, row, rows_of_head)
-        lse = tl.load(statistics + 2 * known)
-        delta = tl.load(statistics + 2 * known + 1)
+        known = statistics + 2 * tl.where(at + tl.arange(0, ROWS) < count, row, rows_of_head)
         row = route // TOPK
         route = _routes(entries, begin, at + 2 * ROWS, count, ROWS, INDEXED)
 
@@ -145,11 +143,13 @@ def _accumulate(
             bias, member[None, :], index[:, None], bias_head, inside[:, None], True, BIAS
         )
         logit, tanh = logits(dots, added, scale, softcap, FOLD, SOFTCAP, BIAS)
+        lse = tl.load(known)  # read where it is used, as delta: 16 registers each
         weight = tl.exp2(logit * factor - lse[None, :])
         if MASKED:
             seen = tl.load(last + place)
             weight = tl.where(slot[:, None] <= seen[None, :], weight, 0.0)
         grad_value = product(weight.to(grads.dtype), grads, grad_value, PRECISION)
+        delta = tl.load(known + 1)
         slope = weight * (slope - delta[None, :])
         if BIAS > 0:
             if GROUP == 1:
