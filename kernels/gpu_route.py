@@ -36,7 +36,8 @@ LEAST = 2  # tiles of blocks that are worth a program of their own
 MERGED = 64  # partial results that are put into a table at a time
 REUSE = 8  # programs that have to read a mean before it pays to split it beforehand
 
-HELD = 512  # numbers of a row, in all its parts, that are held while the blocks go by
+HELD = 256  # numbers of a row, in all its parts, that are held while the blocks go by
+SHARED = "sm_90", 512  # where a product reads them from shared memory: twice as many
 CHUNK = 64  # of a row's numbers at a time where that is not enough
 TABLES = 2048  # places of a program's tables: as many as registers take
 
@@ -89,6 +90,7 @@ def route(
     # Bits of a number that tells a program's tiles of blocks apart.
     steps = (1 << triton.cdiv(layout.n, config.block_n).bit_length()) - 1
     lanes = splits == 1 and gpu_route_lanes.suits(table, steps, query.device)
+    held = SHARED[1] if gpu_configs.architecture(query.device) == SHARED[0] else HELD
     parts = QUERY_PARTS[query.dtype]
     split = tiles < REUSE
 
@@ -131,7 +133,7 @@ def route(
         COLUMNS=columns,
         D=dim,
         PADDED=padded(dim),
-        CHUNK=padded(dim) if padded(dim) * parts <= HELD else CHUNK,
+        CHUNK=padded(dim) if padded(dim) * parts <= held else CHUNK,
         PARTS=parts,
         SPLIT=split,
         BIAS=bias_means is not None,
