@@ -95,7 +95,7 @@ def compile_one(launch: Launch, case: Case) -> Row:
     try:
         needed = resources(launch.compile())
     except Exception as failure:  # noqa: BLE001 - whatever the compiler raises is the finding
-        error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[-1]}"
+        error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:300]
     options = launch.options["num_warps"], launch.options["num_stages"]
     seconds = time.monotonic() - started
     return Row(launch.name, launch.chip, case, *options, round(seconds, 1), error, needed)
@@ -142,6 +142,7 @@ def table(rows: list[Row]) -> str:
 FAST = [
     *((("sm_90",), Case(dim, "bfloat16", 128, feature), "")
       for feature in FEATURES for dim in (128, 64)),
+    *((("sm_90",), Case(dim, "float32", 128), "gpu_forward._tiles") for dim in (128, 64)),
     (("sm_80", "sm_100", "gfx942"), Case(128, "bfloat16", 128), "gpu_(forward|backward)"),
 ]  # fmt: skip
 

@@ -100,7 +100,7 @@ ONE = ("--dims", "128", "--blocks", "512", "--only", "gpu_forward._tiles")
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("maxnreg=64", "spills"),
+        ("maxnreg=128", "spills"),
         ("num_warps=2", "its loops run {'HMMA'}"),
         ("num_stages=9", "bytes"),
     ],
@@ -110,15 +110,15 @@ def test_too_few_registers_warps_or_bytes_would_be_seen(options: str, said: str)
     assert any(said in line for line in found), found
 
 
-@pytest.mark.parametrize("features", ["plain", "everything", "dense", "decode"])
-def test_a_new_length_compiles_nothing(features: str) -> None:
+def test_a_new_length_compiles_nothing() -> None:
     lengths = ("8192", "8208", "8191", "10000")
+    features = "plain,everything,dense,decode"
     lines = aot("--keys", "--features", features, "--lengths", ",".join(lengths))
     keys = {
         length: {key for line in lines for at, _, key in [line.partition(" ")] if at == length}
         for length in lengths
     }
-    assert len(keys["8192"]) > 2
+    assert len(keys["8192"]) > len(ENTRIES)
     for length in lengths[1:]:
         assert keys[length] == keys["8192"], length
 
