@@ -16,6 +16,8 @@ the loop that masks begins and where the one that does not (gpu_backward_plan.py
 Shape letters as in gpu_forward.py; N keys of a tile, G heads of a group (padded to 16 for a bias).
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -448,7 +450,7 @@ def gradients_of_keys(
     blocks = layout.blocks.start, layout.blocks.size, layout.blocks.start.stride(0)
     last = layout.queries.last
     results = grad_key, *grad_key.stride()[:3], grad_value, *grad_value.stride()[:3], grad_bias
-    constants = {
+    constants: dict[str, Any] = {
         "GROUP": group,
         "HEADS": heads,
         "KEY_DIM": dim,
