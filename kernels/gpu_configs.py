@@ -55,10 +55,10 @@ forward  2      any    sm_86        128x64/4/2   128x32/8/2   64x32/4/2    16x32
 forward  2      any    gfx942       128x64/4/2   128x64/8/1   64x32/4/1    16x32/4/1
 forward  2      any    sm_100       128x64/4/3   128x64/8/3   64x64/4/2    64x32/8/2
 forward  2      any    sm_90        128x128/8/3  128x128/8/3  128x64/8/2   64x32/8/2
+forward+ 4      any    sm_86        16x32/4/2    16x32/4/2    16x16/4/1    16x16/4/1
+forward+ 4      any    any          32x32/4/3    16x32/4/2    16x16/4/2    16x16/4/2
 forward  4      any    sm_86        32x32/4/2    16x32/4/2    16x16/4/1    16x16/4/1
 forward  4      any    gfx942       32x32/4/1    16x32/4/1    16x16/4/1    16x16/4/1
-forward+ 4      any    sm_86        32x32/4/2    16x32/4/2    16x16/4/1    16x16/4/1
-forward+ 4      any    any          32x32/4/3    16x32/4/2    16x16/4/2    16x16/4/2
 forward  4      any    sm_90        64x32/4/2    16x32/4/1    16x32/4/2    16x16/4/2
 forward  4      any    any          32x32/4/2    16x32/4/2    16x16/4/2    16x16/4/2
 held+    2      any    any          64x128/4/3   64x64/4/2    64x16/4/2    32x16/4/2
