@@ -73,7 +73,14 @@ def forward(
     policy = Policy(
         *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, block_means)
     )
-    query, key, value = query.detach(), key.detach(), value.detach()
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(query):
+        return _forward(query.detach(), key.detach(), value.detach(), policy)
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, policy: Policy
+) -> tuple[Tensor, Tensor, Tensor]:
     layout = gpu_problem.layout(query, key, policy)
     if query.shape[:3].numel() == 0:
         out = empty_by_token(query, value.shape[3])
@@ -128,13 +135,14 @@ def backward(
         size = query.shape[0], query.shape[1], key.shape[2]
         grad_bias = None if key_bias is None else query.new_zeros(size, dtype=torch.float32)
         return zeros[0], zeros[1], zeros[2], grad_bias
-    layout = gpu_problem.layout(query, key, policy)
-    if routes is None:
-        routes = routes_of(query, key, layout, policy)
-    index = index_of(routes, layout)
-    return gpu_backward.gradients(
-        grad_out, grad_lse, query, key, value, out, lse, layout, index, policy
-    )
+    with torch.cuda.device_of(query):
+        layout = gpu_problem.layout(query, key, policy)
+        if routes is None:
+            routes = routes_of(query, key, layout, policy)
+        index = index_of(routes, layout)
+        return gpu_backward.gradients(
+            grad_out, grad_lse, query, key, value, out, lse, layout, index, policy
+        )
 
 
 def routes_of(query: Tensor, key: Tensor, layout: Layout, policy: Policy) -> Tensor:

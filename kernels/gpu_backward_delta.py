@@ -3,7 +3,8 @@
     delta = sum_d dO O - dlse           dS = P (dO V^T - delta), whatever blocks P is over
 
 Both lie together, in the order of the rows: a gathered row costs one access for the two. The
-logsumexp is kept for exp2, and inf for a row that saw nothing: its P is then 0 and never NaN.
+logsumexp is kept for exp2, and inf for a row that saw nothing: its P is then 0 and never NaN. Nor
+is its dS, whatever the gradient of a logsumexp of -inf: its delta is 0.
 """
 
 import triton
@@ -63,7 +64,7 @@ def _delta(
     nothing = ~valid | (natural == float("-inf"))
     statistics += bh * (rows + 1) * 2 + 2 * tl.where(valid, row, rows)
     tl.store(statistics, tl.where(nothing, float("inf"), natural * LOG2E))
-    tl.store(statistics + 1, delta)
+    tl.store(statistics + 1, tl.where(nothing, 0.0, delta))
 
 
 def statistics(

@@ -113,7 +113,7 @@ def advance(
             logit = tl.where(seen, logit, float("-inf"))
         peak = tl.maximum(top, tl.max(logit, 1) * factor)
         base = peak
-        if MASKED:  # a row that has seen nothing yet
+        if MASKED or BIAS > 0:  # a row that has seen nothing yet, or only biases of -inf
             base = tl.where(peak == float("-inf"), 0.0, peak)
         weight = tl.exp2(logit * factor - base[:, None])
         shrink = tl.exp2(top - base)

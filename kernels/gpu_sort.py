@@ -37,6 +37,11 @@ def sort(routes: Tensor, n: int) -> tuple[Tensor, Tensor, int, int]:
         routes: int32 [B, Hkv, R, K], contiguous: block numbers 0 .. n - 1, or -1 for none.
     """
     batch, kv_heads, rows, columns = routes.shape
+    if rows * columns >= 2**31:
+        raise ValueError(
+            f"a key head's query rows x topk must be below 2**31, got {rows} x {columns}: pass the "
+            "query heads of a group in several calls"
+        )
     bhs, device = batch * kv_heads, routes.device
     chunks, chunk_rows = cut(bhs, rows, columns, n)
     entries = torch.empty(routes.numel(), dtype=torch.int32, device=device)

@@ -126,7 +126,9 @@ def precision(dtype: torch.dtype) -> str:
         return "ieee"  # not read for 16-bit operands
     if torch.version.hip is not None:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # Set by torch.set_float32_matmul_precision or torch.backends.fp32_precision. Where it was the
+    # latter, asking for the former is an error.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 @triton.jit

@@ -1,12 +1,15 @@
 """The Triton kernels' forward against the reference; without a GPU by Triton's interpreter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from moonfx.kernels import reference
+from moonfx.kernels.policy import Policy
 from tests.moba_cases import FEATURES, Case
 
 gpu = pytest.importorskip("moonfx.kernels.gpu", reason="needs Triton")
@@ -185,6 +188,76 @@ def test_the_largest_and_the_smallest_scores_are_exact() -> None:
     out, lse, _ = gpu.forward(query, key, value, 8, 9)
     assert out[0, 0, 3:].eq(3.0).all()
     assert lse[0, 0, 3:].eq(20000.0).all()
+
+
+@pytest.mark.parametrize("topk", [3, 9], ids=["routed", "dense"])
+def test_biases_of_minus_infinity_hide_keys(topk: int) -> None:
+    case = Case(topk=topk, kv_heads=1, length=72, queries=72, block=8)
+    query, key, value = (x.to(DEVICE) for x in case.inputs())
+    bias = torch.zeros(1, 1, 72, device=DEVICE)
+    bias[..., :40] = -torch.inf  # more than a step of keys; their blocks are chosen last
+    hidden = Policy(8, topk, 0, None, key_bias=bias)
+    out, lse, routes = gpu.forward(query, key, value, *hidden)
+    assert lse[:, :, :40].eq(-torch.inf).all()
+    assert out[:, :, :40].eq(0).all()
+    expected, expected_lse = reference.moba_attention(
+        *(query[:, :, 40:], key[:, :, 40:], value[:, :, 40:], 8, topk)
+    )
+    torch.testing.assert_close(out[:, :, 40:], expected, **TOLERANCE[torch.float32])
+    torch.testing.assert_close(lse[:, :, 40:], expected_lse, **TOLERANCE[torch.float32])
+    # Of rows that see nothing not even the gradient of a logarithm of 0 may count.
+    grads = torch.ones_like(out), torch.ones_like(lse).masked_fill(lse.isneginf(), torch.nan)
+    dq, dk, dv, dbias = gpu.backward(*grads, query, key, value, out, lse, *hidden, routes=routes)
+    assert dbias is not None
+    for grad in (dq, dk, dv, dbias.unsqueeze(-1)):
+        assert grad.isfinite().all()
+        assert grad[:, :, :40].eq(0).all()
+
+
+@pytest.mark.parametrize("length", [90, 16], ids=["prefill", "few rows"])
+def test_kernels_launch_on_the_device_of_their_tensors(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, launched, launch = [], [], gpu_configs.launch
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        inside.append(tensor.device)
+        yield
+        inside.pop()
+
+    def launch_there(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        launched.append(kernel)
+        assert inside
+        launch(kernel, *arguments, **constants)
+
+    case = Case(kv_heads=1, length=length, queries=length, block=4, topk=2)
+    inputs, policy = [x.to(DEVICE) for x in case.inputs()], case.policy()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_of", device_of)
+        patch.setattr(gpu_configs, "launch", launch_there)
+        out, lse, _ = gpu.forward(*inputs, *policy)
+        forward = len(launched)
+        gpu.backward(out, lse, *inputs, out, lse, *policy)
+    assert 0 < forward < len(launched)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"), [("tf32", "tf32"), ("ieee", "tf32x3"), ("none", "tf32x3")]
+)
+def test_float32_products_follow_either_of_torchs_settings(setting: str, expected: str) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = setting
+        assert gpu_tile.precision(torch.float32) == expected
+    finally:
+        matmul.fp32_precision = before
+    torch.set_float32_matmul_precision("high")  # conftest.py sets it back
+    assert gpu_tile.precision(torch.float32) == "tf32"
+    torch.set_float32_matmul_precision("highest")
+    assert gpu_tile.precision(torch.float32) == "tf32x3"
+    assert gpu_tile.precision(torch.bfloat16) == "ieee"
 
 
 def test_it_is_available_to_the_interpreter_and_to_a_gpu() -> None:

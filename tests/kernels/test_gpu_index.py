@@ -173,3 +173,8 @@ def test_counts_stay_small_and_a_chunk_fits_the_budget(
     assert bhs * chunks >= 128
     assert bhs * n * chunks <= bhs * rows * columns // 2
     assert chunk_rows * columns * 2048 <= BUDGET
+
+
+def test_more_routes_than_32_bits_number_are_refused() -> None:
+    with pytest.raises(ValueError, match="below 2"):
+        build(torch.empty(1, 1, 1 << 25, 64, dtype=torch.int32, device="meta"), 256)
