@@ -65,11 +65,11 @@ def diagnose() -> Iterator[Check]:
     yield check_triton_kernels()
     yield check_package("transformers", "Hugging Face models, `moonfx explain <model type>`")
     yield check_package("gguf", "reading the demo's weights")
-    yield check_package("onnx", "ONNX models (planned)")
-    yield check_package("onnxscript", "ONNX models (planned)")
-    yield check_package("onnxruntime", "ONNX models (planned)")
-    yield check_package("torchao", "quantised models (planned)")
-    yield check_package("matplotlib", "plots (planned)")
+    yield check_package("onnx", "moonfx.export_onnx")
+    yield check_package("onnxscript", "moonfx.export_onnx")
+    yield check_package("onnxruntime", "moonfx.export_onnx")
+    yield check_package("torchao", "quantised models")
+    yield check_package("matplotlib", "moonfx bench attention --plot")
 
 
 def core_works(checks: Iterable[Check]) -> bool:
