@@ -338,10 +338,10 @@ def merge_kernel(
     count = splits * TABLE
     base = (head * rows + row)[:, None] * count
     for start in range(0, count, WIDTH):
-        place = start + tl.arange(0, WIDTH)[None, :]
-        mask = valid[:, None] & (place < count)
-        score = tl.load(part_scores + base + place, mask=mask, other=-float("inf"))
-        block = tl.load(part_blocks + base + place, mask=mask, other=-1)
+        part = start + tl.arange(0, WIDTH)[None, :]
+        mask = valid[:, None] & (part < count)
+        score = tl.load(part_scores + base + part, mask=mask, other=-float("inf"))
+        block = tl.load(part_blocks + base + part, mask=mask, other=-1)
         scores, blocks, worst = put(scores, blocks, worst, score, block)
     write(routes + head * rows * topk, row, rows, my_own, my_first, my_end, blocks,
           topk, sinks, slots, TABLE, COLUMNS)  # fmt: skip

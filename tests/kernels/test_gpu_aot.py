@@ -35,6 +35,7 @@ ENTRIES = {
     "gpu_means.mean_kernel",
     "gpu_means.part_kernel",
     "gpu_route.route_kernel",
+    "gpu_route.merge_kernel",
     "gpu_sort._walk",
     "gpu_index._count",
     "gpu_index._place",
