@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moonfx.kernels import (
     gpu_backward,
+    gpu_configs,
     gpu_decode,
     gpu_forward,
     gpu_index,
@@ -64,6 +65,7 @@ def forward(
     Args:
         query: [B, Hq, Nq, D] float32, bfloat16 or float16, any strides.
         key, value: [B, Hkv, Nk, D] and [B, Hkv, Nk, Dv], query's dtype; Hkv divides Hq, Nq <= Nk.
+            D and Dv are at most 512: a tile is as wide as a head.
         The rest as in kernels/reference.py, whose results these are to rounding.
     Returns:
         out [B, Hq, Nq, Dv] in query's dtype over token-major storage, lse [B, Hq, Nq] float32, the
@@ -73,6 +75,11 @@ def forward(
     policy = Policy(
         *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, block_means)
     )
+    if max(query.shape[3], value.shape[3]) > gpu_configs.DIMS[-1]:
+        raise ValueError(
+            f"head_dim must be at most {gpu_configs.DIMS[-1]} on a GPU, got {query.shape[3]} "
+            f"(query, key) and {value.shape[3]} (value)"
+        )
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(query):
         return _forward(query.detach(), key.detach(), value.detach(), policy)

@@ -260,6 +260,13 @@ def test_float32_products_follow_either_of_torchs_settings(setting: str, expecte
     assert gpu_tile.precision(torch.bfloat16) == "ieee"
 
 
+def test_heads_that_no_tile_holds_are_refused() -> None:
+    narrow, wide = (torch.zeros(1, 1, 8, dim, device=DEVICE) for dim in (16, 576))
+    for inputs in ((wide, wide, narrow), (narrow, narrow, wide)):
+        with pytest.raises(ValueError, match="at most 512"):
+            gpu.forward(*inputs, 4, 1)
+
+
 def test_it_is_available_to_the_interpreter_and_to_a_gpu() -> None:
     assert gpu.available() is None
 
