@@ -71,6 +71,7 @@ DECODE = [
     ("batch 256", case(1024, 64, 64, 4, batch=256, queries=1)),
     ("padding", case(4096, 128, 128, 8, batch=4, queries=1, padding="left")),
     ("one block of 4096", case(4096, 128, 4096, 2, queries=1)),
+    ("512 blocks, shared by programs", case(16384, 128, 32, 8, queries=1)),
     ("a block for each processor", case(16384, 128, 4096, 3, queries=1)),
 ]  # fmt: skip
 
@@ -208,6 +209,18 @@ def test_forward_and_backward_repeat_bit_for_bit(dtype, packed, monkeypatch):
             torch.randn(1 << 20, device="cuda").sort()
             again = train(inputs, **settings)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_tensors_of_another_gpu_are_read_there():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs = drawn(2000)
+    others = [x.detach().to("cuda:1").requires_grad_() for x in inputs]
+    torch.cuda.synchronize()
+    for here, there in zip(train(inputs), train(others), strict=True):
+        assert there.device.index == 1
+        torch.testing.assert_close(here.cpu(), there.cpu())
+    assert torch.cuda.current_device() == 0
 
 
 @contextmanager
