@@ -240,6 +240,10 @@ def test_what_json_writes_prints_the_same_table_again_and_files_are_joined(capsy
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 256 ")]
     assert len(rows) == 4
     assert rows[:2] == rows[2:]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(said | {"where": said["where"] | {"turns": "best of 9"}}))
+    joined = read([str(kept), str(other), str(kept)])
+    assert joined.where["turns"] == f"{said['where']['turns']} or best of 9"
 
 
 def test_a_table_is_put_between_the_comments_that_name_its_data(capsys, tmp_path):

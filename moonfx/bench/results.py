@@ -120,6 +120,9 @@ def read(paths: Sequence[str]) -> Run:
         for name in ("hardware", "versions"):
             if run.where.get(name) != first.get(name):
                 raise ValueError(f"{path} has other {name}: {run.where.get(name)}")
+    turns = dict.fromkeys(run.where["turns"] for run in runs if "turns" in run.where)
+    if turns:
+        first = first | {"turns": " or ".join(turns)}
     results = [result for run in runs for result in run.results]
     return Run(first, results, [line for run in runs for line in run.left_out])
 
