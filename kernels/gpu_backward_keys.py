@@ -125,10 +125,13 @@ def _accumulate(
     factor = multiplier(scale, FOLD)
     D: tl.constexpr = keys.shape[1]
     V: tl.constexpr = values.shape[1]
-    # Read two steps ahead and divided one step ahead: the rows' own loads then wait for nothing.
-    row = _routes(entries, begin, skip, count, ROWS, INDEXED) // TOPK
-    route = _routes(entries, begin, skip + ROWS, count, ROWS, INDEXED)
+    if INDEXED:
+        # Read two steps ahead, divided one step ahead: the rows' own loads then wait for nothing.
+        row = _routes(entries, begin, skip, count, ROWS, True) // TOPK
+        route = _routes(entries, begin, skip + ROWS, count, ROWS, True)
     for at in range(skip, count, ROWS):
+        if not INDEXED:  # nothing to read: a number that was carried along would hinder the loads
+            row = _routes(entries, begin, at, count, ROWS, False)
         place, member, mine = locate(row, order, GROUP, SORTED)
         from_query = offsets(member, mine, query_head, query_token)
         rows = load_rows(query, from_query, None, KEY_DIM, D, False)
@@ -136,8 +139,9 @@ def _accumulate(
         grads = load_rows(grad_out, from_out, None, VALUE_DIM, V, False)
         # Past the end there is an lse of inf: P is 0.
         known = statistics + 2 * tl.where(at + tl.arange(0, ROWS) < count, row, rows_of_head)
-        row = route // TOPK
-        route = _routes(entries, begin, at + 2 * ROWS, count, ROWS, INDEXED)
+        if INDEXED:
+            row = route // TOPK
+            route = _routes(entries, begin, at + 2 * ROWS, count, ROWS, True)
 
         dots = product(keys, rows.T, None, PRECISION)
         slope = product(values, grads.T, None, PRECISION)

@@ -52,8 +52,8 @@ class Scores(NamedTuple):
     BIAS: int
 
     def extras(self, layout: Layout) -> bool:
-        """Whether a tile takes registers beyond those of plain scores of adjacent keys."""
-        return self.SOFTCAP or self.BIAS > 0 or layout.blocks.token is not None
+        """Whether a tile takes registers beyond those of folded scores of adjacent keys."""
+        return not self.FOLD or layout.blocks.token is not None
 
     def flags(self) -> dict[str, Any]:
         return {"FOLD": self.FOLD, "SOFTCAP": self.SOFTCAP, "BIAS": self.BIAS}

@@ -48,9 +48,20 @@ def assert_like_reference(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [case for _, case in FEATURES], ids=[name for name, _ in FEATURES])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_each_feature_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
-    assert_like_reference(small(case).but(dtype=dtype))
+def test_each_feature_equals_the_reference(case: Case) -> None:
+    assert_like_reference(small(case))
+
+
+# The interpreter is slow: most rows of the second dtype are left to `make sweep`.
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.sweep] if place % 3 else [])
+        for place, (name, case) in enumerate(FEATURES)
+    ],
+)
+def test_each_feature_equals_the_reference_in_bfloat16(case: Case) -> None:
+    assert_like_reference(small(case).but(dtype=torch.bfloat16))
 
 
 SHAPES = [

@@ -109,7 +109,7 @@ ONE = ("--dims", "128", "--blocks", "512", "--only", "gpu_forward._tiles")
     ("options", "said"),
     [
         ("maxnreg=128", "spills"),
-        ("num_warps=2", "its loops run {'HMMA'}"),
+        pytest.param("num_warps=2", "its loops run {'HMMA'}", marks=pytest.mark.sweep),
         ("num_stages=9", "bytes"),
     ],
 )
