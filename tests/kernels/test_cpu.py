@@ -583,7 +583,7 @@ BUILT = [
 ]
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are of x86-64")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs x86-64, whose flags it gives")
 @pytest.mark.parametrize(
     ("compiler", "flag"), [row[1:] for row in BUILDS], ids=[x[0] for x in BUILDS]
 )

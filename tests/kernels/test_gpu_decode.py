@@ -184,7 +184,9 @@ def test_steps_of_real_sizes_are_as_the_reference_says(
     assert_like_reference(case.but(dtype=torch.bfloat16))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter reads")
+@pytest.mark.skipif(
+    DEVICE == "cuda", reason="needs the interpreter, whose reads it counts: a CUDA device is here"
+)
 def test_each_chosen_block_is_read_once_for_all_the_rows_that_chose_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -15,7 +15,8 @@ from moonfx.kernels import gpu, gpu_index, gpu_sort  # noqa: E402
 from tests.kernels.watch import watched  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="watches Triton's interpreter"
+    not triton.knobs.runtime.interpret,
+    reason="needs Triton's interpreter, which it watches: TRITON_INTERPRET=1",
 )
 BLOCK = 8
 
