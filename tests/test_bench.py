@@ -48,10 +48,10 @@ REFUSED = [
     ("heads that do not divide", ["--heads", "8", "--kv-heads", "3"], "a multiple of --kv-heads"),
     ("unknown dtype", ["--dtype", "float64"], "invalid choice: 'float64'"),
     ("no turn", ["--repeats", "0"], "--repeats must be at least 1"),
-    ("a size beside a suite", ["--suite", "cpu", "--heads", "4"], "has sizes of its own"),
+    ("a size beside a suite", ["--suite", "cpu", "--heads", "4"], "cannot be given with --suite"),
     ("a length that a suite has not", ["--suite", "cpu", "--length", "7"], "has no such case"),
     ("more queries than keys", ["--queries", "300", "--length", "256"], "--queries must be 1 to"),
-    ("no such file", ["--from", "/nowhere.json"], "is not what `moonfx bench attention --json`"),
+    ("no such file", ["--from", "/nowhere.json"], "--from must name what"),
 ]
 
 

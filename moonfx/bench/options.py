@@ -121,7 +121,11 @@ def check(options: argparse.Namespace) -> None:
     given = [name for name in (*SIZES, "queries") if getattr(options, name) is not None]
     if options.suite:
         if given or options.quick:
-            raise ValueError(f"--suite {options.suite} has sizes of its own: {given or '--quick'}")
+            words = [f"--{name.replace('_', '-')}" for name in given] or ["--quick"]
+            raise ValueError(
+                f"{' and '.join(words)} cannot be given with --suite {options.suite}, whose cases "
+                "have sizes: --length, --dim, --dtype and --work pick among them"
+            )
         if not list(cases(options)):
             raise ValueError(f"--suite {options.suite} has no such case")
         return

@@ -36,7 +36,7 @@ def draw(run: Run, path: str) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.axhline(1, color="grey", linewidth=0.8)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=120)
 
 

@@ -113,7 +113,7 @@ def read(paths: Sequence[str]) -> Run:
             runs.append(from_dict(json.loads(Path(path).read_text(encoding="utf-8"))))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} is not what `moonfx bench attention --json` writes"
+                f"--from must name what `moonfx bench attention --json` wrote, got {path}"
             ) from error
     first = runs[0].where
     for path, run in zip(paths, runs):
