@@ -1,0 +1,1 @@
+"""AdamW to Muon: convert an optimizer, and go on training."""
