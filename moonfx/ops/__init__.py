@@ -3,6 +3,6 @@
 Importing this package registers them as torch.ops.moonfx.*.
 """
 
-from moonfx.ops import flops, moba
+from moonfx.ops import flops, moba, newton_schulz
 
-__all__ = ["flops", "moba"]
+__all__ = ["flops", "moba", "newton_schulz"]
