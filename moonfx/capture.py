@@ -1043,3 +1043,41 @@ def fake_values(gm: fx.GraphModule) -> Iterator[None]:
     mode = fake_mode_of(gm)
     with mode if mode is not None else contextlib.nullcontext(), enable_python_dispatcher():
         yield
+
+
+# --- optimizers -----------------------------------------------------------------------------------
+
+_HOOKS = (
+    *("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"),
+    *("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks"),
+    *("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"),
+)
+
+
+def bare_step(kind: type) -> Callable[..., Any]:
+    """The `step` of a class of optimizers without the hooks that torch runs around it."""
+    step: Callable[..., Any] = kind.step  # type: ignore[attr-defined]
+    return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+
+
+def share_hooks(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
+    """Gives `target` the very hooks of `source`, so that a handle still removes what it registered."""
+    for name in _HOOKS:
+        if name in vars(source):
+            setattr(target, name, getattr(source, name))
+
+
+def without_hooks(attributes: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer's pickle may carry: hooks stay, as torch's own optimizers have it."""
+    return {k: v for k, v in attributes.items() if k not in _HOOKS and k != "step"}
+
+
+def count_as_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Tells the schedulers of an optimizer that it has stepped."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def replace_step(optimizer: torch.optim.Optimizer, step: Callable[..., Any]) -> None:
+    """Puts another `step` on one optimizer, without a warning from its schedulers."""
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = step  # type: ignore[method-assign]

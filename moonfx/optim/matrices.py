@@ -7,8 +7,8 @@
     [heads * (q + k + v), n]      the same with the blocks of each head beside each other
 
 A piece is a view of the parameter, or of a tensor of its shape, in which the numbers of `b`
-matrices [m, n] follow each other row by row. So it is copied to and from a contiguous [b, m, n] that
-is viewed in the piece's own shape, and nothing is copied to bring matrices out.
+matrices [m, n] follow each other row by row. So it goes straight into and out of a contiguous
+[b, m, n] that is viewed in the piece's own shape.
 """
 
 import math

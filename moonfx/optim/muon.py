@@ -1,0 +1,261 @@
+"""Muon that took an AdamW's place: its groups, its schedule, its parameters in their order.
+
+    G             the gradient of a matrix W [m, n]; mu the momentum
+    M <- mu M + (1 - mu) G                     an average, as AdamW's first moment is
+    U = mu M + (1 - mu) G                      Nesterov; else U = M
+    O = NewtonSchulz(U / |U|)                  near U (U^T U)^(-1/2), all singular values near 1
+    W <- (1 - lr wd) W - lr s O                s so that s O has the root mean square asked for
+
+(Jordan 2024; Liu et al. 2025, arXiv 2502.16982, eq. 2 and 4.) What is no hidden matrix stays on
+AdamW, stepped by the class that the user had. The groups are the very dicts of the AdamW, so that
+its schedulers drive Muon; what Muon needs beside them is plain data in them and in `state`, so that
+state_dict carries all of it.
+"""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from moonfx.capture import count_as_stepped, replace_step, share_hooks, without_hooks
+from moonfx.optim.matrices import Layout
+from moonfx.optim.rest import Rest
+from moonfx.optim.step import MUON, Matrix, Rule, update
+
+if TYPE_CHECKING:
+    from moonfx.optim.roles import RoleRow
+
+# What a group holds beside AdamW's own: how Muon steps, and a list with an entry per parameter.
+GROUP_KEYS = ("momentum", "nesterov", "coefficients", "exact_rms", "decay")
+PARAMETER_KEYS = ("optimizers", "target_rms", "second_moment")
+JORDAN = (3.4445, -4.7750, 2.0315)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How Muon steps.
+
+    Attributes:
+        momentum: mu.
+        coefficients: (a, b, c) of each Newton-Schulz iteration.
+        exact_rms: scale each update by its own root mean square, not by the one it should have.
+        decay: "decoupled", "cautious" (only where it moves with the update) or "coupled" (AdamW's
+            forerunner: into the gradient).
+        rms: the target of parameters that are added later.
+        momentum_dtype: None for the first moment's own, or "int8", "int4", "fp8" of torchao.
+        compile: True, False or None, which takes what is faster.
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    coefficients: list[list[float]] = field(default_factory=lambda: [list(JORDAN)] * 5)
+    exact_rms: bool = False
+    decay: str = "decoupled"
+    rms: float = 0.2
+    momentum_dtype: str | None = None
+    compile: bool | None = None
+
+    def of_group(self) -> dict[str, Any]:
+        """What every group holds."""
+        values = {name: getattr(self, name) for name in GROUP_KEYS}
+        return {**values, "coefficients": [list(row) for row in self.coefficients]}
+
+
+class Muon(Optimizer):
+    """Muon for hidden matrices, the converted optimizer's own class for all else.
+
+    Made by moonfx.convert_optimizer, which checks what it is given. Until its first step the
+    converted optimizer is as it was; that step frees its state and retires it.
+
+    Attributes:
+        table: one row per parameter, in the order of the groups.
+
+    Args:
+        source: the optimizer to convert.
+        table: a row per parameter, in the order of its groups.
+        settings: how to step.
+        target_rms: of each parameter's update at lr 1; None where AdamW steps it.
+        second_moment: mean(v_hat) / mean(m_hat^2) of each, for the way back; None if unknown.
+        state: the state to start from, per parameter; without, a parameter's starts at zero.
+        model, example, roles: what `table` was made from, for parameters that are added later.
+    """
+
+    def __init__(
+        self,
+        source: Optimizer,
+        table: Sequence["RoleRow"],
+        settings: Settings,
+        *,
+        target_rms: Sequence[float | None],
+        second_moment: Sequence[float | None] | None = None,
+        state: Mapping[Tensor, dict[str, Any]] | None = None,
+        model: torch.nn.Module | None = None,
+        example: Any = None,
+        roles: Mapping[Any, Any] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.rest = Rest(source)
+        self.table: list[RoleRow] = []
+        self._source: Optimizer | None = None
+        self._model = (lambda: None) if model is None else weakref.ref(model)
+        self._example, self._roles = example, roles
+        self._joining = True  # the parameters that __init__ adds have their rows
+        super().__init__(source.param_groups, {**source.defaults, **settings.of_group()})
+        del self._joining
+        self._source = source
+        self.param_groups = source.param_groups
+        share_hooks(source, self)
+        moments = second_moment or [None] * len(table)
+        rows = iter(zip(table, target_rms, moments, strict=True))
+        for group in self.param_groups:
+            _join(group, [next(rows) for _ in group["params"]], settings)
+        self.table = list(table)
+        self.state = defaultdict(dict, state or {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; its parameters are classified as those before were.
+
+        Args:
+            param_group: as torch takes it; a key "roles" overrides roles as convert_optimizer's
+                argument does, and a key "optimizer", "muon" or "adamw", decides for all of them.
+        """
+        if vars(self).get("_joining"):
+            super().add_param_group(param_group)
+            return
+        group = dict(param_group)
+        roles = {**(self._roles or {}), **group.pop("roles", {})}
+        chosen = group.pop("optimizer", None)
+        if chosen is not None:
+            roles = {lambda name, parameter: True: chosen}
+        super().add_param_group(group)
+        try:
+            rows = self._classify(group, roles)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        target = self.settings.rms
+        entries = [(row, target if row.optimizer == MUON else None, None) for row in rows]
+        _join(group, entries, self.settings)
+        self.table.extend(rows)
+
+    def _classify(self, group: dict[str, Any], roles: Mapping[Any, Any]) -> list["RoleRow"]:
+        from moonfx.optim.classify import classify
+
+        model = self._model()
+        known = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+        first = len(self.table)
+        given = group.get("param_names") or [f"parameter {first + i}" for i in range(first)]
+        names = [known.get(id(p), n) for p, n in zip(group["params"], given, strict=False)]
+        return classify(group["params"], names, model, self._example, roles)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of every parameter that has a gradient.
+
+        Raises:
+            ValueError: before anything changes, if a gradient is sparse or complex.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        self._retire_source()
+        self.rest.step(self.param_groups, self.state)
+        buckets = self._buckets()
+        for (rule, *_), matrices in buckets.items():
+            update(matrices, rule)
+        return loss
+
+    def _check_gradients(self) -> None:
+        rows = iter(self.table)
+        for group in self.param_groups:
+            for p in group["params"]:
+                row, grad = next(rows), p.grad
+                if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
+                    kind = "complex" if grad.is_complex() else "sparse"
+                    raise ValueError(
+                        f"the gradient of '{row.name}' is {kind} ({grad.dtype}, {grad.layout}); "
+                        "Muon steps dense, real gradients only. Nothing was changed"
+                    )
+
+    def _buckets(self) -> dict[tuple[Any, ...], list[Matrix]]:
+        """The matrices to step, by what one call of `update` can have in common."""
+        buckets: dict[tuple[Any, ...], list[Matrix]] = defaultdict(list)
+        rows = iter(self.table)
+        for group in self.param_groups:
+            rule = Rule.of_group(group)
+            kinds, targets = group["optimizers"], group["target_rms"]
+            for p, kind, target in zip(group["params"], kinds, targets, strict=True):
+                layout: Layout = next(rows).layout
+                if kind != MUON or p.grad is None or not p.numel():
+                    continue
+                state = self.state[p] or self._start(p, group)
+                key = (rule, p.device, p.dtype, p.grad.dtype)
+                buckets[key].append(
+                    Matrix(
+                        *(p, p.grad, state["momentum_buffer"], state["step"]),
+                        *(layout, target, group["lr"], group["weight_decay"]),
+                    )
+                )
+        return buckets
+
+    def _start(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The state of a parameter that has none: the step lies where torch's AdamW has it."""
+        on_device = group.get("capturable") or group.get("fused")
+        device = p.device if on_device else torch.device("cpu")
+        self.state[p] = {
+            "step": torch.zeros((), dtype=torch.float32, device=device),
+            "momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format),
+        }
+        return self.state[p]
+
+    def _retire_source(self) -> None:
+        """Frees the converted optimizer's state; its schedulers hold it, and drive the groups."""
+        source, self._source = self._source, None
+        if source is None:
+            return
+        source.state.clear()
+        count_as_stepped(source)
+        replace_step(source, _refuse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_source": None, "_model": _nothing, "_example": None, "_roles": None}
+        return {**without_hooks(vars(self)), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        groups = vars(self).get("param_groups")
+        if groups is not None:  # load_state_dict: schedulers hold these dicts
+            for group, loaded in zip(groups, state.pop("param_groups"), strict=True):
+                group.clear()
+                group.update(loaded)
+        super().__setstate__(state)
+
+
+def _join(
+    group: dict[str, Any],
+    entries: Sequence[tuple["RoleRow", float | None, float | None]],
+    settings: Settings,
+) -> None:
+    """Writes into a group how Muon steps it and which of its parameters."""
+    group.update(settings.of_group())
+    group["optimizers"] = [row.optimizer for row, _, _ in entries]
+    group["target_rms"] = [target for _, target, _ in entries]
+    group["second_moment"] = [moment for _, _, moment in entries]
+
+
+def _nothing() -> None:
+    """The model of an optimizer that came out of a file."""
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise RuntimeError(
+        "this optimizer was converted by moonfx.convert_optimizer and gave up its state: call "
+        "step() of the moonfx.Muon that was returned"
+    )

@@ -1,0 +1,62 @@
+"""The parameters that stay on AdamW, stepped by the user's own optimizer class.
+
+A Rest is an object of that class, with its attributes (block sizes, stochastic rounding), made
+without its constructor: it has no state of its own and no hooks, and before each step it is given
+the converted optimizer's groups, each with the parameters that are not Muon's. So whatever the class
+does is done, whether it is torch's AdamW in any of its forms, torchao's or somebody's own.
+"""
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from moonfx.capture import bare_step
+
+ADAMW = "adamw"
+# What belongs to the object that was converted, or to those who drive it, and not to its class.
+_ITS_OWN = ("state", "param_groups", "step", "grad_scale", "found_inf")
+
+
+class Rest:
+    """Steps the AdamW parameters of a converted optimizer.
+
+    Args:
+        source: the optimizer that was converted, of whatever class.
+    """
+
+    def __init__(self, source: Optimizer) -> None:
+        self.kind = type(source)
+        self.attributes = {
+            name: value
+            for name, value in vars(source).items()
+            if name not in _ITS_OWN and not name.startswith("_optimizer_")
+        }
+
+    def optimizer(
+        self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]
+    ) -> Optimizer:
+        """The user's optimizer over the AdamW parameters of the groups, at the groups' settings."""
+        made = self.kind.__new__(self.kind)
+        made.__dict__.update(self.attributes)
+        made.__dict__["state"] = state
+        made.__dict__["param_groups"] = [{**group, "params": its_own(group)} for group in groups]
+        return made
+
+    def step(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
+        """One step of the AdamW parameters."""
+        made = self.optimizer(groups, state)
+        if not any(group["params"] for group in made.param_groups):
+            return
+        bare_step(self.kind)(made)
+        # Some classes count in their groups, or in themselves.
+        for group, stepped in zip(groups, made.param_groups, strict=True):
+            group.update({k: v for k, v in stepped.items() if k != "params"})
+        self.attributes.update({k: v for k, v in vars(made).items() if k in self.attributes})
+
+
+def its_own(group: dict[str, Any]) -> list[Tensor]:
+    """The parameters of a group that AdamW steps."""
+    kinds = group["optimizers"]
+    return [p for p, kind in zip(group["params"], kinds, strict=True) if kind == ADAMW]
