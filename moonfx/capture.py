@@ -1061,7 +1061,7 @@ def bare_step(kind: type) -> Callable[..., Any]:
 
 
 def share_hooks(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
-    """Gives `target` the very hooks of `source`, so that a handle still removes what it registered."""
+    """Gives `target` the very hooks of `source`: a handle still removes what it registered."""
     for name in _HOOKS:
         if name in vars(source):
             setattr(target, name, getattr(source, name))

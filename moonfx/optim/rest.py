@@ -1,8 +1,8 @@
 """The parameters that stay on AdamW, stepped by the user's own optimizer class.
 
-A Rest is an object of that class, with its attributes (block sizes, stochastic rounding), made
-without its constructor: it has no state of its own and no hooks, and before each step it is given
-the converted optimizer's groups, each with the parameters that are not Muon's. So whatever the class
+What steps is an object of that class with the attributes (block sizes, stochastic rounding) of the
+one that was converted, made without its constructor: it has no hooks, it shares the state, and for
+each step it is given the groups, each with the parameters that are not Muon's. So whatever the class
 does is done, whether it is torch's AdamW in any of its forms, torchao's or somebody's own.
 """
 

@@ -13,8 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moonfx.ops.newton_schulz import newton_schulz
 from moonfx.optim.matrices import Layout, Shape, pieces, shapes
-from moonfx.optim.rms import correction
+
+try:
+    from moonfx.optim.rms import correction
+except ImportError:
+
+    def correction(m, n, coefficients):
+        return 1.0
+
 
 MUON = "muon"
 # A norm below this is taken for zero. In float32 the squares of numbers of such a norm are still
@@ -60,6 +68,11 @@ class Matrix(NamedTuple):
     lr: float | Tensor
     weight_decay: float
 
+    def written_like(self) -> tuple[Any, ...]:
+        """Equal for matrices whose write-back differs in nothing but the matrix."""
+        lr = id(self.lr) if isinstance(self.lr, Tensor) else self.lr
+        return lr, self.weight_decay, self.target
+
     @property
     def shapes(self) -> list[Shape]:
         return shapes(tuple(self.weight.shape), self.layout)
@@ -95,10 +108,89 @@ def _update_chunk(chunk: Sequence[Matrix], rule: Rule) -> None:
     parts = [[pieces(x, layout) for x in tensors] for tensors in (weights, buffers, grads)]
     for i, (b, m, n) in enumerate(chunk[0].shapes):
         weight, buffer, grad = ([p[i].view for p in part] for part in parts)
-        stack = _stack(buffer, grad, (len(chunk) * b, m, n), rule)
-        update = _orthogonal(stack, rule)
-        views = update.view(len(chunk), b * m * n).unbind()
+        stack = _stack(buffer, grad, (len(chunk), b, m, n), rule)
+        update = _orthogonal(stack.view(-1, m, n), rule).view(stack.shape)
+        gain = 1.0 if rule.exact_rms else rms_gain(m, n, rule.coefficients)
         for run in _runs(chunk):
-            target = run[0][1].target
-            scale = target * math.sqrt(max(m, n)) / correction(m, n, rule.coefficients)
-            ...
+            _write(chunk[run.start], weight[run], update[run], gain, rule)
+
+
+def rms_gain(m: int, n: int, coefficients: tuple[float, ...]) -> float:
+    """What brings the root mean square of an orthogonalized [m, n] to 1, as far as a law says."""
+    return math.sqrt(max(m, n)) / correction(m, n, coefficients)
+
+
+def _gradient(matrix: Matrix, rule: Rule) -> Tensor:
+    """The gradient as it goes into the buffer; a view of the parameter's own, or a new tensor."""
+    grad = matrix.grad.to(matrix.buffer.dtype)
+    if rule.maximize:
+        grad = -grad
+    if rule.decay == "coupled" and matrix.weight_decay:
+        grad = torch.add(grad, matrix.weight, alpha=matrix.weight_decay)
+    return grad
+
+
+def _stack(
+    buffers: Sequence[Tensor], grads: Sequence[Tensor], shape: tuple[int, ...], rule: Rule
+) -> Tensor:
+    """What is to be orthogonalized, contiguous [k, b, m, n]."""
+    stack = torch.empty(shape, dtype=buffers[0].dtype, device=buffers[0].device)
+    slots = [x.view(buffers[0].shape) for x in stack.unbind()]
+    if not rule.nesterov:
+        torch._foreach_copy_(slots, buffers)
+    elif stack.is_cpu:  # one pass over memory where launches cost nothing
+        for slot, buffer, grad in zip(slots, buffers, grads, strict=True):
+            torch.lerp(grad, buffer, rule.momentum, out=slot)
+    else:
+        torch._foreach_copy_(slots, grads)
+        torch._foreach_lerp_(slots, buffers, rule.momentum)
+    return stack
+
+
+def _orthogonal(stack: Tensor, rule: Rule) -> Tensor:
+    """Newton-Schulz of each matrix of [k, m, n]; with `exact_rms`, of root mean square 1."""
+    stack = stack * _inverse_norms(stack)
+    update = newton_schulz(stack.to(COMPUTE), rule.coefficients)
+    if rule.exact_rms:
+        update = update * (_inverse_norms(update) * math.sqrt(update[0].numel()))
+    return update
+
+
+def _inverse_norms(stack: Tensor) -> Tensor:
+    dtype = torch.promote_types(stack.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(stack.flatten(1), dim=1, dtype=dtype)
+    return norms.clamp_min(EPS).reciprocal()[:, None, None]
+
+
+def _runs(chunk: Sequence[Matrix]) -> Iterator[slice]:
+    """The stretches of a chunk that are written back alike."""
+    first = 0
+    for _, same in itertools.groupby(chunk, Matrix.written_like):
+        last = first + sum(1 for _ in same)
+        yield slice(first, last)
+        first = last
+
+
+def _write(
+    like: Matrix, weights: Sequence[Tensor], update: Tensor, gain: float, rule: Rule
+) -> None:
+    """W <- W - lr wd W - lr s O for weights whose updates are O[i].
+
+    A learning rate that lies on the weights' device is never read by the host.
+    """
+    lr, weight_decay = like.lr, like.weight_decay
+    if isinstance(lr, Tensor) and lr.device != update.device:
+        lr = float(lr)
+    if rule.decay == "decoupled" and weight_decay:
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+    elif rule.decay == "cautious" and weight_decay:
+        for weight, o in zip(weights, update.unbind(), strict=True):
+            with_it = weight * o.view(weight.shape) > 0
+            weight.sub_(torch.where(with_it, weight, 0) * (lr * weight_decay))
+    scale: float | Tensor = -lr * (like.target * gain)
+    if isinstance(scale, Tensor):
+        update, scale = update * scale, 1.0
+    if not update.is_cpu:  # torch's fast path takes equal dtypes
+        update = update.to(weights[0].dtype)
+    updates = [x.view(weights[0].shape) for x in update.unbind()]
+    torch._foreach_add_(weights, updates, alpha=scale)
