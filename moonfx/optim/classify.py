@@ -1,0 +1,85 @@
+"""Decides the role of every parameter of an optimizer: graph > module > name > shape."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from moonfx.optim.modules import Modules
+from moonfx.optim.names import FLATTENED, by_name, by_shape, unwrapped
+from moonfx.optim.overrides import Overrides, overridden
+from moonfx.optim.roles import ROLES, Finding, RoleRow, row_of
+from moonfx.optim.sites import check_owned, innermost, is_flattened, sites_of
+
+NO_MODEL = (
+    "parameters are classified by their names and shapes, which show neither tied weights, nor "
+    "which matrix produces the logits, nor what is split after a fused projection: pass model=, "
+    "and example= to see how the model uses each parameter"
+)
+
+
+def classify(
+    parameters: Sequence[nn.Parameter],
+    names: Sequence[str],
+    model: nn.Module | None = None,
+    example: tuple[Any, ...] | dict[str, Any] | None = None,
+    overrides: Mapping[Any, Any] | None = None,
+) -> list[RoleRow]:
+    """The role of each parameter.
+
+    Args:
+        parameters: of an optimizer, in its order.
+        names: as far as they are known, "" where not; a model's own go before them.
+        model: what uses them.
+        example: what to call the model with, positional or keyword inputs, to see how it uses
+            each. The model is traced and not run: nothing in it changes.
+        overrides: the user's word, {name | "re:<regex>" | predicate: "muon" | "adamw" | role |
+            Layout}.
+    Raises:
+        TypeError, ValueError: for a bad override or example, or parameters that the model does
+            not own.
+    """
+    said = Overrides(overrides)
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+    if example is not None and not isinstance(example, tuple | dict):
+        raise TypeError(
+            "example must be a tuple of positional or a dict of keyword inputs, got "
+            f"{type(example).__name__}"
+        )
+    if example is not None and model is None:
+        raise ValueError("example needs model=, which it is the input of")
+    aliases = [[unwrapped(name)] if name else [] for name in names]
+    rules: list[tuple[Finding, str]]
+    if model is None:
+        warnings.warn(f"moonfx: no model was given: {NO_MODEL}", stacklevel=3)
+        rules = [_nameless(p, name) for p, name in zip(parameters, names, strict=True)]
+    else:
+        sites = sites_of(model)
+        check_owned(model, list(parameters), list(names), sites)
+        known = Modules(innermost(model), sites)
+        rules = [(known.of(p), "module") for p in parameters]
+        own = [[site.name for site in sites[id(p)]] for p in parameters]
+        aliases = [list(dict.fromkeys([*a, *b])) for a, b in zip(own, aliases, strict=True)]
+    said.check_used(list(zip(aliases, parameters, strict=True)))
+    rows = []
+    for p, alias, (finding, rule) in zip(parameters, aliases, rules, strict=True):
+        if is_flattened(p, alias[0] if alias else ""):
+            finding = Finding("vector", FLATTENED)
+        row = row_of(alias[0] if alias else "", p.shape, finding, rule)
+        found = said.find(alias, p)
+        rows.append(row if found is None else overridden(row, found))
+    return rows
+
+
+def _nameless(parameter: Tensor, name: str) -> tuple[Finding, str]:
+    """What name and shape say without a model."""
+    shape = tuple(parameter.shape)
+    by_shape_alone = by_shape(shape)
+    found = by_name(unwrapped(name), shape) if name else None
+    if found is None:
+        return by_shape_alone, "shape"
+    if ROLES[found.role].optimizer == "muon" and by_shape_alone.role == "thin matrix":
+        return by_shape_alone, "shape"
+    return found, "name"
