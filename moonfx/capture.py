@@ -19,6 +19,7 @@ import threading
 import types
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -1070,6 +1071,11 @@ def share_hooks(source: torch.optim.Optimizer, target: torch.optim.Optimizer) ->
 def without_hooks(attributes: dict[str, Any]) -> dict[str, Any]:
     """What an optimizer's pickle may carry: hooks stay, as torch's own optimizers have it."""
     return {k: v for k, v in attributes.items() if k not in _HOOKS and k != "step"}
+
+
+def no_hooks() -> dict[str, Any]:
+    """The hooks of an optimizer that has none."""
+    return {name: OrderedDict() for name in _HOOKS}
 
 
 def count_as_stepped(optimizer: torch.optim.Optimizer) -> None:

@@ -1,9 +1,9 @@
 """The parameters that stay on AdamW, stepped by the user's own optimizer class.
 
 What steps is an object of that class with the attributes (block sizes, stochastic rounding) of the
-one that was converted, made without its constructor: it has no hooks, it shares the state, and for
-each step it is given the groups, each with the parameters that are not Muon's. So whatever the class
-does is done, whether it is torch's AdamW in any of its forms, torchao's or somebody's own.
+one that was converted, made without its constructor: it has no hooks, it shares the state, and
+for each step it is given the groups, each with the parameters that are not Muon's. So whatever the
+class does is done, whether it is torch's AdamW in any of its forms, torchao's or somebody's own.
 """
 
 from collections.abc import MutableMapping, Sequence
@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moonfx.capture import bare_step
+from moonfx.capture import bare_step, no_hooks, without_hooks
 
 ADAMW = "adamw"
 # What belongs to the object that was converted, or to those who drive it, and not to its class.
-_ITS_OWN = ("state", "param_groups", "step", "grad_scale", "found_inf")
+_ITS_OWN = ("state", "param_groups", "grad_scale", "found_inf")
 
 
 class Rest:
@@ -30,8 +30,8 @@ class Rest:
         self.kind = type(source)
         self.attributes = {
             name: value
-            for name, value in vars(source).items()
-            if name not in _ITS_OWN and not name.startswith("_optimizer_")
+            for name, value in without_hooks(vars(source)).items()
+            if name not in _ITS_OWN
         }
 
     def optimizer(
@@ -39,7 +39,7 @@ class Rest:
     ) -> Optimizer:
         """The user's optimizer over the AdamW parameters of the groups, at the groups' settings."""
         made = self.kind.__new__(self.kind)
-        made.__dict__.update(self.attributes)
+        made.__dict__.update(self.attributes, **no_hooks())
         made.__dict__["state"] = state
         made.__dict__["param_groups"] = [{**group, "params": its_own(group)} for group in groups]
         return made
