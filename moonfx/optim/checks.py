@@ -1,0 +1,188 @@
+"""What a conversion refuses, before any work: each error names what it was and what it may be."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moonfx.optim.roles import RoleRow
+from moonfx.optim.source import FIRST, SECOND, Source, moment
+from moonfx.policy import check_flag
+
+RMS = ("betas", "measured")
+DECAYS = ("decoupled", "cautious", "coupled")
+MOMENTUM_DTYPES = (None, "int8", torch.float32, torch.bfloat16)
+
+_FLATTENED = (
+    "Every parameter is a vector, as the flattened shards of FSDP1 and of DeepSpeed's ZeRO are: "
+    "the matrices cannot be seen. Use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP, or "
+    "convert before the model is wrapped"
+)
+
+
+def check_settings(
+    rms: object, momentum: object, decay: object, momentum_dtype: object, compile: object
+) -> None:
+    """The arguments of convert_optimizer that are numbers and words.
+
+    Raises:
+        TypeError: if one is of the wrong type.
+        ValueError: if one is out of range.
+    """
+    choice = f"a number above 0 or one of {', '.join(map(repr, RMS))}"
+    if isinstance(rms, str):
+        if rms not in RMS:
+            raise ValueError(f"rms must be {choice}, got {rms!r}")
+    elif not _number(rms):
+        raise TypeError(f"rms must be {choice}, got {rms!r} ({type(rms).__name__})")
+    elif not 0 < float(rms) < math.inf:  # type: ignore[arg-type]
+        raise ValueError(f"rms must be {choice}, got {rms!r}")
+    if not _number(momentum):
+        raise TypeError(f"momentum must be a number in [0, 1), got {momentum!r}")
+    if not 0 <= float(momentum) < 1:  # type: ignore[arg-type]
+        raise ValueError(f"momentum must lie in [0, 1), got {momentum!r}")
+    if decay is not None and decay not in DECAYS:
+        raise ValueError(
+            f"decay must be None (as the optimizer does it) or one of {', '.join(map(repr, DECAYS))}"
+            f", got {decay!r}"
+        )
+    if momentum_dtype not in MOMENTUM_DTYPES:
+        raise ValueError(
+            "momentum_dtype must be None (that of exp_avg), 'int8', torch.float32 or "
+            f"torch.bfloat16, got {momentum_dtype!r}"
+        )
+    if compile is not None:
+        check_flag("compile", compile)
+
+
+def _number(given: object) -> bool:
+    return isinstance(given, (int, float)) and not isinstance(given, bool)
+
+
+def check_model(source: Source, model: object, example: object) -> None:
+    """The model and its example inputs.
+
+    Raises:
+        TypeError: if model is not a module, or example neither a tuple nor a dict.
+        ValueError: if the model does not own a parameter of the optimizer, naming which.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+    if example is not None and not isinstance(example, (tuple, Mapping)):
+        raise TypeError(
+            "example must be a tuple of positional or a dict of keyword inputs of the model, got "
+            f"{type(example).__name__}" + ("; (x,) makes one" if _is_tensor(example) else "")
+        )
+    if model is None:
+        if example is not None:
+            raise ValueError("example is given without a model to call with it: give model too")
+        return
+    owned = {id(p) for p in model.parameters()}
+    members = zip(source.names(), source.members(), strict=True)
+    foreign = [f"{n} {list(p.shape)}" for n, (_, p) in members if id(p) not in owned]
+    if foreign:
+        total = sum(1 for _ in source.members())
+        raise ValueError(
+            f"the model does not own {len(foreign)} of the {total} parameters of adamw: "
+            f"{_listed(foreign)}. Give the model whose parameters adamw was made from; if it was "
+            "copied, moved or wrapped after that, its parameters are other tensors"
+        )
+
+
+def _is_tensor(given: object) -> bool:
+    return isinstance(given, Tensor)
+
+
+def check_parameters(source: Source, names: Sequence[str]) -> None:
+    """Parameters and gradients must be real and dense.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    for name, (_, p) in zip(names, source.members(), strict=True):
+        for word, tensor in (("", p), ("'s gradient", p.grad)):
+            if tensor is None:
+                continue
+            if tensor.is_complex():
+                raise ValueError(
+                    f"{name}{word} is complex ({tensor.dtype}): neither Newton-Schulz nor the "
+                    "update RMS is defined for it here; use its real view (torch.view_as_real)"
+                )
+            if tensor.layout is not torch.strided:
+                raise ValueError(
+                    f"{name}{word} is sparse ({tensor.layout}): Muon needs whole matrices; an "
+                    "nn.Embedding made with sparse=False has dense gradients"
+                )
+
+
+def check_states(source: Source, names: Sequence[str]) -> None:
+    """States must hold finite moments of the parameter's shape.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    for name, (_, p) in zip(names, source.members(), strict=True):
+        state = source.state(p)
+        if not state:
+            continue
+        for words, keys in (("first", FIRST), ("second", SECOND)):
+            value = moment(state, keys)
+            if value is None:
+                raise ValueError(
+                    f"the state of {name} has no {words} moment ({' or '.join(keys)}), only "
+                    f"{', '.join(map(str, state))}: {source.word} is not an AdamW that can be read"
+                )
+            if value.shape != p.shape:
+                raise ValueError(
+                    f"the {words} moment of {name} has shape {list(value.shape)}, the parameter "
+                    f"{list(p.shape)}: {source.word} keeps it in a form that cannot be read"
+                )
+            # One number per tensor: the largest, which is NaN where one is.
+            if value.numel() and not math.isfinite(value.abs().amax().item()):
+                raise ValueError(
+                    f"the {words} moment of {name} holds NaN or infinity: a bad gradient came in "
+                    "earlier, and Muon would spread it over the whole matrix; go back to a "
+                    "checkpoint from before it, or drop that state (adamw.state.pop(parameter))"
+                )
+
+
+def check_rms(source: Source, rms: object) -> None:
+    """rms="measured" needs what it measures.
+
+    Raises:
+        ValueError: if there is no state yet.
+    """
+    if rms == "measured" and not any(source.state(p) for _, p in source.members()):
+        raise ValueError(
+            "rms='measured' takes each parameter's update RMS from its AdamW state, and there is "
+            "none yet: take a few AdamW steps first, or use rms='betas' or a number such as 0.2"
+        )
+
+
+def check_some_muon(rows: Sequence[RoleRow]) -> None:
+    """A conversion that converts nothing is an error.
+
+    Raises:
+        ValueError: with the roles found.
+    """
+    if any(row.optimizer == "muon" for row in rows):
+        return
+    counts = Counter(row.role for row in rows)
+    found = ", ".join(f"{count} {role}" for role, count in counts.most_common())
+    why = f"e.g. {rows[0].name} {list(rows[0].shape)}: {rows[0].why}"
+    advice = (
+        _FLATTENED
+        if all(len(row.shape) < 2 for row in rows)
+        else "roles={name | 're:<regex>' | predicate: 'muon'} says which matrices go to Muon"
+    )
+    raise ValueError(
+        f"no parameter goes to Muon: all {len(rows)} stay on AdamW ({found}; {why}). {advice}"
+    )
+
+
+def _listed(items: Sequence[Any], most: int = 5) -> str:
+    shown = ", ".join(str(x) for x in items[:most])
+    return shown + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -1,0 +1,276 @@
+"""Reads an AdamW, whoever wrote it: groups, betas, names, moments, steps.
+
+    torch.optim         state: step (tensor), exp_avg, exp_avg_sq
+    torchao.optim       the same, the moments as 8-bit, 4-bit or fp8 codes with a scale per block
+    bitsandbytes-like   state: step (int), state1, state2, for 8 bits with qmap1, absmax1 per block
+    Apex-like           state: exp_avg, exp_avg_sq; the step is the group's
+
+Nothing else of moonfx.optim knows these differences.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Adam, Optimizer
+
+Group = dict[str, Any]
+
+FIRST, SECOND = ("exp_avg", "state1"), ("exp_avg_sq", "state2")
+
+# bitsandbytes keeps no block size beside its codes: one scale per so many values.
+_BLOCKS = (256, 2048, 4096, 1024, 512, 128, 64)
+
+_KEYS = ("lr", "betas", "eps", "weight_decay")
+_WHAT_MAY_BE = (
+    "torch.optim.AdamW or Adam, torchao.optim's AdamW8bit, AdamW4bit and AdamWFp8, or an optimizer "
+    "that keeps the same things: groups with lr, betas, eps and weight_decay, states with exp_avg "
+    "and exp_avg_sq (or state1 and state2)"
+)
+
+# Named like AdamW or with its states, but another update.
+_OTHERS = {
+    "AdEMAMix": "it has a third moment",
+    "AdaBelief": "its second moment is of the gradient's surprise",
+    "Adafactor": "it keeps no first moment",
+    "AdamWScheduleFree": "its weights are averages that only it can continue",
+    "AdamScheduleFree": "its weights are averages that only it can continue",
+    "Adamax": "its second moment is a maximum",
+    "Adan": "it has a third moment",
+    "LAMB": "it scales its update by the weight's norm, so its learning rate is not AdamW's",
+    "Lamb": "it scales its update by the weight's norm, so its learning rate is not AdamW's",
+    "LARS": "it scales its update by the weight's norm, so its learning rate is not AdamW's",
+    "LBFGS": "it needs a closure and has no moments",
+    "Lion": "it has no second moment and a learning rate of its own kind",
+    "Muon": "it is a Muon already",
+    "NAdam": "its first moment is weighted by a schedule",
+    "Prodigy": "it finds its own learning rate",
+    "RAdam": "its first steps are rectified",
+    "SGD": "it has no second moment, and its learning rate is not one for updates of RMS 0.2",
+    "SparseAdam": "its gradients are sparse, and Muon needs whole matrices",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An AdamW-like optimizer, read only.
+
+    Args:
+        optimizer: what was given.
+    """
+
+    optimizer: Optimizer
+
+    @property
+    def groups(self) -> list[Group]:
+        groups: list[Group] = self.optimizer.param_groups
+        return groups
+
+    @property
+    def word(self) -> str:
+        """The class's name."""
+        return type(self.optimizer).__name__
+
+    def members(self) -> Iterator[tuple[Group, Tensor]]:
+        """Each parameter with its group, in order."""
+        for group in self.groups:
+            for p in group["params"]:
+                yield group, p
+
+    def names(self) -> list[str]:
+        """Each parameter's name: as given with named_parameters(), or its place."""
+        found: list[str] = []
+        for i, group in enumerate(self.groups):
+            given = group.get("param_names")
+            places = [f"param_groups[{i}].params[{j}]" for j in range(len(group["params"]))]
+            found += list(given) if given and len(given) == len(places) else places
+        return found
+
+    def state(self, p: Tensor) -> dict[str, Any]:
+        """A parameter's state, {} before its first step. The optimizer's defaultdict stays as it is."""
+        found: dict[str, Any] = self.optimizer.state.get(p) or {}
+        return found
+
+    def betas(self, group: Group) -> tuple[float, float]:
+        first, second = group["betas"]
+        return float(first), float(second)
+
+    def coupled(self, group: Group) -> bool:
+        """Whether weight decay joins the gradient (Adam) and not the weight (AdamW)."""
+        for flag in ("is_adamw", "adam_w_mode"):  # torchao; Apex and DeepSpeed
+            if hasattr(self.optimizer, flag):
+                return not getattr(self.optimizer, flag)
+        if "decoupled_weight_decay" in group:
+            return not group["decoupled_weight_decay"]
+        # bitsandbytes' Adam decays the weight, whatever its name.
+        bitsandbytes = hasattr(self.optimizer, "optimizer_name")
+        return not bitsandbytes and "adamw" not in self.word.lower()
+
+    def first_moment(self, p: Tensor) -> Tensor | None:
+        """exp_avg as floats of p's shape, None before the first step. It may be the state itself."""
+        return moment(self.state(p), FIRST)
+
+    def second_moment(self, p: Tensor) -> Tensor | None:
+        """exp_avg_sq as floats of p's shape, None before the first step. It may be the state itself."""
+        return moment(self.state(p), SECOND)
+
+    def steps(self, p: Tensor, group: Group) -> float:
+        """How many updates p has had."""
+        return steps_of(self.state(p), group)
+
+    def low_bit(self) -> bool:
+        """Whether some state is quantized, so that a float momentum would take more memory."""
+        return any(is_low_bit(self.state(p), FIRST) for _, p in self.members()) or hasattr(
+            self.optimizer, "_subclass_zeros"  # torchao, before its first step
+        )
+
+
+def moment(state: dict[str, Any], keys: tuple[str, str]) -> Tensor | None:
+    """The first or second moment of one parameter's state as floats, None if there is none."""
+    key = next((k for k in keys if isinstance(state.get(k), Tensor)), None)
+    if key is None:
+        return None
+    value: Tensor = state[key]
+    if value.dtype is torch.uint8:
+        return _from_codes(value, state, key[-1])
+    return dequantized(value)
+
+
+def is_low_bit(state: dict[str, Any], keys: tuple[str, str]) -> bool:
+    return any(
+        isinstance(v := state.get(k), Tensor) and (v.dtype is torch.uint8 or _has_codes(v))
+        for k in keys
+    )
+
+
+def steps_of(state: dict[str, Any], group: Group) -> float:
+    """The number of updates that a state has had. Waits for the device if the counter is there."""
+    return float(state.get("step", group.get("step", 0.0)))
+
+
+def dequantized(value: Tensor) -> Tensor:
+    """The floats of a tensor or of torchao's codes; float tensors as they are."""
+    if isinstance(value, DTensor):
+        local = value.to_local()
+        if not _has_codes(local):
+            return value
+        return DTensor.from_local(
+            dequantized(local),
+            value.device_mesh,
+            value.placements,
+            run_check=False,
+            shape=value.shape,
+            stride=value.stride(),
+        )
+    if not _has_codes(value):
+        return value
+    floats: Tensor = value.dequantize(torch.float32)  # type: ignore[call-arg]
+    return floats
+
+
+def _has_codes(value: Tensor) -> bool:
+    local = value.to_local() if isinstance(value, DTensor) else value
+    return hasattr(local, "codes")
+
+
+def _from_codes(codes: Tensor, state: dict[str, Any], number: str) -> Tensor:
+    """bitsandbytes' bytes: an entry of a map, times the scale of the block or of the whole."""
+    floats = state[f"qmap{number}"].float()[codes.long()]
+    scales = state.get(f"absmax{number}")
+    if scales is None:
+        return floats * state[f"max{number}"]
+    flat = floats.flatten()
+    block = next(b for b in _BLOCKS if -(-flat.numel() // b) == scales.numel())
+    return (flat * scales.float().repeat_interleave(block)[: flat.numel()]).view_as(floats)
+
+
+def read(optimizer: object) -> Source:
+    """Checks that an object is an AdamW of some kind.
+
+    Raises:
+        TypeError: if it is not an optimizer, a wrapper around one, or of another kind.
+        ValueError: if it has no parameters, no betas, or a flag that Muon has no meaning for.
+    """
+    from moonfx.optim.muon import Muon
+
+    if isinstance(optimizer, type):
+        raise TypeError(f"adamw must be an optimizer, got the class {optimizer.__name__} itself")
+    _refuse_wrappers(optimizer)
+    if not isinstance(optimizer, Optimizer):
+        hint = ""
+        if isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+            hint = "; it has one: give its .optimizer"
+        raise TypeError(
+            f"adamw must be a torch.optim.Optimizer, got {type(optimizer).__name__}{hint}"
+        )
+    if isinstance(optimizer, Muon):
+        raise TypeError(
+            "adamw is a moonfx.Muon already; moonfx.to_adamw(optimizer) goes back to AdamW"
+        )
+    source = Source(optimizer)
+    if not any(True for _ in source.members()):
+        raise ValueError(f"adamw has no parameters: {source.word}.param_groups is empty")
+    for kind in type(optimizer).__mro__:
+        if kind.__name__ in _OTHERS:
+            raise TypeError(
+                f"adamw is of class {source.word}, which is not converted: "
+                f"{_OTHERS[kind.__name__]}; it may be {_WHAT_MAY_BE}"
+            )
+    for i, group in enumerate(source.groups):
+        _check_group(source, i, group)
+    return source
+
+
+def _has_moments(source: Source) -> bool:
+    states = [source.state(p) for _, p in source.members()]
+    return any(moment(s, FIRST) is not None and moment(s, SECOND) is not None for s in states)
+
+
+def _refuse_wrappers(optimizer: object) -> None:
+    """Wrappers hold the optimizer that must be converted, and go on stepping it."""
+    for attribute in ("optimizer", "optim", "_optimizer"):
+        # vars: a property of a wrapper may fail before training begins.
+        inner = getattr(optimizer, "__dict__", {}).get(attribute)
+        if not isinstance(inner, Optimizer) or hasattr(optimizer, "get_last_lr"):
+            continue
+        word = type(optimizer).__name__
+        raise TypeError(
+            f"adamw is of class {word}, a wrapper that would go on stepping its own "
+            f"{type(inner).__name__}: convert before wrapping (accelerator.prepare and the like "
+            f"take a moonfx.Muon), or set wrapper.{attribute} = "
+            f"moonfx.convert_optimizer(wrapper.{attribute}, ...) where the wrapper allows it"
+        )
+
+
+def _check_group(source: Source, index: int, group: Group) -> None:
+    where = f"param_groups[{index}] of adamw ({source.word})"
+    missing = [key for key in _KEYS if key not in group]
+    if missing and not isinstance(source.optimizer, Adam):
+        raise TypeError(f"{where} has no {' and no '.join(missing)}; adamw may be {_WHAT_MAY_BE}")
+    if missing:
+        raise ValueError(f"{where} has no {' and no '.join(missing)}, which AdamW needs")
+    if "adam" not in source.word.lower() and not _has_moments(source):
+        raise TypeError(
+            f"adamw is of class {source.word}, and nothing says that its update is AdamW's: it has "
+            f"no states yet; adamw may be {_WHAT_MAY_BE}"
+        )
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{where}: betas must be two numbers, got {betas!r}")
+    if not all(0 <= float(b) < 1 for b in betas):
+        raise ValueError(f"{where}: betas must lie in [0, 1), got {betas!r}")
+    if group.get("amsgrad"):
+        raise ValueError(
+            f"{where} has amsgrad=True, which divides by the largest second moment ever seen: "
+            "Muon keeps no second moment, so nothing could bound its step in that way, and no way "
+            "back could restore the maximum; train with amsgrad=False"
+        )
+    if group.get("differentiable"):
+        raise ValueError(
+            f"{where} has differentiable=True: Muon's step is not differentiated through; "
+            "set it to False"
+        )
+
