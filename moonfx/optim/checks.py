@@ -2,19 +2,19 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-
-from moonfx.optim.roles import RoleRow
 from moonfx.optim.source import FIRST, SECOND, Source, moment
 from moonfx.policy import check_flag
 
+if TYPE_CHECKING:
+    from moonfx.optim.roles import RoleRow
+
 RMS = ("betas", "measured")
 DECAYS = ("decoupled", "cautious", "coupled")
-MOMENTUM_DTYPES = (None, "int8", torch.float32, torch.bfloat16)
+MOMENTUM_DTYPES = (None, "int8")
 
 _FLATTENED = (
     "Every parameter is a vector, as the flattened shards of FSDP1 and of DeepSpeed's ZeRO are: "
@@ -51,8 +51,7 @@ def check_settings(
         )
     if momentum_dtype not in MOMENTUM_DTYPES:
         raise ValueError(
-            "momentum_dtype must be None (that of exp_avg), 'int8', torch.float32 or "
-            f"torch.bfloat16, got {momentum_dtype!r}"
+            f"momentum_dtype must be None (that of exp_avg) or 'int8', got {momentum_dtype!r}"
         )
     if compile is not None:
         check_flag("compile", compile)
@@ -60,40 +59,6 @@ def check_settings(
 
 def _number(given: object) -> bool:
     return isinstance(given, (int, float)) and not isinstance(given, bool)
-
-
-def check_model(source: Source, model: object, example: object) -> None:
-    """The model and its example inputs.
-
-    Raises:
-        TypeError: if model is not a module, or example neither a tuple nor a dict.
-        ValueError: if the model does not own a parameter of the optimizer, naming which.
-    """
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
-    if example is not None and not isinstance(example, (tuple, Mapping)):
-        raise TypeError(
-            "example must be a tuple of positional or a dict of keyword inputs of the model, got "
-            f"{type(example).__name__}" + ("; (x,) makes one" if _is_tensor(example) else "")
-        )
-    if model is None:
-        if example is not None:
-            raise ValueError("example is given without a model to call with it: give model too")
-        return
-    owned = {id(p) for p in model.parameters()}
-    members = zip(source.names(), source.members(), strict=True)
-    foreign = [f"{n} {list(p.shape)}" for n, (_, p) in members if id(p) not in owned]
-    if foreign:
-        total = sum(1 for _ in source.members())
-        raise ValueError(
-            f"the model does not own {len(foreign)} of the {total} parameters of adamw: "
-            f"{_listed(foreign)}. Give the model whose parameters adamw was made from; if it was "
-            "copied, moved or wrapped after that, its parameters are other tensors"
-        )
-
-
-def _is_tensor(given: object) -> bool:
-    return isinstance(given, Tensor)
 
 
 def check_parameters(source: Source, names: Sequence[str]) -> None:
@@ -162,7 +127,7 @@ def check_rms(source: Source, rms: object) -> None:
         )
 
 
-def check_some_muon(rows: Sequence[RoleRow]) -> None:
+def check_some_muon(rows: Sequence["RoleRow"]) -> None:
     """A conversion that converts nothing is an error.
 
     Raises:
@@ -181,8 +146,3 @@ def check_some_muon(rows: Sequence[RoleRow]) -> None:
     raise ValueError(
         f"no parameter goes to Muon: all {len(rows)} stay on AdamW ({found}; {why}). {advice}"
     )
-
-
-def _listed(items: Sequence[Any], most: int = 5) -> str:
-    shown = ", ".join(str(x) for x in items[:most])
-    return shown + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -46,7 +46,9 @@ def momentum_of(state: State, group: Group) -> Tensor | None:
     return (first.float() / unbias).to(first.dtype)
 
 
-def second_moments(states: list[State], groups: list[Group], momentum: list[float]) -> list[float | None]:
+def second_moments(
+    states: list[State], groups: list[Group], momentum: list[float]
+) -> list[float | None]:
     """Of each parameter the ratio of mean g^2 to mean buf^2 that its Muon will show.
 
     Args:

@@ -81,13 +81,21 @@ class Source:
                 yield group, p
 
     def names(self) -> list[str]:
-        """Each parameter's name: as given with named_parameters(), or its place."""
+        """Each parameter's name as given with named_parameters(), "" where none was."""
         found: list[str] = []
-        for i, group in enumerate(self.groups):
+        for group in self.groups:
+            blank = [""] * len(group["params"])
             given = group.get("param_names")
-            places = [f"param_groups[{i}].params[{j}]" for j in range(len(group["params"]))]
-            found += list(given) if given and len(given) == len(places) else places
+            found += list(given) if given and len(given) == len(blank) else blank
         return found
+
+    def places(self) -> list[str]:
+        """Where each parameter is."""
+        return [
+            f"param_groups[{i}].params[{j}]"
+            for i, group in enumerate(self.groups)
+            for j in range(len(group["params"]))
+        ]
 
     def state(self, p: Tensor) -> dict[str, Any]:
         """A parameter's state, {} before its first step. The optimizer's defaultdict stays as it is."""
@@ -107,7 +115,11 @@ class Source:
             return not group["decoupled_weight_decay"]
         # bitsandbytes' Adam decays the weight, whatever its name.
         bitsandbytes = hasattr(self.optimizer, "optimizer_name")
-        return not bitsandbytes and "adamw" not in self.word.lower()
+        return not bitsandbytes and not self.is_named("adamw")
+
+    def is_named(self, word: str) -> bool:
+        """Whether the class, or one that it is made from, has the word in its name."""
+        return any(word in kind.__name__.lower() for kind in type(self.optimizer).__mro__)
 
     def first_moment(self, p: Tensor) -> Tensor | None:
         """exp_avg as floats of p's shape, None before the first step. It may be the state itself."""
@@ -124,7 +136,8 @@ class Source:
     def low_bit(self) -> bool:
         """Whether some state is quantized, so that a float momentum would take more memory."""
         return any(is_low_bit(self.state(p), FIRST) for _, p in self.members()) or hasattr(
-            self.optimizer, "_subclass_zeros"  # torchao, before its first step
+            self.optimizer,
+            "_subclass_zeros",  # torchao, before its first step
         )
 
 
@@ -252,7 +265,7 @@ def _check_group(source: Source, index: int, group: Group) -> None:
         raise TypeError(f"{where} has no {' and no '.join(missing)}; adamw may be {_WHAT_MAY_BE}")
     if missing:
         raise ValueError(f"{where} has no {' and no '.join(missing)}, which AdamW needs")
-    if "adam" not in source.word.lower() and not _has_moments(source):
+    if not source.is_named("adam") and not _has_moments(source):
         raise TypeError(
             f"adamw is of class {source.word}, and nothing says that its update is AdamW's: it has "
             f"no states yet; adamw may be {_WHAT_MAY_BE}"
@@ -273,4 +286,3 @@ def _check_group(source: Source, index: int, group: Group) -> None:
             f"{where} has differentiable=True: Muon's step is not differentiated through; "
             "set it to False"
         )
-

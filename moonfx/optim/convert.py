@@ -1,0 +1,170 @@
+"""convert_optimizer: an AdamW becomes Muon and training goes on; to_adamw: and back."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from moonfx.optim import checks
+from moonfx.optim.classify import classify
+from moonfx.optim.coefficients import per_step
+from moonfx.optim.handover import muon_state, second_moments
+from moonfx.optim.muon import Muon, Settings
+from moonfx.optim.rms import noise_rms, targets
+from moonfx.optim.roles import RoleRow
+from moonfx.optim.source import Source, read
+from moonfx.policy import check_flag
+
+
+def convert_optimizer(
+    adamw: Optimizer,
+    model: nn.Module | None = None,
+    *,
+    example: tuple[Any, ...] | dict[str, Any] | None = None,
+    rms: float | str = 0.2,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    steps: int = 5,
+    coefficients: str | Sequence[Any] = "muon",
+    exact_rms: bool = False,
+    roles: Mapping[Any, Any] | None = None,
+    decay: str | None = None,
+    momentum_dtype: str | None = None,
+    compile: bool | None = None,
+) -> Muon:
+    """AdamW becomes Muon: same groups, learning rate, weight decay and schedule, mid-run if need be.
+
+        optimizer = moonfx.convert_optimizer(optimizer, model, example=(tokens,))
+
+    Hidden matrices W [A, B] then move by lr * rms * sqrt(max(A, B)) * NewtonSchulz(momentum)
+    (Jordan 2024, kellerjordan.github.io/posts/muon), which has the size that AdamW's updates have
+    (Liu et al. 2025, "Muon is Scalable for LLM Training", arXiv 2502.16982, eq. 4): so the learning
+    rate, weight decay and schedule tuned for AdamW go on. Embeddings, heads, norms, biases and all
+    else stay with AdamW, stepped by the class that adamw has.
+
+    The groups are adamw's own dicts: schedulers made before go on driving them, and those made
+    after drive the Muon. First moments become the momentum, step counters stay; the second moments
+    of what goes to Muon are dropped, which halves its state. adamw is as it was until the Muon's
+    first step, which frees its state and retires it. moonfx.to_adamw(optimizer) goes back.
+
+    No promise for fine-tuning: three papers report that a model pretrained with AdamW and
+    fine-tuned with Muon ends equal or worse than with AdamW (arXiv 2502.16982, tables 6 and 7;
+    2605.06654; 2605.10468, less so with LoRA). Compare on your own validation set.
+
+    Args:
+        adamw: torch.optim.AdamW or Adam with any flag but amsgrad and differentiable; torchao.optim's
+            8-bit, 4-bit and fp8 ones; or an optimizer with the same groups and states
+            (bitsandbytes, Apex). With or without states. Not a wrapper: convert, then wrap.
+        model: whose parameters they are. Without it roles come from names and shapes alone, and a
+            warning says so: they show neither tied weights nor which matrix makes the logits.
+        example: inputs of model, a tuple of positional or a dict of keyword ones. The model is
+            traced with them, not run, and roles follow from how it uses each parameter.
+        rms: root mean square of an update at learning rate 1: a number (Moonlight's is 0.2);
+            "betas", that of AdamW on pure noise, sqrt((1 - beta1)/(1 + beta1)); or "measured",
+            each parameter's own by its AdamW state, which must then exist.
+        momentum: mu of the average of gradients, in [0, 1).
+        nesterov: whether the newest gradient counts twice, mu * average + (1 - mu) * gradient.
+        steps: of the Newton-Schulz iteration, at least 1.
+        coefficients: a name in moonfx.optim.coefficients.COEFFICIENTS ("muon", "quintic",
+            "polar_express", "deepseek_v4", "cubic"), one triple (a, b, c) or one per step. Each has
+            its correction, so that the RMS asked for is that obtained.
+        exact_rms: whether each update is scaled by its own RMS, not by that of Gaussian matrices.
+        roles: the user's word, {parameter name | "re:<regex>" | predicate(name, parameter):
+            "muon" | "adamw" | a role's name | Layout}. The first that fits goes before all else.
+        decay: "decoupled", W (1 - lr wd); "cautious", only where that moves with the update; or
+            "coupled", wd W into the gradient. None: as adamw does it, coupled for Adam.
+        momentum_dtype: "int8" keeps the momentum as torchao's 8-bit state; None in exp_avg's dtype,
+            or as int8 where adamw's own states are quantized.
+        compile: True compiles the step, one graph per device and dtype; False does not; None
+            where it is faster.
+
+    Returns:
+        A moonfx.Muon, a torch.optim.Optimizer. moonfx.roles(it) says what went where and why,
+        moonfx.update_rms(it) how large each update is.
+
+    Raises:
+        TypeError: if adamw is no optimizer, a wrapper, a moonfx.Muon already, or of another kind
+            (SGD, LBFGS, Lion, ...); if an argument is of the wrong type.
+        ValueError: if adamw has no parameters, amsgrad or differentiable; if a state holds NaN; if
+            a parameter or gradient is complex or sparse, or not the model's; if no parameter goes
+            to Muon; if an argument is out of range. adamw is untouched after any error.
+    """
+    source = read(adamw)
+    checks.check_settings(rms, momentum, decay, momentum_dtype, compile)
+    check_flag("nesterov", nesterov)
+    check_flag("exact_rms", exact_rms)
+    triples = per_step(coefficients, steps)
+    checks.check_rms(source, rms)
+    names = _names(source, model)
+    checks.check_parameters(source, names)
+    checks.check_states(source, names)
+    parameters: list[Any] = [p for _, p in source.members()]
+    rows = classify(parameters, source.names(), model, example, roles)
+    rows = [row if row.name else dataclasses.replace(row, name=n) for row, n in zip(rows, names)]
+    checks.check_some_muon(rows)
+    if momentum_dtype is None and source.low_bit() and checks.has_torchao():
+        momentum_dtype = "int8"
+    b1, _ = source.betas(source.groups[0])
+    return _made(
+        source,
+        rows,
+        Settings(
+            momentum=float(momentum),
+            nesterov=nesterov,
+            coefficients=triples,
+            exact_rms=exact_rms,
+            decay=decay or ("coupled" if source.coupled(source.groups[0]) else "decoupled"),
+            rms=noise_rms(b1) if isinstance(rms, str) else float(rms),
+            momentum_dtype=momentum_dtype,
+            compile=compile,
+        ),
+        targets(rms, source, rows),
+        decays=[decay or ("coupled" if source.coupled(g) else "decoupled") for g in source.groups],
+        model=model,
+        example=example,
+        roles=roles,
+    )
+
+
+def _made(
+    source: Source,
+    rows: list[RoleRow],
+    settings: Settings,
+    target_rms: list[float | None],
+    decays: list[str],
+    **remembered: Any,
+) -> Muon:
+    """The Muon. From here on nothing is refused."""
+    states: dict[Tensor, dict[str, Any]] = {}
+    ratios: list[float | None] = []
+    for row, (group, p) in zip(rows, source.members(), strict=True):
+        state, ratio = source.state(p), None
+        if state and row.optimizer == "muon":
+            ratio = second_moment(state, group, settings.momentum)
+            state = muon_state(p, state, group, settings.momentum_dtype)
+        if state:
+            states[p] = state
+        ratios.append(ratio)
+    muon = Muon(
+        source.optimizer,
+        rows,
+        settings,
+        target_rms=target_rms,
+        second_moment=ratios,
+        state=states,
+        **remembered,
+    )
+    for group, decay in zip(muon.param_groups, decays, strict=True):
+        group["decay"] = decay
+    return muon
+
+
+def _names(source: Source, model: nn.Module | None) -> list[str]:
+    """What errors and tables call each parameter."""
+    known: dict[int, str] = {}
+    if isinstance(model, nn.Module):
+        known = {id(p): unwrapped(name) for name, p in model.named_parameters()}
+    members = zip(source.members(), source.names(), source.places(), strict=True)
+    return [known.get(id(p)) or unwrapped(name) or place for (_, p), name, place in members]
