@@ -1,5 +1,6 @@
 """What a conversion refuses, before any work: each error names what it was and what it may be."""
 
+import importlib.util
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -53,8 +54,16 @@ def check_settings(
         raise ValueError(
             f"momentum_dtype must be None (that of exp_avg) or 'int8', got {momentum_dtype!r}"
         )
+    if momentum_dtype is not None and not has_torchao():
+        raise ValueError(
+            f"momentum_dtype={momentum_dtype!r} needs torchao, which is not installed; it may be None"
+        )
     if compile is not None:
         check_flag("compile", compile)
+
+
+def has_torchao() -> bool:
+    return importlib.util.find_spec("torchao") is not None
 
 
 def _number(given: object) -> bool:

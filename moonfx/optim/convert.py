@@ -1,4 +1,4 @@
-"""convert_optimizer: an AdamW becomes Muon and training goes on; to_adamw: and back."""
+"""convert_optimizer: an AdamW becomes Muon, and training goes on."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from moonfx.optim import checks
 from moonfx.optim.classify import classify
 from moonfx.optim.coefficients import per_step
-from moonfx.optim.handover import muon_state, second_moments
+from moonfx.optim.handover import muon_state, second_moment
 from moonfx.optim.muon import Muon, Settings
+from moonfx.optim.names import unwrapped
 from moonfx.optim.rms import noise_rms, targets
 from moonfx.optim.roles import RoleRow
 from moonfx.optim.source import Source, read

@@ -46,29 +46,44 @@ def momentum_of(state: State, group: Group) -> Tensor | None:
     return (first.float() / unbias).to(first.dtype)
 
 
-def second_moments(
-    states: list[State], groups: list[Group], momentum: list[float]
-) -> list[float | None]:
-    """Of each parameter the ratio of mean g^2 to mean buf^2 that its Muon will show.
+def muon_state(p: Tensor, state: State, group: Group, low_bit: str | None) -> State:
+    """The state with which Muon goes on where AdamW stopped.
 
     Args:
-        states, groups: each parameter's AdamW state and its group.
-        momentum: each parameter's factor of Muon's average.
+        p: the parameter.
+        state: its AdamW state, with moments.
+        group: its group, with betas.
+        low_bit: the momentum's dtype, if not exp_avg's.
+    Returns:
+        "step", a float32 scalar where torch's AdamW has it, and "momentum_buffer".
+    """
+    momentum = momentum_of(state, group)
+    assert momentum is not None
+    on_device = group.get("capturable") or group.get("fused")
+    device = p.device if on_device else torch.device("cpu")
+    return {
+        "step": torch.tensor(steps_of(state, group), dtype=torch.float32, device=device),
+        "momentum_buffer": momentum,
+    }
+
+
+def second_moment(state: State, group: Group, mu: float) -> float | None:
+    """The ratio of mean g^2 to mean buf^2 that a parameter's Muon will show.
+
+    Args:
+        state, group: the parameter's AdamW state and its group.
+        mu: the factor of Muon's average.
     Returns:
         None where there is no state, or only zeros.
     """
-    found: list[float | None] = []
-    for state, group, mu in zip(states, groups, momentum, strict=True):
-        first, second = moment(state, FIRST), moment(state, SECOND)
-        steps = steps_of(state, group)
-        if first is None or second is None or steps < 1:
-            found.append(None)
-            continue
-        b1, b2 = (float(b) for b in group["betas"])
-        m = first.float().square().mean().item() / (1 - b1**steps) ** 2
-        v = second.float().mean().item() / (1 - b2**steps)
-        found.append(_ratio(v / m, b1, steps, mu) if m > 0 and v > 0 else None)
-    return found
+    first, second = moment(state, FIRST), moment(state, SECOND)
+    steps = steps_of(state, group)
+    if first is None or second is None or steps < 1:
+        return None
+    b1, b2 = (float(b) for b in group["betas"])
+    m = first.float().square().mean().item() / (1 - b1**steps) ** 2
+    v = second.float().mean().item() / (1 - b2**steps)
+    return _ratio(v / m, b1, steps, mu) if m > 0 and v > 0 else None
 
 
 def _ratio(observed: float, b1: float, steps: float, mu: float) -> float:

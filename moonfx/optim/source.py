@@ -152,7 +152,8 @@ def moment(state: dict[str, Any], keys: tuple[str, str]) -> Tensor | None:
     return dequantized(value)
 
 
-def is_low_bit(state: dict[str, Any], keys: tuple[str, str]) -> bool:
+def is_low_bit(state: dict[str, Any], keys: tuple[str, ...]) -> bool:
+    """Whether a state keeps one of these as codes."""
     return any(
         isinstance(v := state.get(k), Tensor) and (v.dtype is torch.uint8 or _has_codes(v))
         for k in keys
@@ -196,8 +197,29 @@ def _from_codes(codes: Tensor, state: dict[str, Any], number: str) -> Tensor:
     if scales is None:
         return floats * state[f"max{number}"]
     flat = floats.flatten()
-    block = next(b for b in _BLOCKS if -(-flat.numel() // b) == scales.numel())
+    block = _block(flat.numel(), scales.numel())
     return (flat * scales.float().repeat_interleave(block)[: flat.numel()]).view_as(floats)
+
+
+def quantize(value: Tensor, state: dict[str, Any], number: str) -> None:
+    """Writes a moment into bitsandbytes' state: as floats, or as the nearest entries of its map."""
+    key = f"state{number}"
+    if state[key].dtype is not torch.uint8:
+        state[key].copy_(value)
+        return
+    qmap, flat = state[f"qmap{number}"].float(), value.float().flatten()
+    block = _block(flat.numel(), state[f"absmax{number}"].numel())
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+    scales = blocks.abs().amax(1)
+    share = (blocks / scales.clamp(min=torch.finfo(flat.dtype).tiny)[:, None]).flatten()
+    # The entries ascend: a value takes the one on its side of the middle between two.
+    codes = torch.bucketize(share[: flat.numel()], (qmap[1:] + qmap[:-1]) / 2)
+    state[key].copy_(codes.view_as(state[key]))
+    state[f"absmax{number}"].copy_(scales)
+
+
+def _block(values: int, scales: int) -> int:
+    return next(b for b in _BLOCKS if -(-values // b) == scales)
 
 
 def read(optimizer: object) -> Source:
