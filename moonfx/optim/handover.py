@@ -14,7 +14,7 @@ Muon's average, which is kept as one number per parameter (`second_moment`). Goi
     V = ratio * rows(buf^2) x columns(buf^2) / mean(buf^2)
 
 the best rank-one guess of where the squares lie (as Adafactor keeps them), with a floor of 1 % of
-its mean, so that a row that had no gradient lately does not jump at the next.
+their mean, so that a row that had no gradient lately does not jump at the next.
 """
 
 import math
@@ -135,12 +135,11 @@ def moments_of(
 def _rank_one(square: Tensor, layout: Layout) -> Tensor:
     """Row means times column means over the mean, of each matrix, with a floor."""
     shape = square.shape
-    matrices = square.flatten(1)[None] if layout.kind == "flatten" else square.flatten(0, -3)
-    if square.ndim == 2:
-        matrices = square[None]
+    matrices = square.flatten(1) if layout.kind == "flatten" else square
     rows, columns = matrices.mean(-1, keepdim=True), matrices.mean(-2, keepdim=True)
     mean = matrices.mean((-2, -1), keepdim=True)
     # The quotient first: the product of two squares may be too small for a float.
     estimate = rows * (columns / mean.clamp(min=torch.finfo(mean.dtype).tiny))
-    overall = square.mean()
-    return estimate.lerp(overall.expand_as(estimate), _FLOOR).view(shape)
+    # An expert that had no gradient at all lately takes the others' size.
+    floor = torch.where(mean > 0, mean, square.mean())
+    return estimate.lerp(floor.expand_as(estimate), _FLOOR).view(shape)

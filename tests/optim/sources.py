@@ -47,14 +47,18 @@ class BitsandbytesAdamW(torch.optim.Optimizer):
                 if p.grad is not None:
                     self._update(group, p, self.state[p])
 
+    def init_state(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        state = self.state[p]
+        state["step"] = 0
+        for i, signed in ((1, True), (2, False)):
+            state[f"state{i}"] = torch.zeros_like(p, dtype=torch.float32)
+            if self.bits == 8:
+                state[f"qmap{i}"] = code_map(signed)
+                self._write(state, i, state[f"state{i}"])
+
     def _update(self, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
         if not state:
-            state["step"] = 0
-            for i, signed in ((1, True), (2, False)):
-                state[f"state{i}"] = torch.zeros_like(p, dtype=torch.float32)
-                if self.bits == 8:
-                    state[f"qmap{i}"] = code_map(signed)
-                    self._write(state, i, state[f"state{i}"])
+            self.init_state(group, p, 0, 0)
         assert p.grad is not None
         state["step"] += 1
         m, v = self._read(state, 1), self._read(state, 2)
