@@ -17,6 +17,11 @@ if (_root / "passes" / "sparsify_attention.py").is_file():
 
 from moonfx.onnx import export_onnx, onnx_table  # noqa: E402
 from moonfx.ops.moba import moba_attention  # noqa: E402
+from moonfx.optim.convert import convert_optimizer  # noqa: E402
+from moonfx.optim.muon import Muon  # noqa: E402
+from moonfx.optim.rms import update_rms  # noqa: E402
+from moonfx.optim.roles import roles  # noqa: E402
+from moonfx.optim.to_adamw import to_adamw  # noqa: E402
 from moonfx.policy import LayerPolicy  # noqa: E402
 from moonfx.report import Report  # noqa: E402
 from moonfx.sparsify import explain, full_attention, report, restore, sparsify  # noqa: E402
@@ -25,7 +30,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LayerPolicy",
+    "Muon",
     "Report",
+    "convert_optimizer",
     "explain",
     "export_onnx",
     "full_attention",
@@ -33,5 +40,8 @@ __all__ = [
     "onnx_table",
     "report",
     "restore",
+    "roles",
     "sparsify",
+    "to_adamw",
+    "update_rms",
 ]

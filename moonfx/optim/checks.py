@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+
 from moonfx.optim.source import FIRST, SECOND, Source, moment
 from moonfx.policy import check_flag
 
@@ -47,8 +48,8 @@ def check_settings(
         raise ValueError(f"momentum must lie in [0, 1), got {momentum!r}")
     if decay is not None and decay not in DECAYS:
         raise ValueError(
-            f"decay must be None (as the optimizer does it) or one of {', '.join(map(repr, DECAYS))}"
-            f", got {decay!r}"
+            "decay must be None (as the optimizer does it) or one of "
+            f"{', '.join(map(repr, DECAYS))}, got {decay!r}"
         )
     if momentum_dtype not in MOMENTUM_DTYPES:
         raise ValueError(
@@ -56,7 +57,8 @@ def check_settings(
         )
     if momentum_dtype is not None and not has_torchao():
         raise ValueError(
-            f"momentum_dtype={momentum_dtype!r} needs torchao, which is not installed; it may be None"
+            f"momentum_dtype={momentum_dtype!r} needs torchao, which is not installed; "
+            "it may be None"
         )
     if compile is not None:
         check_flag("compile", compile)

@@ -35,7 +35,7 @@ def convert_optimizer(
     momentum_dtype: str | None = None,
     compile: bool | None = None,
 ) -> Muon:
-    """AdamW becomes Muon: same groups, learning rate, weight decay and schedule, mid-run if need be.
+    """AdamW becomes Muon, mid-run if need be: same groups, learning rate, decay and schedule.
 
         optimizer = moonfx.convert_optimizer(optimizer, model, example=(tokens,))
 
@@ -55,8 +55,8 @@ def convert_optimizer(
     2605.06654; 2605.10468, less so with LoRA). Compare on your own validation set.
 
     Args:
-        adamw: torch.optim.AdamW or Adam with any flag but amsgrad and differentiable; torchao.optim's
-            8-bit, 4-bit and fp8 ones; or an optimizer with the same groups and states
+        adamw: torch.optim.AdamW or Adam with any flag but amsgrad and differentiable; the 8-bit,
+            4-bit and fp8 ones of torchao.optim; or an optimizer with the same groups and states
             (bitsandbytes, Apex). With or without states. Not a wrapper: convert, then wrap.
         model: whose parameters they are. Without it roles come from names and shapes alone, and a
             warning says so: they show neither tied weights nor which matrix makes the logits.

@@ -87,7 +87,7 @@ def second_moment(state: State, group: Group, mu: float) -> float | None:
 
 
 def _ratio(observed: float, b1: float, steps: float, mu: float) -> float:
-    """What `observed`, the ratio with AdamW's average after `steps`, becomes with Muon's average."""
+    """What the ratio `observed` with AdamW's average after `steps` becomes with Muon's."""
     stationary = noise_share(mu, math.inf)
     unexplained = 1 - noise_share(b1, steps) * observed
     if unexplained <= 0 or steps == 1:  # nothing but noise; one gradient says nothing

@@ -6,11 +6,14 @@ A row says by which rule the role was found: "graph" (how the traced model uses 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tabulate import tabulate
 
 from moonfx.optim.matrices import Layout
+
+if TYPE_CHECKING:
+    from moonfx.optim.muon import Muon
 
 MUON, ADAMW = "muon", "adamw"
 OPTIMIZERS = (MUON, ADAMW)
@@ -115,6 +118,21 @@ class Roles:
         on_muon = sum(row.optimizer == MUON for row in self.rows)
         total = f"{on_muon} of {len(self.rows)} parameters on Muon"
         return f"{tabulate(table, head, disable_numparse=True)}\n{total}"
+
+
+def roles(optimizer: "Muon") -> Roles:
+    """What went to Muon and what stayed on AdamW, and why: one row per parameter.
+
+    Args:
+        optimizer: of moonfx.convert_optimizer.
+
+    Raises:
+        TypeError: if it is not a moonfx.Muon.
+    """
+    table = getattr(optimizer, "table", None)
+    if table is None:
+        raise TypeError(f"optimizer must be a moonfx.Muon, got {type(optimizer).__name__}")
+    return Roles(table)
 
 
 def _with_blocks(row: RoleRow) -> str:

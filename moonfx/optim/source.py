@@ -98,7 +98,7 @@ class Source:
         ]
 
     def state(self, p: Tensor) -> dict[str, Any]:
-        """A parameter's state, {} before its first step. The optimizer's defaultdict stays as it is."""
+        """A parameter's state, {} before its first step. Reading it adds none to the optimizer."""
         found: dict[str, Any] = self.optimizer.state.get(p) or {}
         return found
 
@@ -122,11 +122,11 @@ class Source:
         return any(word in kind.__name__.lower() for kind in type(self.optimizer).__mro__)
 
     def first_moment(self, p: Tensor) -> Tensor | None:
-        """exp_avg as floats of p's shape, None before the first step. It may be the state itself."""
+        """exp_avg as floats of p's shape, maybe the state itself; None before the first step."""
         return moment(self.state(p), FIRST)
 
     def second_moment(self, p: Tensor) -> Tensor | None:
-        """exp_avg_sq as floats of p's shape, None before the first step. It may be the state itself."""
+        """exp_avg_sq as floats of p's shape, maybe the state itself; None before the first step."""
         return moment(self.state(p), SECOND)
 
     def steps(self, p: Tensor, group: Group) -> float:
@@ -162,7 +162,8 @@ def is_low_bit(state: dict[str, Any], keys: tuple[str, ...]) -> bool:
 
 def steps_of(state: dict[str, Any], group: Group) -> float:
     """The number of updates that a state has had. Waits for the device if the counter is there."""
-    return float(state.get("step", group.get("step", 0.0)))
+    steps: Any = state.get("step", group.get("step", 0.0))
+    return float(steps)
 
 
 def dequantized(value: Tensor) -> Tensor:

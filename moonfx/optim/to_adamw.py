@@ -19,12 +19,12 @@ def to_adamw(optimizer: Muon) -> Optimizer:
 
     Before the Muon's first step nothing was given up, and the optimizer that was converted comes
     back itself. After it, a new one of its class does, in the same groups (the same dicts, without
-    Muon's keys; schedulers go on), with the state of what had stayed on AdamW as it is. For what was
-    on Muon, exp_avg is the momentum, the step counter goes on, and exp_avg_sq is an estimate: Muon
-    keeps no second moment. The estimate has the size that the gradients' noise made likely at
+    Muon's keys; schedulers go on), with the state of what had stayed on AdamW as it is. For what
+    was on Muon, exp_avg is the momentum, the step counter goes on, and exp_avg_sq is an estimate,
+    for Muon keeps no second moment: its size is the one that the gradients' noise made likely at
     conversion, and the momentum's squares say where in a matrix it is large
-    (moonfx.optim.handover), so that no update jumps; AdamW's own averages replace it within about
-    1/(1 - beta2) steps. A parameter without momentum starts afresh.
+    (moonfx.optim.handover). So no update jumps; AdamW's own averages replace the estimate within
+    about 1/(1 - beta2) steps. A parameter without momentum starts afresh.
 
     The Muon is spent: its step raises.
 

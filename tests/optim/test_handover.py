@@ -1,11 +1,9 @@
-"""First moments become the momentum, and come back; the second moment that was dropped is estimated.
+"""First moments become the momentum, and come back; second moments come back as an estimate.
 
 Gradients are c S + N(0, 1), S fixed: c = 0 is nothing but noise, c = 1 as much signal as noise.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -25,7 +23,9 @@ from moonfx.optim.matrices import Layout
 MU = 0.95
 
 
-def gradients(c: float, count: int, shape: tuple[int, int] = (64, 64), seed: int = 0) -> list[Tensor]:
+def gradients(
+    c: float, count: int, shape: tuple[int, int] = (64, 64), seed: int = 0
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     fixed = torch.randn(shape, generator=generator)
     return [c * fixed + torch.randn(shape, generator=generator) for _ in range(count)]
@@ -54,7 +54,9 @@ def after(grads: list[Tensor], **options: Any) -> tuple[dict[str, Any], dict[str
     ("dtype", "tolerance"),
     [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)],  # 8 bits, rounded at each step
 )
-def test_the_momentum_is_the_mean_gradient_that_adamw_had_estimated(dtype, tolerance, steps) -> None:
+def test_the_momentum_is_the_mean_gradient_that_adamw_had_estimated(
+    dtype, tolerance, steps
+) -> None:
     grads = gradients(0.3, steps)
     state, group = after(grads, dtype=dtype)
     momentum = momentum_of(state, group)
@@ -78,7 +80,11 @@ def test_the_step_counter_goes_on_where_torch_keeps_it() -> None:
 
 def test_without_an_update_there_is_no_momentum() -> None:
     group = {"betas": (0.9, 0.999)}
-    zeros = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(2, 2), "exp_avg_sq": torch.zeros(2, 2)}
+    zeros = {
+        "step": torch.tensor(0.0),
+        "exp_avg": torch.zeros(2, 2),
+        "exp_avg_sq": torch.zeros(2, 2),
+    }
     assert momentum_of({}, group) is None
     assert second_moment({}, group, MU) is None
     momentum = momentum_of(zeros, group)
@@ -120,7 +126,9 @@ def test_the_ratio_kept_is_the_one_that_muons_average_will_show(c, betas, steps)
 
 
 def test_one_gradient_says_nothing_of_noise_and_zeros_say_nothing_at_all() -> None:
-    assert second_moment(*after(gradients(1.0, 1)), MU) == pytest.approx(1 / noise_share(MU, math.inf))
+    assert second_moment(*after(gradients(1.0, 1)), MU) == pytest.approx(
+        1 / noise_share(MU, math.inf)
+    )
     no_average = after(gradients(1.0, 20), betas=(0.0, 0.999))
     assert second_moment(*no_average, MU) == pytest.approx(1 / noise_share(MU, math.inf))
     assert second_moment(*after([torch.zeros(8, 8)] * 3), MU) is None
@@ -174,7 +182,9 @@ def test_each_expert_has_its_own_size_and_one_without_gradients_the_others() -> 
 
 
 @pytest.mark.parametrize(
-    ("momentum", "steps"), [(torch.zeros(4, 4), 10), (torch.ones(4, 4), 0)], ids=["zeros", "no step"]
+    ("momentum", "steps"),
+    [(torch.zeros(4, 4), 10), (torch.ones(4, 4), 0)],
+    ids=["zeros", "no step"],
 )
 def test_what_had_no_update_starts_afresh(momentum, steps) -> None:
     assert moments_of(momentum, steps, {"betas": (0.9, 0.999)}, Layout(), MU, None) is None
