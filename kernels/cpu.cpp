@@ -1,7 +1,8 @@
-// MoBA attention on the CPU: the C interface of cpu.py. The mathematics and the plan are in
-// cpu_forward.h.
+// The C interface of cpu.py, attention, and of newton_schulz_cpu.py. The mathematics and the plan are
+// in cpu_forward.h and cpu_newton_schulz.h.
 #include "cpu_backward.h"
 #include "cpu_decode.h"
+#include "cpu_newton_schulz.h"
 
 extern "C" {
 
@@ -14,7 +15,7 @@ int64_t moonfx_bfloat16(void) {
 #endif
 }
 
-// Both return the bytes of scratch that they used, or -1 if it could not be allocated.
+// All return the bytes of scratch that they used, or -1 if it could not be allocated.
 int64_t moonfx_forward(const Arguments* a, int64_t bfloat16) {
     Plan plan(*a);
     bool few = a->Nq * plan.G <= FEW;
@@ -32,5 +33,13 @@ int64_t moonfx_backward(const Arguments* a, int64_t bfloat16) {
 #endif
     (void)bfloat16;
     return Backward<Float32>(plan).run();
+}
+
+int64_t moonfx_newton_schulz(const NewtonSchulzArguments* a, int64_t bfloat16) {
+#ifdef MOONFX_BF16
+    if (bfloat16) return NewtonSchulz<BFloat16>{*a}.run();
+#endif
+    (void)bfloat16;
+    return NewtonSchulz<Float32>{*a}.run();
 }
 }

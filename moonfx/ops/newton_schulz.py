@@ -1,4 +1,4 @@
-"""The operator moonfx::newton_schulz: contract, and which form of it runs.
+"""The operator moonfx::newton_schulz: contract, and which kernel runs.
 
     moonfx::newton_schulz(X, coefficients, form="auto") -> like X, contiguous
 
@@ -6,6 +6,11 @@
 
 X is [m, n] or [b, m, n] and already normalized: singular values of at most about 1. Tall matrices
 are computed as their transpose. It has no derivative.
+
+    plain       three products a step, as they are written
+    symmetric   half of X X^T and of A^2 is computed and mirrored
+    gram        symmetric, and where that is precise enough, several steps between two visits of X
+    auto        the one that the cost model takes for the device, dtype and shape
 """
 
 import math
@@ -16,25 +21,56 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moonfx.kernels import newton_schulz as kernel
+from moonfx.fallback import warn_slow
+from moonfx.kernels import cpu, newton_schulz_cpu, newton_schulz_runs
+from moonfx.kernels import newton_schulz as by_torch
 from moonfx.kernels.reference_newton_schulz import Coefficients
 from moonfx.ops.checks import dtype_name, shape
+from moonfx.ops.newton_schulz_cost import FORMS, MUON, best_form
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FORMS = ("auto", "plain", "symmetric", "gram")
 
 
 def newton_schulz_form(
-    device: torch.device, dtype: torch.dtype, batch: int, m: int, n: int, steps: int
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    m: int,
+    n: int,
+    steps: int,
+    coefficients: Coefficients | None = None,
 ) -> tuple[str, str]:
-    """The form that "auto" takes for [batch, m, n] (either side may be the short one), and why."""
-    return "plain", "the only form so far"
+    """The form that "auto" takes for [batch, m, n] (either side may be the short one), and why.
+
+    Args:
+        coefficients: those of each step, on which the length of runs depends; by default Muon's.
+    """
+    return best_form(device, dtype, batch, min(m, n), max(m, n), coefficients or [MUON] * steps)
 
 
-def newton_schulz_flops(m: int, n: int, steps: int, form: str = "plain") -> int:
-    """Of one matrix; a multiplication and an addition are two."""
+def newton_schulz_flops(
+    m: int,
+    n: int,
+    steps: int,
+    form: str = "plain",
+    dtype: torch.dtype = torch.bfloat16,
+    coefficients: Coefficients | None = None,
+) -> int:
+    """Of one matrix in a form that is not "auto"; a multiplication and an addition are two."""
     m, n = min(m, n), max(m, n)
-    return steps * (4 * m * m * n + 2 * m**3)
+    if form == "plain" or not m:
+        return steps * (4 * m * m * n + 2 * m**3)
+    return newton_schulz_runs.flops(
+        m, n, runs_of(form, coefficients or [MUON] * steps, dtype, m, n)
+    )
+
+
+def runs_of(
+    form: str, coefficients: Coefficients, dtype: torch.dtype, m: int, n: int
+) -> tuple[int, ...]:
+    if form == "gram":
+        return newton_schulz_runs.choose(coefficients, dtype, m, n)
+    return (1,) * len(coefficients)
 
 
 def check(X: Tensor, coefficients: Sequence[float], form: str) -> None:
@@ -69,8 +105,24 @@ def newton_schulz(X: Tensor, coefficients: Sequence[float], form: str = "auto") 
     with torch.autocast(X.device.type, enabled=False):
         batch = X.unsqueeze(0) if X.dim() == 2 else X
         tall = X.shape[-2] > X.shape[-1]
-        out = kernel.plain(batch.mT if tall else batch, per_step(coefficients))
+        out = run(batch.mT if tall else batch, per_step(coefficients), form)
     return (out.mT if tall else out).contiguous().view(X.shape)
+
+
+def run(X: Tensor, steps: Coefficients, form: str) -> Tensor:
+    """The steps of [b, m, n], m <= n."""
+    B, m, n = X.shape
+    if form == "auto":
+        form, _ = best_form(X.device, X.dtype, B, m, n, steps)
+    if form == "plain":
+        return by_torch.plain(X, steps)
+    runs = runs_of(form, steps, X.dtype, m, n)
+    if X.device.type == "cpu" and X.dtype != torch.float64:
+        if (reason := cpu.available()) is None:
+            return newton_schulz_cpu.newton_schulz(X, steps, runs)
+        what = "Newton-Schulz on the CPU runs as torch operations, slower than in C++"
+        warn_slow(what, reason)
+    return by_torch.by_runs(X, steps, runs)
 
 
 @newton_schulz.register_fake
@@ -89,11 +141,10 @@ def _no_derivative(ctx: Any, grad: Tensor) -> Tensor:
 newton_schulz.register_autograd(_no_derivative)
 
 
-@register_flop_formula(torch.ops.moonfx.newton_schulz)
-def flops(  # type: ignore[no-untyped-def]
-    shape, coefficients, form="auto", *rest, **named
-) -> int:
+@register_flop_formula(torch.ops.moonfx.newton_schulz, get_raw=True)
+def flops(X: Tensor, coefficients: Sequence[float], form: str = "auto", **named: Any) -> int:
     """Of the form asked for; those of the plain one for "auto", which differs by device."""
-    *batch, m, n = shape
+    *batch, m, n = X.shape
     form = "plain" if form == "auto" else form
-    return math.prod(batch) * newton_schulz_flops(m, n, len(coefficients) // 3, form)
+    steps = per_step(coefficients)
+    return math.prod(batch) * newton_schulz_flops(m, n, len(steps), form, X.dtype, steps)

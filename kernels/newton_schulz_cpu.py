@@ -1,0 +1,59 @@
+"""Newton-Schulz steps on the CPU, in C++ (cpu_newton_schulz.h has the mathematics).
+
+float32, and bfloat16 where there is AVX512-BF16, are multiplied as they are, with float32 sums;
+float16, and bfloat16 elsewhere, are computed in float32 and rounded once. A matrix's result depends
+neither on the others of its batch nor on the number of threads.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moonfx.kernels import cpu
+from moonfx.kernels.reference_newton_schulz import Coefficients
+
+SIZES = ("batch", "m", "n", "run_count", "threads")
+STRIDES = ("X_batch", "X_row", "X_column", "out_batch", "out_row", "out_column")
+
+
+class Arguments(ctypes.Structure):
+    """The mirror of struct NewtonSchulzArguments in cpu_newton_schulz.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("X", "out", "coefficients", "runs")),
+        *((name, ctypes.c_int64) for name in (*SIZES, *STRIDES)),
+    ]
+
+
+def newton_schulz(X: Tensor, coefficients: Coefficients, runs: Sequence[int]) -> Tensor:
+    """The steps of [b, m, n], m <= n and none 0, in new memory; by columns if X lies by columns.
+
+    Args:
+        runs: how many steps go on between two visits of X; they sum to the number of steps.
+    Raises:
+        RuntimeError: if there is no compiler. MemoryError: if there is no room for the scratch.
+    """
+    library = cpu.load()
+    library.moonfx_newton_schulz.restype = ctypes.c_int64
+    dtype = cpu.compute_dtype(library, X.dtype)
+    tall = X.stride(1) == 1 and X.stride(2) != 1
+    given = X.detach().to(dtype)
+    if 1 not in given.stride()[1:]:
+        given = given.contiguous()
+    B, m, n = given.shape
+    out = torch.empty((B, n, m) if tall else (B, m, n), dtype=dtype)
+    out = out.mT if tall else out
+    numbers = [number for step in coefficients for number in step]
+    flat = (ctypes.c_double * len(numbers))(*numbers)
+    lengths = (ctypes.c_int64 * len(runs))(*runs)
+    arguments = Arguments(
+        *(given.data_ptr(), out.data_ptr(), ctypes.addressof(flat), ctypes.addressof(lengths)),
+        *(B, m, n, len(runs), torch.get_num_threads()),
+        *(*given.stride(), *out.stride()),
+    )
+    native = ctypes.c_int64(dtype == torch.bfloat16)
+    if library.moonfx_newton_schulz(ctypes.byref(arguments), native) < 0:
+        raise MemoryError(f"no memory for the scratch of Newton-Schulz on {tuple(X.shape)}")
+    return out.to(X.dtype)
