@@ -9,6 +9,7 @@ AdamW's final validation loss.
 """
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -125,6 +126,7 @@ class GPT(nn.Module):
         return logits
 
 
+@functools.cache
 def corpus() -> tuple[Tensor, Tensor]:
     """The bytes of the standard library: 19 files in 20 to train on, the others to validate."""
     root = Path(sysconfig.get_paths()["stdlib"])

