@@ -1078,6 +1078,13 @@ def no_hooks() -> dict[str, Any]:
     return {name: OrderedDict() for name in _HOOKS}
 
 
+def load_hooks(optimizer: torch.optim.Optimizer) -> tuple[list[Any], list[Any]]:
+    """What the user registered to run before and after load_state_dict."""
+    before = optimizer._optimizer_load_state_dict_pre_hooks
+    after = optimizer._optimizer_load_state_dict_post_hooks
+    return list(before.values()), list(after.values())
+
+
 def count_as_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Tells the schedulers of an optimizer that it has stepped."""
     optimizer._opt_called = True  # type: ignore[attr-defined]

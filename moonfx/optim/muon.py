@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # What a group holds beside AdamW's own: how Muon steps, and a list with an entry per parameter.
 GROUP_KEYS = ("momentum", "nesterov", "coefficients", "exact_rms", "decay")
-PARAMETER_KEYS = ("optimizers", "target_rms", "second_moment")
+PARAMETER_KEYS = ("optimizers", "target_rms", "second_moment", "layouts")
 JORDAN = (3.4445, -4.7750, 2.0315)
 
 
@@ -74,13 +74,15 @@ class Muon(Optimizer):
 
     Attributes:
         table: one row per parameter, in the order of the groups.
+        source: the converted optimizer until it is retired, then None.
 
     Args:
         source: the optimizer to convert.
         table: a row per parameter, in the order of its groups.
         settings: how to step.
         target_rms: of each parameter's update at lr 1; None where AdamW steps it.
-        second_moment: mean(v_hat) / mean(m_hat^2) of each, for the way back; None if unknown.
+        second_moment: of each the ratio of mean g^2 to mean momentum^2 to be expected, for the
+            way back; None if unknown.
         state: the state to start from, per parameter; without, a parameter's starts at zero.
         model, example, roles: what `table` was made from, for parameters that are added later.
     """
@@ -101,13 +103,13 @@ class Muon(Optimizer):
         self.settings = settings
         self.rest = Rest(source)
         self.table: list[RoleRow] = []
-        self._source: Optimizer | None = None
+        self.source: Optimizer | None = None
         self._model = (lambda: None) if model is None else weakref.ref(model)
         self._example, self._roles = example, roles
         self._joining = True  # the parameters that __init__ adds have their rows
         super().__init__(source.param_groups, {**source.defaults, **settings.of_group()})
         del self._joining
-        self._source = source
+        self.source = source
         self.param_groups = source.param_groups
         share_hooks(source, self)
         moments = second_moment or [None] * len(table)
@@ -165,7 +167,7 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        self._retire_source()
+        self.retire_source()
         self.rest.step(self.param_groups, self.state)
         buckets = self._buckets()
         for (rule, *_), matrices in buckets.items():
@@ -215,9 +217,9 @@ class Muon(Optimizer):
         }
         return self.state[p]
 
-    def _retire_source(self) -> None:
+    def retire_source(self) -> None:
         """Frees the converted optimizer's state; its schedulers hold it, and drive the groups."""
-        source, self._source = self._source, None
+        source, self.source = self.source, None
         if source is None:
             return
         source.state.clear()
@@ -225,17 +227,20 @@ class Muon(Optimizer):
         replace_step(source, _refuse)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_source": None, "_model": _nothing, "_example": None, "_roles": None}
+        own = {"source": None, "_model": _nothing, "_example": None, "_roles": None}
         return {**without_hooks(vars(self)), **own}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        groups = vars(self).get("param_groups")
-        if groups is not None:  # load_state_dict: schedulers hold these dicts
-            for group, loaded in zip(groups, state.pop("param_groups"), strict=True):
-                group.clear()
-                group.update(loaded)
-        super().__setstate__(state)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state_dict of a moonfx.Muon, or converts that of an AdamW and says so.
+
+        The groups stay the dicts that schedulers hold; states keep the dtypes they were saved in.
+
+        Raises:
+            TypeError, ValueError: if it is of something else or does not fit; nothing was changed.
+        """
+        from moonfx.optim.checkpoint import load
+
+        load(self, state_dict)
 
 
 def _join(
@@ -248,6 +253,11 @@ def _join(
     group["optimizers"] = [row.optimizer for row, _, _ in entries]
     group["target_rms"] = [target for _, target, _ in entries]
     group["second_moment"] = [moment for _, _, moment in entries]
+    # Plain lists: what a checkpoint carries must not need moonfx to be read.
+    group["layouts"] = [
+        [row.layout.kind, row.layout.dim, row.layout.outer, list(row.layout.sizes)]
+        for row, _, _ in entries
+    ]
 
 
 def _nothing() -> None:

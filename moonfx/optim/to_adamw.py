@@ -43,7 +43,7 @@ def to_adamw(optimizer: Muon) -> Optimizer:
         raise TypeError(f"optimizer must be a moonfx.Muon, got {type(optimizer).__name__}")
     if "optimizers" not in optimizer.param_groups[0]:
         raise ValueError("this moonfx.Muon has gone back to AdamW already")
-    source = optimizer._source
+    source = optimizer.source
     if source is None:
         moments = _moments(optimizer)
         source = optimizer.rest.optimizer(optimizer.param_groups, {})
@@ -53,7 +53,7 @@ def to_adamw(optimizer: Muon) -> Optimizer:
     for group in source.param_groups:
         for key in (*GROUP_KEYS, *PARAMETER_KEYS):
             group.pop(key, None)
-    optimizer._source = None
+    optimizer.source = None
     optimizer.state.clear()
     count_as_stepped(optimizer)
     replace_step(optimizer, _refuse)
