@@ -3,7 +3,7 @@
 torch's own load casts every state to its parameter's dtype, takes AdamW's moments for whatever the
 optimizer calls its own, and replaces the groups by new dicts. Here the momentum and the steps keep
 the dtype that they were saved in, an AdamW's states are converted as at the conversion itself, the
-groups stay the dicts that schedulers hold, and what does not fit is refused before anything changes.
+groups stay the dicts that schedulers hold; what does not fit is refused before anything changes.
 """
 
 import copy
