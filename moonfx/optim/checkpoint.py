@@ -64,11 +64,11 @@ def load(optimizer: "Muon", state_dict: StateDict) -> None:
     optimizer.retire_source()  # the state that it kept for the way back is not the one loaded
     for group, new in zip(optimizer.param_groups, groups, strict=True):
         _replace(group, new)
-    layouts = [layout for group in optimizer.param_groups for layout in group["layouts"]]
-    optimizer.table = [
-        dataclasses.replace(row, layout=Layout(kind, dim, outer, tuple(sizes)))
-        for row, (kind, dim, outer, sizes) in zip(optimizer.table, layouts, strict=True)
-    ]
+    saved_layouts = [layout for group in optimizer.param_groups for layout in group["layouts"]]
+    for i, (kind, dim, outer, sizes) in enumerate(saved_layouts):
+        row, layout = optimizer.table[i], Layout(kind, dim, outer, tuple(sizes))
+        if row.layout != layout:  # found by another rule than when the checkpoint was written
+            optimizer.table[i] = dataclasses.replace(row, layout=layout)
     optimizer.state = defaultdict(dict, states)
     for hook in after:
         hook(optimizer)
