@@ -27,8 +27,8 @@ def demo():
 
 
 @pytest.fixture
-def small(demo, monkeypatch):
-    """The demo with a Llama of two narrow layers, bytes for tokens, and short texts."""
+def tiny_smollm2(monkeypatch):
+    """In the place of SmolLM2 a Llama of two narrow layers, with bytes for tokens."""
     transformers = pytest.importorskip("transformers")
 
     def tokenizer(text, return_tensors):
@@ -40,7 +40,12 @@ def small(demo, monkeypatch):
         config = transformers.LlamaConfig(**sizes, **heads)
         return transformers.LlamaForCausalLM(config).to(dtype).eval(), tokenizer
 
-    monkeypatch.setattr(demo.smollm2, "load", load)
+    monkeypatch.setattr("moonfx.bench.smollm2.load", load)
+
+
+@pytest.fixture
+def small(demo, tiny_smollm2, monkeypatch):
+    """The demo with short texts."""
     sizes = {"LENGTH": 1536, "TABLE_LENGTH": 1280, "SCORED": 128, "TRAINED": 768}
     for name, size in sizes.items():
         monkeypatch.setattr(demo, name, size)
@@ -102,3 +107,24 @@ def test_the_text_to_validate_on_is_of_other_files_and_the_same_each_time():
     assert len(train) > 10 * len(validation) > 1_000_000
     first = validation[:2000].numpy().tobytes()
     assert first not in train.numpy().tobytes()
+
+
+def test_the_conversion_in_mid_run_starts_every_way_from_the_same_weights(
+    tiny_smollm2, tmp_path, monkeypatch, capsys
+):
+    switch = example("convert_mid_run")
+    for name, size in {"LENGTH": 32, "BEFORE": 6, "AFTER": 3, "RATE": 1e-3}.items():
+        monkeypatch.setattr(switch, name, size)
+    plot, written = tmp_path / "losses.svg", tmp_path / "losses.json"
+    switch.main(["--plot", str(plot), "--json", str(written)])
+    printed = capsys.readouterr().out
+    assert "14 of 21 parameters go to Muon" in printed
+    found = json.loads(written.read_text())
+    adamw, muon, cold = found["after"].values()
+    assert adamw[0] == muon[0] == cold[0]  # a loss is from before its text is learned
+    assert len({adamw[1], muon[1], cold[1]}) == 3
+    assert found["before"][-1] < found["before"][0]
+    for way in ("AdamW", "Muon", "Muon, cold"):
+        excess = found["found"][way]["largest excess over AdamW"]
+        assert re.search(rf"^{way} +\{excess:+.3f} +\d", printed, re.MULTILINE)
+    assert plot.read_text().startswith("<?xml")
