@@ -45,7 +45,7 @@ def flops(m: int, n: int, runs: tuple[int, ...]) -> int:
 
 def choose(coefficients: Coefficients, dtype: torch.dtype, m: int, n: int) -> tuple[int, ...]:
     """The length of each run, for matrices with sides m <= n."""
-    return _choose(tuple(map(tuple, coefficients)), dtype, 3 * n / m)  # type: ignore[arg-type]
+    return _choose(tuple(coefficients), dtype, 3 * n / m)
 
 
 @functools.lru_cache(maxsize=1024)

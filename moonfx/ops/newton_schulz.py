@@ -11,6 +11,8 @@ are computed as their transpose. It has no derivative.
     symmetric   half of X X^T and of A^2 is computed and mirrored
     gram        symmetric, and where that is precise enough, several steps between two visits of X
     auto        the one that the cost model takes for the device, dtype and shape
+
+Where there is no kernel (no C++ compiler; float64) all of them are computed as the plain one.
 """
 
 import math
@@ -21,12 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moonfx.fallback import warn_slow
-from moonfx.kernels import cpu, newton_schulz_cpu, newton_schulz_runs
 from moonfx.kernels import newton_schulz as by_torch
+from moonfx.kernels import newton_schulz_cpu, newton_schulz_runs
 from moonfx.kernels.reference_newton_schulz import Coefficients
 from moonfx.ops.checks import dtype_name, shape
-from moonfx.ops.newton_schulz_cost import FORMS, MUON, best_form
+from moonfx.ops.newton_schulz_cost import FORMS, MUON, best_form, kernel_runs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -112,17 +113,13 @@ def newton_schulz(X: Tensor, coefficients: Sequence[float], form: str = "auto") 
 def run(X: Tensor, steps: Coefficients, form: str) -> Tensor:
     """The steps of [b, m, n], m <= n."""
     B, m, n = X.shape
+    if form == "plain" or not kernel_runs(X.device, X.dtype):
+        return by_torch.plain(X, steps)
     if form == "auto":
         form, _ = best_form(X.device, X.dtype, B, m, n, steps)
-    if form == "plain":
-        return by_torch.plain(X, steps)
-    runs = runs_of(form, steps, X.dtype, m, n)
-    if X.device.type == "cpu" and X.dtype != torch.float64:
-        if (reason := cpu.available()) is None:
-            return newton_schulz_cpu.newton_schulz(X, steps, runs)
-        what = "Newton-Schulz on the CPU runs as torch operations, slower than in C++"
-        warn_slow(what, reason)
-    return by_torch.by_runs(X, steps, runs)
+        if form == "plain":
+            return by_torch.plain(X, steps)
+    return newton_schulz_cpu.newton_schulz(X, steps, runs_of(form, steps, X.dtype, m, n))
 
 
 @newton_schulz.register_fake

@@ -12,6 +12,7 @@ import functools
 
 import torch
 
+from moonfx.fallback import warn_slow
 from moonfx.kernels import cpu, cpu_build, newton_schulz_runs
 from moonfx.kernels.reference_newton_schulz import Coefficients
 
@@ -28,12 +29,8 @@ def best_form(
     """The form, and why, for [batch, m, n] with m <= n."""
     if not batch * m * n:
         return "plain", "there is nothing to compute"
-    if dtype == torch.float64:
-        return "plain", "float64 is computed by torch alone"
-    if device.type != "cpu":
-        return "plain", f"there is no kernel for {device.type} tensors"
-    if (reason := cpu.available()) is not None:
-        return "plain", f"there is no C++ kernel: {reason}"
+    if (reason := no_kernel(device, dtype)) is not None:
+        return "plain", reason
     if dtype == torch.bfloat16 and has_matrix_units():
         return "plain", "torch.mm has this processor's matrix units (AMX) for bfloat16"
     return fewest_flops(dtype, m, n, steps)
@@ -49,6 +46,25 @@ def fewest_flops(dtype: torch.dtype, m: int, n: int, steps: Coefficients) -> tup
         return "symmetric", f"{alone / plain:.2f} of the FLOPs: half of X X^T and of A^2"
     said = " + ".join(map(str, runs))
     return "gram", f"{together / plain:.2f} of the FLOPs: {said} steps between visits of X"
+
+
+def no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why there is none but torch's operations; None if there is one."""
+    if dtype == torch.float64:
+        return "float64 is computed by torch alone"
+    if device.type != "cpu":
+        return f"there is no kernel for {device.type} tensors"
+    reason = cpu.available()
+    return None if reason is None else f"there is no C++ kernel: {reason}"
+
+
+def kernel_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel; one that only lacks a compiler is warned about."""
+    if no_kernel(device, dtype) is None:
+        return True
+    if device.type == "cpu" and (reason := cpu.available()) is not None:
+        warn_slow("Newton-Schulz on the CPU runs as torch operations, slower than in C++", reason)
+    return False
 
 
 @functools.cache

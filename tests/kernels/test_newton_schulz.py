@@ -1,0 +1,238 @@
+"""The forms of Newton-Schulz against the singular values' own map in float64, and on the CPU.
+
+Plain steps are as precise as their dtype lets them be: rounding gives a matrix of low rank small
+singular values that it did not have, and those grow by every step's `a`. So each other form is
+measured by the plain one on the same matrix.
+"""
+
+import itertools
+import math
+import re
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from moonfx import fallback
+from moonfx.kernels import cpu, cpu_build, newton_schulz, newton_schulz_cpu
+from moonfx.kernels import newton_schulz_runs as runs_
+from moonfx.kernels import reference_newton_schulz as reference
+from moonfx.ops import newton_schulz_cost
+from moonfx.ops.newton_schulz import newton_schulz_flops, newton_schulz_form
+from tests.kernels.newton_schulz_cases import COEFFICIENTS, DIVERGENT, MATRICES, matrix
+
+OPERATOR = torch.ops.moonfx.newton_schulz
+CPU = torch.device("cpu")
+QUINTIC = COEFFICIENTS["quintic"]
+DTYPES = (torch.bfloat16, torch.float32)
+
+needs_kernel = pytest.mark.skipif(
+    cpu.available() is not None, reason="needs a C++ compiler for the CPU kernel"
+)
+
+# Relative to the Frobenius norm of what is expected. The first column is for matrices whose largest
+# values are most of them, the second for those that have none, or hardly any, in some directions.
+TOLERANCE = {
+    # coefficients  bfloat16      float32
+    "muon": ((0.03, 0.3), (2e-6, 1e-4)),
+    "quintic": ((0.01, 0.3), (2e-6, 1e-4)),
+    "polar express": ((0.3, 0.4), (4e-5, 2e-4)),
+    "cubic": ((0.1, 0.15), (4e-6, 4e-5)),
+    "ten steps": ((0.01, 0.8), (2e-6, 1e-2)),
+}
+# Error allowed beyond the plain form's: times it, and added to it.
+SYMMETRIC = {torch.bfloat16: (1.25, 2**-9), torch.float32: (2.0, 2**-21)}
+GRAM = {torch.bfloat16: (4.0, 2**-6), torch.float32: (16.0, 2**-19)}
+
+CASES = [
+    (name, kind)
+    for name, kind in itertools.product(COEFFICIENTS, MATRICES)
+    if (name, kind) not in DIVERGENT
+]
+
+
+def error(out: Tensor, expected: Tensor) -> float:
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def cpu_kernel(X: Tensor, name: str, runs: tuple[int, ...]) -> Tensor:
+    return newton_schulz_cpu.newton_schulz(X.unsqueeze(0), COEFFICIENTS[name], runs)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_each_form_is_as_precise_as_it_says(name: str, kind: str, dtype: torch.dtype) -> None:
+    steps = COEFFICIENTS[name]
+    X = matrix(kind, 48, 128, dtype)
+    expected = reference.by_singular_values(X.double(), steps)
+    plain = error(newton_schulz.plain(X.unsqueeze(0), steps)[0], expected)
+    vanishing = kind.startswith(("rank", "spectrum"))
+    assert plain <= TOLERANCE[name][DTYPES.index(dtype)][vanishing]
+    if cpu.available() is None:
+        factor, more = SYMMETRIC[dtype]
+        assert error(cpu_kernel(X, name, (1,) * len(steps)), expected) <= factor * plain + more
+        factor, more = GRAM[dtype]
+        runs = runs_.choose(steps, dtype, 48, 128)
+        assert error(cpu_kernel(X, name, runs), expected) <= factor * plain + more
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("name", "kind", "runs"),
+    [
+        ("quintic", "spike", (3, 2)),
+        ("quintic", "rank 12", (1, 3, 1)),
+        ("polar express", "spike", (3, 2)),
+        ("polar express", "spectrum 1..1e-3", (1, 3, 1)),
+        ("ten steps", "spectrum 1..1e-3", (3, 3, 2, 2)),
+    ],
+)
+def test_runs_that_are_not_chosen_for_bfloat16_are_bad_where_a_gaussian_matrix_is_well(
+    name: str, kind: str, runs: tuple[int, ...]
+) -> None:
+    assert runs != runs_.choose(COEFFICIENTS[name], torch.bfloat16, 48, 128)
+    errors = []
+    for each in ("gaussian", kind):
+        X = matrix(each, 48, 128, torch.bfloat16)
+        expected = reference.by_singular_values(X.double(), COEFFICIENTS[name])
+        factor, more = GRAM[torch.bfloat16]
+        plain = error(newton_schulz.plain(X.unsqueeze(0), COEFFICIENTS[name])[0], expected)
+        errors.append(error(cpu_kernel(X, name, runs), expected) / (factor * plain + more))
+    assert errors[0] < 1
+    assert not errors[1] < 1  # NaN too
+
+
+CHOSEN = [
+    # coefficients   bfloat16          float32
+    ("muon", (2, 1, 2), (3, 2)),
+    ("quintic", (2, 1, 2), (2, 3)),
+    ("polar express", (1, 1, 1, 2), (2, 3)),
+    ("cubic", (1, 2, 2), (2, 3)),
+    ("ten steps", (2, 2, 2, 2, 2), (2, 3, 3, 2)),
+]
+
+
+@pytest.mark.parametrize(("name", "bfloat16", "float32"), CHOSEN, ids=[row[0] for row in CHOSEN])
+def test_runs_are_as_long_as_the_coefficients_allow(
+    name: str, bfloat16: tuple[int, ...], float32: tuple[int, ...]
+) -> None:
+    for dtype, expected in zip(DTYPES, (bfloat16, float32), strict=True):
+        assert runs_.choose(COEFFICIENTS[name], dtype, 100, 300) == expected
+
+
+@pytest.mark.parametrize("form", ["plain", "symmetric", "gram"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_stay_zeros_and_what_is_not_finite_stays_in_its_matrix(
+    dtype: torch.dtype, form: str
+) -> None:
+    X = torch.zeros(4, 20, 30, dtype=dtype)
+    X[1] = matrix("gaussian", 20, 30, dtype)
+    X[2, 3, 4], X[3, 3, 4] = math.nan, math.inf
+    flat = [number for step in QUINTIC for number in step]
+    out = OPERATOR(X, flat, form)
+    assert out[0].eq(0).all()
+    assert out[1].equal(OPERATOR(X[1], flat, form))
+    assert not out[2].isfinite().any()
+    assert not out[3].isfinite().any()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n"), [(130, 200), (1, 300), (64, 64), (7, 65)])
+def test_neither_threads_nor_batch_nor_layout_change_a_bit(
+    m: int, n: int, dtype: torch.dtype
+) -> None:
+    X = torch.stack([matrix(kind, m, n, dtype) for kind in ("gaussian", "spike", "diagonal")])
+    runs = (2, 1, 2)
+    expected = torch.stack([cpu_kernel(each, "quintic", runs) for each in X])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            for batch in (X, X.mT.contiguous().mT, X.expand(2, 3, m, n)[1]):
+                assert newton_schulz_cpu.newton_schulz(batch, QUINTIC, runs).equal(expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("dtype", "n"), [(torch.bfloat16, 4101), (torch.float32, 2050)], ids=str)
+def test_a_long_side_is_summed_to_its_end(dtype: torch.dtype, n: int) -> None:
+    """Beyond 1024 words the kernel takes the depth in pieces."""
+    X = matrix("gaussian", 5, n, dtype)
+    expected = reference.by_singular_values(X.double(), QUINTIC)
+    plain = error(newton_schulz.plain(X.unsqueeze(0), QUINTIC)[0], expected)
+    assert error(cpu_kernel(X, "quintic", (1,) * 5), expected) < 1.5 * plain + 2**-20
+
+
+FORMS = [
+    # device, dtype, m, n, steps of, form, why
+    ("cpu", torch.bfloat16, 576, 576, "muon", "symmetric", "0.67 of the FLOPs: half of X X^T"),
+    ("cpu", torch.bfloat16, 192, 576, "muon", "gram", "0.54 of the FLOPs: 2 + 1 + 2 steps"),
+    ("cpu", torch.bfloat16, 192, 576, "polar express", "gram", "1 + 1 + 1 + 2 steps"),
+    ("cpu", torch.float32, 576, 1536, "muon", "gram", "0.47 of the FLOPs: 3 + 2 steps"),
+    ("cpu", torch.float64, 576, 1536, "muon", "plain", "float64 is computed by torch alone"),
+    ("cpu", torch.float32, 0, 1536, "muon", "plain", "there is nothing to compute"),
+    ("meta", torch.float32, 576, 1536, "muon", "plain", "there is no kernel for meta tensors"),
+]
+
+
+@needs_kernel
+@pytest.mark.parametrize(("device", "dtype", "m", "n", "name", "form", "why"), FORMS)
+def test_the_form_with_the_fewest_flops_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    name: str,
+    form: str,
+    why: str,
+) -> None:
+    monkeypatch.setattr(newton_schulz_cost, "has_matrix_units", lambda: False)
+    where, steps = torch.device(device), COEFFICIENTS[name]
+    for sides in ((m, n), (n, m)):
+        found = newton_schulz_form(where, dtype, 2, *sides, len(steps), steps)
+        assert found[0] == form
+        assert why in found[1]
+    flops = [newton_schulz_flops(m, n, 5, each, dtype, steps) for each in (form, "plain")]
+    assert flops[0] == pytest.approx(flops[1]) or re.match(
+        f"{flops[0] / flops[1]:.2f} of the FLOPs", found[1]
+    )
+
+
+@needs_kernel
+def test_bfloat16_is_left_to_matrix_units_that_only_torch_uses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    newton_schulz_cost.has_matrix_units.cache_clear()
+    flags = "flags\t\t: fpu avx512_bf16 amx_bf16 amx_tile"
+    monkeypatch.setattr(cpu_build, "processor", lambda: flags)
+    form, why = newton_schulz_form(CPU, torch.bfloat16, 1, 576, 576, 5)
+    assert (form, "AMX" in why) == ("plain", True)
+    assert newton_schulz_form(CPU, torch.float32, 1, 576, 576, 5)[0] == "symmetric"
+    newton_schulz_cost.has_matrix_units.cache_clear()
+    monkeypatch.setattr(cpu_build, "processor", lambda: flags.replace(" amx_bf16", ""))
+    assert newton_schulz_form(CPU, torch.bfloat16, 1, 576, 576, 5)[0] == "symmetric"
+    monkeypatch.undo()
+    newton_schulz_cost.has_matrix_units.cache_clear()
+
+
+@pytest.mark.parametrize("form", ["auto", "symmetric", "gram"])
+def test_without_a_compiler_it_is_right_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr(cpu, "available", lambda: "switched off by a test")
+    fallback.forget()
+    X = matrix("spike", 24, 40, torch.float32)
+    flat = [number for step in QUINTIC for number in step]
+    with pytest.warns(RuntimeWarning, match="slower than in C.*: switched off by a test"):
+        out = OPERATOR(X, flat, form)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert OPERATOR(X, flat, form).equal(out)
+    fallback.forget()
+    assert out.equal(OPERATOR(X, flat, "plain"))
+    form, why = newton_schulz_form(CPU, torch.float32, 1, 24, 40, 5)
+    assert (form, why) == ("plain", "there is no C++ kernel: switched off by a test")
