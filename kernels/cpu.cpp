@@ -1,7 +1,8 @@
-// The C interface of cpu.py, attention, and of newton_schulz_cpu.py. The mathematics and the plan are
-// in cpu_forward.h and cpu_newton_schulz.h.
+// The C interface of cpu.py, attention, of newton_schulz_cpu.py and of muon_cpu.py. The mathematics and
+// the plan are in cpu_forward.h, cpu_newton_schulz.h and cpu_muon.h.
 #include "cpu_backward.h"
 #include "cpu_decode.h"
+#include "cpu_muon.h"
 #include "cpu_newton_schulz.h"
 
 extern "C" {
@@ -41,5 +42,13 @@ int64_t moonfx_newton_schulz(const NewtonSchulzArguments* a, int64_t bfloat16) {
 #endif
     (void)bfloat16;
     return NewtonSchulz<Float32>{*a}.run();
+}
+
+void moonfx_muon_gather(const MuonArguments* a, int64_t bfloat16) {
+    bfloat16 ? MuonMatrix<bf16>{*a}.gather() : MuonMatrix<float>{*a}.gather();
+}
+
+void moonfx_muon_scatter(const MuonArguments* a, int64_t bfloat16) {
+    bfloat16 ? MuonMatrix<bf16>{*a}.scatter() : MuonMatrix<float>{*a}.scatter();
 }
 }

@@ -1094,3 +1094,8 @@ def replace_step(optimizer: torch.optim.Optimizer, step: Callable[..., Any]) -> 
     """Puts another `step` on one optimizer, without a warning from its schedulers."""
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     optimizer.step = step  # type: ignore[method-assign]
+
+
+def watched() -> bool:
+    """Whether some mode sees each operator that runs, so that what is none would be missed."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

@@ -60,6 +60,15 @@ def pieces(tensor: Tensor, layout: Layout) -> list[Piece]:
     return [Piece(*x) for x in zip(tensor.split(layout.sizes, dim), found, strict=True)]
 
 
+def single(tensor: Tensor, layout: Layout) -> list[list[Tensor]]:
+    """The matrices of a contiguous tensor one by one, in a list for each of its `pieces`."""
+    batched = layout.kind == "batch"
+    return [
+        list(view.view(shape[0], *view.shape[tensor.ndim - 2 :]).unbind()) if batched else [view]
+        for view, shape in pieces(tensor, layout)
+    ]
+
+
 def shapes(shape: tuple[int, ...], layout: Layout) -> list[Shape]:
     """The shapes (b, m, n) of the matrices of a parameter, one per block.
 

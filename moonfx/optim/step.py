@@ -13,22 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moonfx.ops import muon as passes
 from moonfx.ops.newton_schulz import newton_schulz
-from moonfx.optim.matrices import Layout, Shape, pieces, shapes
-
-try:
-    from moonfx.optim.rms import correction
-except ImportError:
-
-    def correction(m, n, coefficients):
-        return 1.0
-
+from moonfx.optim.matrices import Layout, Shape, pieces, shapes, single
+from moonfx.optim.rms import correction
 
 MUON = "muon"
 # A norm below this is taken for zero. In float32 the squares of numbers of such a norm are still
 # normal numbers for matrices of up to 1e8 of them, so what is above it is normalized in full.
 EPS = 1e-12
-CHUNK_BYTES = {"cpu": 4 << 20}
+CHUNK_BYTES = {"cpu": 16 << 20}
 LARGEST_CHUNK = 256 << 20
 COMPUTE = torch.bfloat16
 
@@ -100,6 +94,40 @@ def chunks(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
 
 
 def _update_chunk(chunk: Sequence[Matrix], rule: Rule) -> None:
+    tensors = [(x.weight, x.grad, x.buffer) for x in chunk]
+    if COMPUTE is torch.bfloat16 and all(passes.takes(*x, chunk[0].layout) for x in tensors):
+        _update_on_cpu(chunk, rule)
+    else:
+        _update_by_torch(chunk, rule)
+
+
+def _update_on_cpu(chunk: Sequence[Matrix], rule: Rule) -> None:
+    first = chunk[0]
+    parts = [
+        [single(x, first.layout) for x in (matrix.weight, matrix.grad, matrix.buffer)]
+        for matrix in chunk
+    ]
+    before: dict[str, Any] = {"momentum": rule.momentum, "nesterov": rule.nesterov, "eps": EPS}
+    before["sign"] = -1.0 if rule.maximize else 1.0
+    after: dict[str, Any] = {"cautious": rule.decay == "cautious", "exact": rule.exact_rms}
+    for i, (b, m, n) in enumerate(first.shapes):
+        stack = torch.empty(len(chunk), b, m, n, dtype=torch.bfloat16)
+        for matrix, part, slots in zip(chunk, parts, stack, strict=True):
+            decay = matrix.weight_decay if rule.decay == "coupled" else 0.0
+            for weight, grad, buffer, slot in zip(*(x[i] for x in part), slots, strict=True):
+                passes.gather(weight, grad, buffer, slot, decay=decay, **before)
+        update = newton_schulz(stack.view(-1, m, n), rule.coefficients).view(stack.shape)
+        gain = 1.0 if rule.exact_rms else rms_gain(m, n, rule.coefficients)
+        for matrix, part, slots in zip(chunk, parts, update, strict=True):
+            lr = float(matrix.lr)
+            decay = lr * matrix.weight_decay
+            numbers = {"keep": 1 - decay if rule.decay == "decoupled" else 1.0, "decay": decay}
+            numbers["amount"] = -lr * matrix.target * gain
+            for weight, slot in zip(part[0][i], slots, strict=True):
+                passes.scatter(weight, slot, eps=EPS, **after, **numbers)
+
+
+def _update_by_torch(chunk: Sequence[Matrix], rule: Rule) -> None:
     weights = [x.weight for x in chunk]
     buffers = [x.buffer for x in chunk]
     grads = [_gradient(x, rule) for x in chunk]

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from moonfx.ops import muon as passes
 from moonfx.optim import step
+from moonfx.optim.matrices import Layout, single
 from tests.optim.by_hand import Row, expected_step, muon
 
 # Relative to the largest change, with Newton-Schulz in float64: what is left is float32's rounding
@@ -70,3 +72,113 @@ def test_three_steps_are_those_of_the_equations(how, monkeypatch) -> None:
         assert float((buffer.double() - M).abs().max()) < 1e-6
         assert optimizer.state[p].keys() == {"step", "momentum_buffer"}
         assert optimizer.state[p]["step"] == 3
+
+
+LAYOUTS = [
+    ("a convolution", (6, 2, 3, 3), Layout("flatten")),
+    ("experts", (3, 6, 10), Layout("batch")),
+    ("experts of groups", (2, 2, 6, 10), Layout("batch")),
+    ("query, key and value", (16, 6), Layout(sizes=(8, 4, 4))),
+    ("interleaved by heads", (24, 6), Layout(outer=2, sizes=(4, 4, 4))),
+    ("blocks of columns", (6, 16), Layout(dim=1, sizes=(8, 4, 4))),
+    ("repeated blocks of columns", (6, 12), Layout(dim=1, outer=2, sizes=(2, 4))),
+    ("gate and up of experts", (3, 12, 10), Layout("batch", sizes=(6, 6))),
+]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize(("shape", "layout"), [c[1:] for c in LAYOUTS], ids=[c[0] for c in LAYOUTS])
+@pytest.mark.parametrize("by", ["torch, exact", "torch", "the CPU's own passes"])
+def test_each_matrix_of_a_layout_is_stepped_as_if_it_were_alone(
+    shape, layout, by, monkeypatch
+) -> None:
+    exact = by == "torch, exact"
+    if exact:
+        monkeypatch.setattr(step, "COMPUTE", torch.float64)
+    if by == "torch":
+        monkeypatch.setattr(passes, "takes", lambda *_: False)
+    before, grad = gaussian(*shape), gaussian(*shape, seed=1)
+    W, G = before.double(), grad.double()
+    matrices = [*zip(_flat(W, layout), _flat(G, layout), strict=True)]
+    expected = W.clone()
+    for slot, (w, g) in zip(_flat(expected, layout), matrices, strict=True):
+        rows = w.reshape(_rows(w, layout), -1)
+        new, _ = expected_step(rows, torch.zeros_like(rows), g.reshape(rows.shape), LR, WD)
+        slot.copy_(new.view(slot.shape))
+    for form in FORMATS if len(shape) == 4 and layout.kind == "flatten" else FORMATS[:1]:
+        weight, towards = (x.contiguous(memory_format=form) for x in (before, grad))
+        optimizer, (p,) = stepped([weight], [[towards]], [Row("w", layout=layout)])
+        assert off(p.detach(), expected, W) < (EXACT if exact else BFLOAT16)
+        assert optimizer.state[p]["momentum_buffer"].shape == shape
+
+
+def _flat(tensor: Tensor, layout: Layout) -> list[Tensor]:
+    return [matrix for piece in single(tensor, layout) for matrix in piece]
+
+
+def _rows(matrix: Tensor, layout: Layout) -> int:
+    """Rows of a matrix, whose view may be [m, k, h, w], [outer, rows, n] or [m, outer, columns]."""
+    first = layout.kind == "flatten" or layout.dim == 1
+    return len(matrix) if first else matrix[..., 0].numel()
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_precision_weights_take_the_step_and_keep_their_dtype(dtype) -> None:
+    before, grad = gaussian(16, 24, dtype=dtype), gaussian(16, 24, seed=1, dtype=dtype)
+    optimizer, (p,) = stepped([before], [[grad]], [Row("w")])
+    W = before.double()
+    expected, _ = expected_step(W, torch.zeros_like(W), grad.double(), LR, WD)
+    # The weight, of up to 4, rounds to its own precision twice, against changes of about 0.3.
+    rounding = 2 * torch.finfo(dtype).eps * 4 / 0.3
+    assert off(p.detach(), expected, W) < BFLOAT16 + rounding
+    assert p.dtype == optimizer.state[p]["momentum_buffer"].dtype == dtype
+
+
+def test_weights_are_changed_and_gradients_and_buffers_are_not_normalized(monkeypatch) -> None:
+    """torch.optim.Muon normalizes the buffer itself in bfloat16 without Nesterov."""
+    for takes in (passes.takes, lambda *_: False):
+        monkeypatch.setattr(passes, "takes", takes)
+        grad = gaussian(8, 8, seed=1, dtype=torch.bfloat16)
+        weight = gaussian(8, 8, dtype=torch.bfloat16)
+        optimizer, (p,) = stepped([weight], [[grad]], [Row("w")], nesterov=False)
+        assert torch.equal(p.grad, grad)
+        buffer = optimizer.state[p]["momentum_buffer"]
+        torch.testing.assert_close(buffer, grad * 0.05, rtol=2**-7, atol=0)
+
+
+def test_many_matrices_are_stepped_as_one_at_a_time_whatever_the_chunks(monkeypatch) -> None:
+    shapes = [(8, 8)] * 5 + [(8, 16)] * 3 + [(16, 8)]
+    weights = [gaussian(*s, seed=i) for i, s in enumerate(shapes)]
+    grads = [[gaussian(*s, seed=20 + i) for i, s in enumerate(shapes)]]
+    rows = [Row(str(i)) for i in range(len(shapes))]
+    results = []
+    for size in (1, 600, 1 << 30):
+        monkeypatch.setitem(step.CHUNK_BYTES, "cpu", size)
+        results.append([p.detach() for p in stepped(weights, grads, rows)[1]])
+    for one, some, all_ in zip(*results, strict=True):
+        assert torch.equal(one, some)
+        assert torch.equal(one, all_)
+
+
+def test_groups_keep_their_own_rates_decays_and_targets_within_one_bucket() -> None:
+    before = [gaussian(8, 8, seed=i) for i in range(4)]
+    grads = [gaussian(8, 8, seed=9 + i) for i in range(4)]
+    rates = [(0.1, 0.0), (0.1, 0.5), (0.02, 0.5), (torch.tensor(0.02), 0.5)]
+    for takes in (passes.takes, lambda *_: False):
+        parameters = [torch.nn.Parameter(x.clone()) for x in before]
+        groups = [
+            {"params": [p], "lr": lr, "weight_decay": wd}
+            for p, (lr, wd) in zip(parameters, rates, strict=True)
+        ]
+        optimizer = muon(torch.optim.AdamW(groups))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(passes, "takes", takes)
+            for p, g in zip(parameters, grads, strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+        for p, W, G, (lr, wd) in zip(parameters, before, grads, rates, strict=True):
+            expected, _ = expected_step(W.double(), 0 * W.double(), G.double(), float(lr), wd)
+            assert off(p.detach(), expected, W.double()) < BFLOAT16
