@@ -14,8 +14,9 @@ from tests.optim.by_hand import Row, expected_step, muon
 # Relative to the largest change, with Newton-Schulz in float64: what is left is float32's rounding
 # of weights of 1 against changes of 0.05.
 EXACT = 1e-5
-# With Newton-Schulz in bfloat16, as it is: 5 iterations on Gaussian matrices round off by 1e-2.
-BFLOAT16 = 3e-2
+# With Newton-Schulz in bfloat16, as it is: rounding by 2^-9 in each of 15 products, which the small
+# singular values carry on enlarged, comes to 3e-2 in the worst element of these matrices.
+BFLOAT16 = 6e-2
 LR, WD = 0.1, 0.3
 
 
