@@ -175,7 +175,11 @@ class QKClip:
 
     def after(self, optimizer: Optimizer) -> RemovableHandle:
         """Calls `step` after each step of an optimizer; remove() of what it returns ends that."""
-        return optimizer.register_step_post_hook(lambda *_: self.step() and None)
+
+        def clip(*_: Any) -> None:
+            self.step()
+
+        return optimizer.register_step_post_hook(clip)
 
     def _clip(self, name: str, largest: Tensor) -> list[Clipped]:
         layer, heads = self.layers[name], largest.numel()
@@ -252,7 +256,14 @@ def largest_logits(
 
 def _marks(inside: list[str], name: str) -> tuple[Callable[..., None], Callable[..., None]]:
     """Hooks that keep the names of the layers whose forward is running."""
-    return (lambda *_: inside.append(name)), (lambda *_: inside.pop() and None)
+
+    def enter(*_: Any) -> None:
+        inside.append(name)
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    return enter, leave
 
 
 def _refuse_norms(name: str, children: dict[str, nn.Module]) -> None:
