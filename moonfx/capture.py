@@ -96,27 +96,81 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     Raises:
         CaptureError: if the retrace fails, whatever the cause.
     """
+    held = held_tensors(gm)
+    given = [*example_inputs, *held.values()]
     try:
         aot = types.SimpleNamespace(
             dynamic_shapes=True, static_input_indices=[], num_params_buffers=0
         )
-        fake_mode, shape_env = construct_fake_mode(list(example_inputs), aot)  # type: ignore[arg-type]
-        fakes = process_inputs(list(example_inputs), aot, fake_mode, shape_env)[0]  # type: ignore[arg-type]
+        fake_mode, shape_env = construct_fake_mode(given, aot)  # type: ignore[arg-type]
+        fakes = process_inputs(given, aot, fake_mode, shape_env)[0]  # type: ignore[arg-type]
         # Python's own dispatch keeps sizes symbolic; where there are none it only takes time.
         symbolic = shape_env is not None and bool(shape_env.var_to_range)
         dispatcher = enable_python_dispatcher() if symbolic else contextlib.nullcontext()
         with fx.traceback.preserve_node_meta(), fake_mode, dispatcher:
-            captured = _retrace(gm, fakes, {})
+            captured = _retrace(gm, fakes, {}, list(held))
     except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {error}") from error
+    _hold(gm, captured, list(held))
     _keep_placeholders(gm, captured, example_inputs)
     return captured
 
 
-def _retrace(gm: fx.GraphModule, fakes: Sequence[Any], written: Repeats) -> fx.GraphModule:
+def held_tensors(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The parameters and buffers that the graph's own nodes read from its module.
+
+    Dynamo puts an optimizer's parameters and states there, and not among the inputs.
+    """
+    targets = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op == "get_attr")
+    tensors = {**gm._parameters, **gm._buffers}
+    found = {name: tensors.get(name) for name in targets}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _hold(gm: fx.GraphModule, captured: fx.GraphModule, names: Sequence[str]) -> None:
+    """Makes of the last placeholders the tensors that the module holds under these names.
+
+    The two modules share their tables of tensors where they can: Dynamo empties that of its own
+    when the optimizer goes, so that a compiled step does not keep the parameters alive.
+    """
+    placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    if not names:
+        return
+    if not (captured._parameters or captured._buffers):
+        captured._parameters, captured._buffers = gm._parameters, gm._buffers
+    for name, node in zip(names, placeholders[-len(names) :], strict=True):
+        if name not in captured._parameters and name not in captured._buffers:
+            table = "_parameters" if name in gm._parameters else "_buffers"
+            getattr(captured, table)[name] = getattr(gm, table)[name]
+        with captured.graph.inserting_after(placeholders[-1]):
+            read = captured.graph.get_attr(name)
+        read.meta.update(node.meta)
+        node.replace_all_uses_with(read)
+        captured.graph.erase_node(node)
+        if not read.users:
+            captured.graph.erase_node(read)
+
+
+def _retrace(
+    gm: fx.GraphModule, fakes: Sequence[Any], written: Repeats, held: Sequence[str] = ()
+) -> fx.GraphModule:
+    """Traces the graph again.
+
+    Args:
+        fakes: its inputs, then the tensors that its module holds.
+        written: what calls became so far, in this graph and in those around it.
+        held: the names of the tensors that its module holds.
+    """
     gm = _with_transforms_apart(gm)
+    interpreter = _Retrace(gm, written)
+
+    def run(*given: Any) -> Any:
+        inputs = given[: len(given) - len(held)]
+        interpreter.held = dict(zip(held, given[len(inputs) :], strict=True))
+        return interpreter.run(*inputs)
+
     trace = make_fx(
-        _Retrace(gm, written).run,
+        run,
         pre_dispatch=True,
         tracing_mode="real",
         _allow_non_fake_inputs=True,
@@ -231,6 +285,10 @@ class _Retrace(fx.Interpreter):
         super().__init__(gm)
         self.inference: list[fx.Proxy] = []
         self.written = written
+        self.held: dict[str, Any] = {}
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.held[target] if target in self.held else super().get_attr(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op not in ("call_function", "call_method"):
