@@ -1,6 +1,7 @@
 """The Dynamo backend "moonfx": capture, passes, and on to an inner compiler.
 
 torch.compile(model, backend="moonfx", options={"block": 4096, "topk": 12})
+torch.compile(muon.step, backend="moonfx")
 """
 
 import difflib
@@ -9,7 +10,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from moonfx.capture import (
     compile_graph,
     exported_again,
     graph_root,
+    held_tensors,
     is_decomposed,
     is_left_out,
     is_piece,
@@ -32,6 +34,7 @@ from moonfx.capture import (
     name_invoked_bodies,
 )
 from moonfx.guards import Values, checked
+from moonfx.iterations import IterationRow, rows_of
 from moonfx.passes import given_masks
 from moonfx.passes.context import Context
 from moonfx.passes.order import run_passes
@@ -45,23 +48,34 @@ ON_MISS = ("warn", "raise", "ignore")
 
 
 class NothingRewritten(RuntimeError):
-    """No attention became sparse although on_miss="raise"."""
+    """No attention became sparse, no iteration faster, although on_miss="raise"."""
 
 
 @dataclass
 class Record:
-    """One compiled graph: its attentions, or why it could not be captured, and its parameters."""
+    """One compiled graph.
+
+    Args:
+        rows: its attentions.
+        failure: why it could not be captured.
+        parameters: those that it reads.
+        of_optimizer: whether it is an optimizer's step: it holds its parameters itself, or
+            Newton-Schulz iterations.
+        iterations: those.
+    """
 
     rows: list[Row]
     failure: str | None
     parameters: list[weakref.ref[torch.Tensor]]
+    of_optimizer: bool = False
+    iterations: list[IterationRow] = field(default_factory=list)
 
 
 def report_on(records: Iterable[Record]) -> Report:
     """The report of some compiled graphs."""
     report = Report()
     for record in records:
-        report.add(record.rows)
+        report.add(record.rows, record.iterations)
         report.failures += [record.failure] if record.failure else []
     return report
 
@@ -133,14 +147,15 @@ class Backend:
         """Captures and rewrites one graph and records what happened.
 
         Returns:
-            The graph to compile, the given one if nothing in it became sparse; and, for the inputs
+            The graph to compile, the given one if nothing in it was rewritten; and, for the inputs
             (buffers and masks) whose values a proof rests on, what they were: position -> values.
         """
         if self.policies is None:
             return gm, {}
-        inputs = (x for x in example_inputs if isinstance(x, torch.nn.Parameter))
+        held = held_tensors(gm).values()
+        inputs = (x for x in (*example_inputs, *held) if isinstance(x, torch.nn.Parameter))
         parameters: list[weakref.ref[torch.Tensor]] = [weakref.ref(x) for x in inputs]
-        record = Record([], None, parameters)
+        record = Record([], None, parameters, of_optimizer=bool(held))
         self.records.append(record)
         try:
             captured = capture(gm, example_inputs)
@@ -186,7 +201,7 @@ class Backend:
         """Runs the passes on a captured graph and records what they found.
 
         Returns:
-            None if nothing became sparse.
+            None if nothing was rewritten.
         """
         assert self.policies is not None
         flags = self.policies.causal_only, self.policies.recompute_routing
@@ -202,6 +217,8 @@ class Backend:
             log.exception("a pass failed, and the graph runs as it was; please report this")
             return None
         record.rows += map(row_of, context.sites)
+        record.iterations = rows_of(context.iterations)
+        record.of_optimizer |= bool(record.iterations)
         return context if rewritten else None
 
     def policy_of(
@@ -318,16 +335,29 @@ def compile(
     compiled = backend(gm, example_inputs)
     _records[:] = [r for r in _records if any(p() is not None for p in r.parameters)]
     _records.extend(backend.records)
-    report = backend.report
-    if not report.rewritten and (report.rows or report.failures or not is_piece(gm)):
-        miss(known["on_miss"], report, "a graph compiled by backend 'moonfx'")
+    report, what = backend.report, "a graph compiled by backend 'moonfx'"
+    if report.iterations and not report.rows:
+        if all(row.action == "declined" for row in report.iterations):
+            miss(known["on_miss"], report, what, f"no Newton-Schulz iteration of {what} is proved")
+    elif not report.rewritten and (report.rows or report.failures or not is_piece(gm)):
+        miss(known["on_miss"], report, what)
     return compiled
 
 
-def report_of(parameters: Sequence[torch.Tensor]) -> Report | None:
-    """What backend "moonfx" did to the graphs that used any of these parameters."""
-    ids = {id(p) for p in parameters}
-    found = [r for r in _records if any(id(p()) in ids for p in r.parameters)]
+def report_of(parameters: Sequence[torch.Tensor] | None, of_optimizer: bool) -> Report | None:
+    """What backend "moonfx" did to the graphs that used any of these parameters.
+
+    Args:
+        parameters: None for all graphs.
+        of_optimizer: whether the graphs of optimizers are meant, or those of models.
+    """
+    ids = {id(p) for p in parameters or []}
+    found = [
+        r
+        for r in _records
+        if parameters is None
+        or (r.of_optimizer == of_optimizer and any(id(p()) in ids for p in r.parameters))
+    ]
     return report_on(found) if found else None
 
 

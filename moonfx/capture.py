@@ -808,6 +808,17 @@ def hint(size: Size) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
+def is_plain(value: torch.Tensor) -> bool:
+    """Whether a node's value is a strided tensor of no subclass."""
+    plain = type(value) in (FakeTensor, torch.Tensor, torch.nn.Parameter)
+    return plain and value.layout is torch.strided
+
+
+def storage_of(value: torch.Tensor) -> object:
+    """What two tensors share if and only if they lie in one storage; None if that is not known."""
+    return value.untyped_storage()._cdata if is_plain(value) else None
+
+
 def fake_mode_of(gm: fx.GraphModule) -> Any:
     """The fake mode that the graph's values live in, or None if it has no tensor."""
     values = [n.meta.get("val") for n in gm.graph.nodes]

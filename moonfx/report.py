@@ -1,4 +1,7 @@
-"""What moonfx did to a model: one row per attention site, as text, dict and JSON."""
+"""What moonfx did: one row per attention site, and rows of Newton-Schulz iterations.
+
+As text, dict and JSON.
+"""
 
 import json
 from collections.abc import Iterable
@@ -7,6 +10,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from moonfx import iterations
+from moonfx.iterations import IterationRow
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite
 
@@ -88,12 +93,14 @@ class Report:
             compiled several times (prefill, decode) counts once for each different outcome, with
             the longest lengths traced.
         graphs: how many graphs were compiled.
+        iterations: the Newton-Schulz iterations of optimizers' graphs, those alike in one row.
         failures: graphs that could not be captured and run as they were, with the cause.
     """
 
     rows: list[Row] = field(default_factory=list)
     graphs: int = 0
     failures: list[str] = field(default_factory=list)
+    iterations: list[IterationRow] = field(default_factory=list)
 
     @property
     def sites(self) -> list[Row]:
@@ -107,9 +114,10 @@ class Report:
     def declined(self) -> list[Row]:
         return [r for r in self.rows if r.action == "declined"]
 
-    def add(self, rows: Iterable[Row]) -> None:
-        """Adds the rows of one more graph."""
+    def add(self, rows: Iterable[Row], alike: Iterable[IterationRow] = ()) -> None:
+        """Adds the rows of one more graph, its iterations `alike`."""
         self.graphs += 1
+        self.iterations += [row for row in alike if row not in self.iterations]
         seen: dict[tuple[Any, ...], int] = {}
         for row in rows:
             outcome = _outcome(row)
@@ -150,6 +158,9 @@ class Report:
             f"{len(self.rows)} attention sites in {self.graphs} graph(s): "
             f"{len(self.rewritten)} sparse, {len(self.declined)} declined, {kept} kept dense"
         ]
+        if self.iterations:
+            lines = lines if self.rows else []
+            lines.append(iterations.footer(self.iterations, self.graphs))
         saved = self.savings()
         if saved["dense"]:
             lines.append(f"dense: N <= block*topk at the traced length N = {saved['keys']}")
@@ -177,7 +188,9 @@ class Report:
             del columns["modifiers"]
         widths = [60 if name == _LAST else None for name in columns]
         text = tabulate(columns, headers="keys", maxcolwidths=widths)
-        return f"{text}\n{self.footer()}" if self.rows else self.footer()
+        tables = [text] if self.rows else []
+        tables += [iterations.table(self.iterations)] if self.iterations else []
+        return "\n".join([*tables, self.footer()])
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -186,6 +199,7 @@ class Report:
             "rewritten": len(self.rewritten),
             "declined": len(self.declined),
             "failures": list(self.failures),
+            "iterations": [asdict(r) for r in self.iterations],
             "savings": self.savings(),
         }
 

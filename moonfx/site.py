@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from moonfx.policy import LayerPolicy
@@ -10,7 +11,7 @@ from moonfx.policy import LayerPolicy
 
 @dataclass
 class Reject:
-    """A reason for leaving attention as it is, and the node that stands in the way."""
+    """A reason for leaving something as it is, and the node that stands in the way."""
 
     reason: str
     node: fx.Node
@@ -118,3 +119,35 @@ class AttentionSite:
         if self.mask is not None and self.mask.bias is not None:
             found.append(str(self.mask.bias))
         return ", ".join(found)
+
+
+@dataclass
+class NewtonSchulzSite:
+    """One Newton-Schulz iteration X_0 -> X_k in a graph.
+
+    Args:
+        output: the node that is X_k, or the last one known where it is declined.
+        shape, dtype, device: of X.
+        coefficients: (a, b, c) of each step.
+        layer, line: module name and source line.
+        flops: what its products cost as they were written.
+        action: "rewritten", "left" if the cost model keeps what was written, or "declined".
+        form: the operator's form, "" if it is not used.
+        why: the cost model's reason.
+        reject: why it was declined.
+        call: which call of the operator computes it, counted in the graph; None for none.
+    """
+
+    output: fx.Node
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    coefficients: list[tuple[float, float, float]]
+    layer: str
+    line: str
+    flops: int = 0
+    action: str = "declined"
+    form: str = ""
+    why: str = ""
+    reject: Reject | None = None
+    call: int | None = None

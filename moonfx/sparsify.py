@@ -255,14 +255,21 @@ class full_attention:  # noqa: N801 (a verb to its callers)
         self.off()
 
 
-def report(model: torch.nn.Module | ExportedProgram) -> Report:
+def report(
+    model: torch.nn.Module | ExportedProgram | torch.optim.Optimizer | None = None,
+) -> Report:
     """What was compiled so far for a model under `sparsify` or torch.compile(backend="moonfx").
 
-    Of an ExportedProgram: what `sparsify` did to make it.
+    Of an ExportedProgram: what `sparsify` did to make it. Of an optimizer: what backend "moonfx"
+    did to its step. Of nothing: what backend "moonfx" did to all graphs that are still in use.
 
     Raises:
-        ValueError: if moonfx knows nothing of the model.
+        ValueError: if moonfx knows nothing of the model or optimizer.
     """
+    if model is None:
+        return report_of(None, of_optimizer=False) or Report()
+    if isinstance(model, torch.optim.Optimizer):
+        return _report_optimizer(model)
     if isinstance(model, ExportedProgram):
         return report_exported(model)
     state = _state(model)
@@ -271,13 +278,25 @@ def report(model: torch.nn.Module | ExportedProgram) -> Report:
         if compiled_call(model) not in (state.sparse, state.dense):
             own.failures.append("the model was compiled anew after sparsify, and runs that")
         return own
-    found = report_of(list(model.parameters())) if isinstance(model, torch.nn.Module) else None
+    known = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+    found = report_of(known, of_optimizer=False)
     if found is None:
         inside = _sparse_inside(model) if isinstance(model, torch.nn.Module) else []
         hint = f", but {', '.join(inside)} within it is: ask for its report" if inside else ""
         raise ValueError(
             "model must be under moonfx.sparsify, or compiled with backend='moonfx' and called "
             f"once; this {type(model).__name__} is neither{hint}"
+        )
+    return found
+
+
+def _report_optimizer(optimizer: torch.optim.Optimizer) -> Report:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    found = report_of(parameters, of_optimizer=True)
+    if found is None:
+        raise ValueError(
+            "the optimizer's step must be compiled with torch.compile(optimizer.step, "
+            f"backend='moonfx') and called once; that of this {type(optimizer).__name__} is not"
         )
     return found
 

@@ -18,7 +18,7 @@ from moonfx.passes.nodes import body_of, operands_of
 from moonfx.passes.real_values import RealReader
 from moonfx.passes.vocabulary import DETACHED
 from moonfx.policy import LayerPolicy
-from moonfx.site import AttentionSite, Reject
+from moonfx.site import AttentionSite, NewtonSchulzSite, Reject
 
 log = logging.getLogger("moonfx.passes")
 
@@ -36,6 +36,7 @@ class Context:
             not known.
         causal_only: whether bidirectional self-attention stays dense.
         recompute_routing: whether the backward chooses blocks again instead of keeping the choice.
+        iterations: the Newton-Schulz iterations found.
         proofs: constants and given masks of the graph that a rewrite rests on -> their values.
     """
 
@@ -46,6 +47,7 @@ class Context:
     causal_only: bool = True
     recompute_routing: bool = False
     sites: list[AttentionSite] = field(default_factory=list)
+    iterations: list[NewtonSchulzSite] = field(default_factory=list)
     proofs: dict[fx.Node, tuple[float, float] | Given] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

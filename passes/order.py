@@ -8,7 +8,14 @@ from collections.abc import Callable
 from torch import fx
 
 from moonfx.dump import Dump
-from moonfx.passes import classify_mask, find_attention, remove_dead, sparsify_attention, verify
+from moonfx.passes import (
+    classify_mask,
+    find_attention,
+    newton_schulz,
+    remove_dead,
+    sparsify_attention,
+    verify,
+)
 from moonfx.passes.context import Context
 from moonfx.report import row_of
 
@@ -21,6 +28,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("find_attention", find_attention.run),
     ("classify_mask", classify_mask.run),
     ("sparsify_attention", sparsify_attention.run),
+    ("newton_schulz", newton_schulz.run),
     ("remove_dead", remove_dead.run),
 )
 
@@ -31,7 +39,7 @@ def run_passes(context: Context, *, check: bool | None = None) -> int:
     Args:
         check: run `verify` after each pass; None is "if MOONFX_VERIFY is set".
     Returns:
-        How many sites became sparse.
+        How many sites became sparse, and how many Newton-Schulz iterations an operator.
     """
     check = bool(os.environ.get("MOONFX_VERIFY")) if check is None else check
     dump = Dump(context.gm)
@@ -51,7 +59,8 @@ def run_passes(context: Context, *, check: bool | None = None) -> int:
     for row in (row_of(site) for site in context.sites if site.reject is None):
         outcome = row.policy or row.reason
         sites_log.info("%s (%s): %s, %s: %s", row.layer, row.line, row.form, row.action, outcome)
-    return sum(site.action == "sparse" for site in context.sites)
+    sparse = sum(site.action == "sparse" for site in context.sites)
+    return sparse + sum(site.action == "rewritten" for site in context.iterations)
 
 
 def _in_order_of_execution(context: Context) -> None:

@@ -1,0 +1,121 @@
+"""Rows of the report for Newton-Schulz iterations: found, how computed, and what that saves."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tabulate import tabulate
+
+from moonfx.ops.newton_schulz import newton_schulz_flops
+from moonfx.site import NewtonSchulzSite
+
+
+@dataclass(frozen=True)
+class IterationRow:
+    """The iterations of one graph that are alike: written in one line, on matrices of one size.
+
+    Args:
+        layer, line: module name and source line.
+        shape, dtype, device: of one X, a batch of matrices included.
+        count: how many iterations.
+        calls: how many calls of the operator compute them.
+        steps: k of X_0 -> X_k.
+        coefficients: (a, b, c) of each step.
+        action: "rewritten", "left" where the cost model keeps what was written, or "declined".
+        form: the operator's form, "" if it is not used.
+        reason: why the cost model chose so, or why they were declined.
+        flops_before, flops_after: of all their products, as written and as computed now; 0 where
+            they were declined.
+    """
+
+    layer: str
+    line: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    count: int
+    calls: int
+    steps: int
+    coefficients: tuple[tuple[float, float, float], ...]
+    action: str
+    form: str
+    reason: str
+    flops_before: int
+    flops_after: int
+
+
+def rows_of(sites: Iterable[NewtonSchulzSite]) -> list[IterationRow]:
+    """The sites of one graph as they stand after the passes."""
+    found: dict[IterationRow, list[NewtonSchulzSite]] = {}
+    for site in sites:
+        found.setdefault(_alone(site), []).append(site)
+    return [
+        replace(
+            row,
+            count=len(group),
+            calls=len({site.call for site in group} - {None}),
+            flops_before=row.flops_before * len(group),
+            flops_after=row.flops_after * len(group),
+        )
+        for row, group in found.items()
+    ]
+
+
+def _alone(site: NewtonSchulzSite) -> IterationRow:
+    declined = site.reject is not None
+    after = 0 if declined else site.flops
+    if site.form:
+        *batch, m, n = site.shape
+        after = math.prod(batch) * newton_schulz_flops(m, n, len(site.coefficients), site.form)
+    reason = site.reject.reason if site.reject is not None else site.why
+    return IterationRow(
+        layer=site.layer,
+        line=site.line,
+        shape=site.shape,
+        dtype=str(site.dtype).removeprefix("torch."),
+        device=str(site.device),
+        count=1,
+        calls=1,
+        steps=len(site.coefficients),
+        coefficients=tuple(site.coefficients),
+        action="declined" if declined else site.action,
+        form=site.form,
+        reason=reason,
+        flops_before=site.flops,
+        flops_after=after,
+    )
+
+
+def table(rows: Sequence[IterationRow]) -> str:
+    columns: dict[str, list[Any]] = {
+        "line": [r.line for r in rows],
+        "X": ["x".join(map(str, r.shape)) for r in rows],
+        "dtype": [r.dtype for r in rows],
+        "iterations": [r.count for r in rows],
+        "steps": [r.steps for r in rows],
+        "action": [r.action for r in rows],
+        "calls": [r.calls or "" for r in rows],
+        "form, and why": [": ".join(filter(None, (r.form, r.reason))) for r in rows],
+        "GFLOP before": [_giga(r.flops_before) for r in rows],
+        "after": [_giga(r.flops_after) for r in rows],
+    }
+    widths = [50 if name == "form, and why" else None for name in columns]
+    return tabulate(columns, headers="keys", maxcolwidths=widths, disable_numparse=True)
+
+
+def footer(rows: Sequence[IterationRow], graphs: int) -> str:
+    def count(action: str) -> int:
+        return sum(r.count for r in rows if r.action == action)
+
+    before, after = (sum(getattr(r, f"flops_{x}") for r in rows) for x in ("before", "after"))
+    saved = f"; their products cost {after / before:.2f}x the FLOPs written" if before else ""
+    return (
+        f"{sum(r.count for r in rows)} Newton-Schulz iterations in {graphs} graph(s): "
+        f"{count('rewritten')} rewritten to {sum(r.calls for r in rows)} calls, {count('left')} "
+        f"left as written, {count('declined')} declined{saved}"
+    )
+
+
+def _giga(flops: int) -> str:
+    return f"{flops / 1e9:.3g}" if flops else ""

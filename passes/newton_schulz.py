@@ -1,0 +1,138 @@
+"""Replaces Newton-Schulz iterations by one operator per size, whoever wrote them.
+
+before  A = X @ X.T;  X = a X + (b A + c A @ A) @ X      k times, for each of several matrices X
+after   moonfx::newton_schulz(stack(X, ..), [a, b, c, ..]) once for all matrices of one size
+
+X is already normalized, and stays so as its author wrote it. The coefficients are read from the
+nodes. An iteration is replaced where it is proved that nothing else reads what it computes on the
+way (`newton_schulz_chain`), and is computed with others where every read and write of the graph
+can keep its place (`reorder`).
+"""
+
+import itertools
+import operator
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import fx
+
+from moonfx.capture import module_path, source_line
+from moonfx.passes import newton_schulz_plan as plan
+from moonfx.passes import reorder
+from moonfx.passes.context import Context
+from moonfx.passes.memory import Memory
+from moonfx.passes.newton_schulz_chain import Chain, chains
+from moonfx.passes.newton_schulz_step import find_steps
+from moonfx.passes.nodes import insert
+from moonfx.site import NewtonSchulzSite, Reject
+
+aten = torch.ops.aten
+OPERATOR = torch.ops.moonfx.newton_schulz.default
+
+
+def run(graph: fx.Graph, context: Context) -> int:
+    """Returns how many iterations it replaced."""
+    memory = Memory(graph, apart=context.call_of(graph) is None)
+    found = chains(find_steps(graph, memory), memory, context)
+    if not found:
+        return 0
+    sites = [_site(chain, context) for chain in found]
+    context.iterations += sites
+    legal = [(c, s) for c, s in zip(found, sites, strict=True) if c.reject is None]
+    site_of = {id(chain): site for chain, site in legal}
+    buckets = _buckets([chain for chain, _ in legal], graph, memory, site_of)
+    chosen = []
+    for members in buckets:
+        form, why = plan.form_of(members)
+        for chain in members:
+            site_of[id(chain)].why = why
+            site_of[id(chain)].action = "rewritten" if form else "left"
+        if form:
+            chosen.append((members, form))
+    _bring_together([members for members, _ in chosen], graph, memory)
+    first = 1 + max((site.call or 0 for site in context.iterations), default=0)
+    for number, (members, form) in enumerate(chosen, first):
+        _replace(members, form)
+        for chain in members:
+            site_of[id(chain)].form, site_of[id(chain)].call = form, number
+    if chosen:
+        context.changed(graph)
+    return sum(len(members) for members, _ in chosen)
+
+
+def _site(chain: Chain, context: Context) -> NewtonSchulzSite:
+    x, node = chain.source.node.meta["val"], chain.output
+    return NewtonSchulzSite(
+        output=node,
+        shape=tuple(x.shape),
+        dtype=x.dtype,
+        device=x.device,
+        coefficients=chain.coefficients,
+        layer=module_path(node, context.names, context.root),
+        line=source_line(node),
+        flops=plan.flops(chain) if chain.reject is None else 0,
+        reject=chain.reject,
+    )
+
+
+def _buckets(
+    legal: list[Chain], graph: fx.Graph, memory: Memory, sites: dict[int, NewtonSchulzSite]
+) -> list[list[Chain]]:
+    """What may be computed by one call each; declines what cannot stand in one place."""
+    before = reorder.predecessors(graph, memory)
+    groups = {node: i for i, chain in enumerate(legal) for node in chain.body}
+    depths = reorder.depths(list(graph.nodes), before, groups)
+    found: dict[Hashable, list[Chain]] = {}
+    for i, chain in enumerate(legal):
+        if i not in depths:
+            reject = Reject("a change of mode or a random number between its steps", chain.output)
+            sites[id(chain)].reject = chain.reject = reject
+            continue
+        key = plan.key(chain, depths[i], memory.is_returned(chain.output))
+        found.setdefault(key, []).append(chain)
+    return list(itertools.chain.from_iterable(map(plan.calls, found.values())))
+
+
+def _bring_together(buckets: list[list[Chain]], graph: fx.Graph, memory: Memory) -> None:
+    groups = {n: i for i, chains in enumerate(buckets) for chain in chains for n in chain.body}
+    before = reorder.predecessors(graph, memory)
+    reorder.apply(graph, reorder.schedule(list(graph.nodes), before, groups))
+
+
+def _replace(members: list[Chain], form: str) -> None:
+    """Writes the call before the last of its members' nodes, which are then gone."""
+    order = {node: i for i, node in enumerate(members[0].output.graph.nodes)}
+    body = sorted((n for chain in members for n in chain.body), key=order.__getitem__)
+    last = body[-1]
+    results = _call(members, form, last)
+    for chain, result in zip(members, results, strict=True):
+        chain.output.replace_all_uses_with(result)
+    for node in reversed(body):
+        node.graph.erase_node(node)
+
+
+def _call(members: list[Chain], form: str, before: fx.Node) -> list[fx.Node]:
+    def write(target: Any, *args: Any, like: fx.Node = members[0].output) -> fx.Node:
+        return insert(target, args, before, like)
+
+    operands = []
+    for chain in members:
+        x = chain.source.node
+        operands.append(write(aten.mT.default, x) if chain.turned != chain.column else x)
+    *batch, m, n = members[0].value.shape if not members[0].column else plan.shape(members[0])
+    if len(batch) > 1:
+        operands = [write(aten.reshape.default, x, [-1, m, n]) for x in operands]
+    numbers = [float(x) for step in members[0].coefficients for x in step]
+    if len(members) == 1:
+        results = [write(OPERATOR, operands[0], numbers, form)]
+    else:
+        whole = write(aten.cat.default if batch else aten.stack.default, operands)
+        out = write(OPERATOR, whole, numbers, form)
+        each = operands[0].meta["val"].shape[0]
+        parts = write(aten.split.Tensor, out, each) if batch else write(aten.unbind.int, out)
+        results = [write(operator.getitem, parts, i) for i in range(len(members))]
+    if len(batch) > 1:
+        results = [write(aten.reshape.default, x, [*batch, m, n]) for x in results]
+    columns = zip(members, results, strict=True)
+    return [write(aten.mT.default, x) if chain.column else x for chain, x in columns]

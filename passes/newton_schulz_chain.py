@@ -1,0 +1,143 @@
+"""Joins steps to the iterations X_0 -> X_k that they make, and proves what may be replaced.
+
+An iteration may be replaced if nothing but X_k is read by anyone else, nothing is written to memory
+that anyone else sees, no gradient flows through it, and X is a plain tensor of known size.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from moonfx.capture import is_plain
+from moonfx.passes.context import Context
+from moonfx.passes.memory import Memory, Value
+from moonfx.passes.newton_schulz_nodes import TURNS
+from moonfx.passes.newton_schulz_step import Coefficients, Step
+from moonfx.passes.nodes import short
+from moonfx.site import Reject
+
+# What the operator takes.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass
+class Chain:
+    """X_0 -> X_k.
+
+    Args:
+        source: X_0.
+        output: X_k.
+        turned: X_k is the transpose of what the steps make of X_0.
+        coefficients: of each step.
+        body: the nodes that the operator replaces, X_k's among them.
+        reject: why it cannot be replaced, None if it can.
+        column: X_k lies in memory column by column.
+    """
+
+    source: Value
+    output: fx.Node
+    turned: bool = False
+    coefficients: list[Coefficients] = field(default_factory=list)
+    body: set[fx.Node] = field(default_factory=set)
+    reject: Reject | None = None
+    column: bool = False
+
+    @property
+    def value(self) -> torch.Tensor:
+        value: torch.Tensor = self.output.meta["val"]
+        return value
+
+
+def chains(steps: dict[Value, Step], memory: Memory, context: Context) -> list[Chain]:
+    """The longest iterations that the steps make, each with the reason why it is not replaced."""
+    later = {value for step in steps.values() for value in step.results}
+    found = []
+    for source in steps:
+        if source not in later:
+            chain = _follow(source, steps, memory)
+            chain.reject = chain.reject or _reject(chain, memory, context)
+            found.append(chain)
+    return found
+
+
+def _follow(source: Value, steps: dict[Value, Step], memory: Memory) -> Chain:
+    chain = Chain(source, source.node)
+    words: dict[fx.Node, tuple[int, set[str]]] = {}
+    step: Step | None = steps[source]
+    while step is not None:
+        if step.reject is not None:
+            chain.reject = step.reject
+            return chain
+        straight = [v for v, (_, turn) in step.results.items() if not turn]
+        result = next((v for v in step.results if v in steps), (straight or list(step.results))[0])
+        numbers, turn = step.results[result]
+        chain.coefficients.append(numbers)
+        chain.turned ^= turn
+        chain.output = result.node
+        for node in step.body(result, memory):
+            words[node] = len(chain.coefficients), set(step.terms[memory.result(node)])
+        step = steps.get(result)
+    chain.body = set(words)
+    chain.reject = _escapes(chain, words, memory)
+    return chain
+
+
+def _escapes(
+    chain: Chain, words: dict[fx.Node, tuple[int, set[str]]], memory: Memory
+) -> Reject | None:
+    """Why the nodes of a chain are not its own; drops views of X_0 from it that others read."""
+    for node in sorted(words, key=memory.position.__getitem__):
+        others = [user for user in node.users if user not in words]
+        if not others or node is chain.output:
+            continue
+        number, made = words[node]
+        if made <= {"X", "T"} and node.target in TURNS and number == 1:
+            chain.body.discard(node)
+            continue
+        what = "A = X X^T" if made <= {"XT", "TX"} else "a value inside"
+        what = f"{what} of step {number}" if made & {"XT", "TX"} else f"X after step {number}"
+        return Reject(f"{what} is also read by {short(others[0])}", others[0])
+    return None
+
+
+def _reject(chain: Chain, memory: Memory, context: Context) -> Reject | None:
+    value, x = chain.value, chain.source.node.meta["val"]
+    node = chain.output
+    if not (is_plain(value) and is_plain(x)):
+        return Reject("a tensor subclass", node)
+    if not all(type(n) is int for n in (*x.shape, *value.shape)):
+        return Reject("sizes are not known when the graph is compiled", node)
+    if x.dtype not in DTYPES:
+        return Reject(f"the operator has no {x.dtype}", node)
+    if not x.numel():
+        return Reject("a matrix without entries", node)
+    if value.requires_grad:
+        return Reject("gradients flow through it, and the operator has none", node)
+    chain.column = not value.is_contiguous()
+    if chain.column and not value.mT.is_contiguous():
+        return Reject(f"X lies in memory with strides {tuple(value.stride())}", node)
+    return _writes_for_others(chain, memory)
+
+
+def _writes_for_others(chain: Chain, memory: Memory) -> Reject | None:
+    """Whether someone else reads what the iteration writes in place."""
+    first: dict[fx.Node, int] = {}
+    for node in sorted(chain.body, key=memory.position.__getitem__):
+        for target in memory.writes(node):
+            first.setdefault(memory.of(target), memory.position[node])
+    for root, since in first.items():
+        after: set[fx.Node] = {chain.output}
+        for member in memory.members[root]:
+            if after.intersection(memory.aliases(member)):
+                after.add(member)
+        for member in memory.members[root]:
+            if member in chain.body or member in after:
+                continue
+            if member.op in ("placeholder", "get_attr") or memory.is_shared(member):
+                return Reject("it writes into memory that others see", member)
+            others = [n for n in member.users if n not in chain.body and n not in after]
+            late = [n for n in others if n.op == "output" or memory.position[n] > since]
+            if late:
+                return Reject(f"{short(late[0])} reads what it writes in place", late[0])
+    return None
