@@ -70,6 +70,7 @@ class QKClip:
     Raises:
         ValueError: if tau is not positive, no module has the projections, or a layer normalizes
             its queries or keys: scaling their projections would change nothing, nor is it needed.
+            In watch(), if a layer's queries are not of the size that its projection was taken for.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class QKClip:
 
         def see(q: Tensor, k: Tensor, **how: Any) -> None:
             if inside:
+                self._check_heads(inside[-1], q)
                 seen.append(inside[-1])
                 self.record(inside[-1], largest_logits(q[:sequences], k[:sequences], **how))
 
@@ -180,6 +182,20 @@ class QKClip:
             self.step()
 
         return optimizer.register_step_post_hook(clip)
+
+    def _check_heads(self, name: str, q: Tensor) -> None:
+        """That the rows taken for queries are as many as the queries have.
+
+        Raises:
+            ValueError: if not, as with fewer key heads in one projection that no table describes.
+        """
+        layer, made = self.layers[name], q.shape[1] * q.shape[3]
+        rows = layer.layout.outer * layer.layout.sizes[0] if layer.layout else _rows(layer.query)
+        if rows != made:
+            raise ValueError(
+                f"{name} attends with {q.shape[1]} heads of {q.shape[3]}, and {rows} outputs of "
+                "its projection are taken for queries: say with table= how it is laid out"
+            )
 
     def _clip(self, name: str, largest: Tensor) -> list[Clipped]:
         layer, heads = self.layers[name], largest.numel()

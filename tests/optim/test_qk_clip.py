@@ -219,8 +219,51 @@ def test_wrong_use_is_named(call, error, message):
         call()
 
 
+def test_a_fused_projection_with_fewer_key_heads_is_not_taken_for_thirds():
+    class Grouped(Fused):
+        def __init__(self):
+            super().__init__()
+            self.c_attn = nn.Linear(C, (H + 2) * D)
+
+        def projected(self, x):
+            return self.c_attn(x).split([H * D, D, D], -1)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Grouped()), torch.randn(1, 9, C)
+    with pytest.raises(ValueError, match="16 outputs"), QKClip(model, **NAMES).watch():
+        model(x)
+    before = logits(model[0], x)
+    table = [Row("0.c_attn.weight", layout=Layout(sizes=(H * D, D, D)))]
+    clip = QKClip(model, tau=float(before.min()) / 2, **NAMES, table=table)
+    with clip.watch():
+        model(x)
+    assert len(clip.step()) == H
+    after = logits(model[0], x)
+    torch.testing.assert_close(after, torch.full_like(after, clip.tau))
+
+
 def test_a_model_that_writes_its_attention_out_is_told_what_to_do():
     model = nn.Sequential(Attention())
     message = "saw no scaled_dot_product_attention"
     with pytest.raises(RuntimeError, match=message), QKClip(model).watch():
         model[0].q_proj(torch.randn(1, 2, C))
+
+
+def test_a_llama_with_rotary_positions_and_shared_keys_is_clipped_to_tau():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.LlamaForCausalLM(config).eval()
+    clip = QKClip(model, tau=0.01)
+    tokens, padding = torch.randint(64, (2, 12)), torch.ones(2, 12).long()
+    padding[0, :4] = 0
+    found = []
+    for _ in range(2):
+        with torch.no_grad(), clip.watch():
+            model(tokens, attention_mask=padding, use_cache=False)
+        found.append(clip.largest["model.layers.0.self_attn"])
+        clip.step()
+    assert (found[0] > 0.01).all()
+    # Of the first layer: what deeper ones get to read has moved with it.
+    torch.testing.assert_close(found[1], torch.full((4,), 0.01))
