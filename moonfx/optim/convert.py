@@ -73,7 +73,7 @@ def convert_optimizer(
             its correction, so that the RMS asked for is that obtained.
         exact_rms: whether each update is scaled by its own RMS, not by that of Gaussian matrices.
         roles: the user's word, {parameter name | "re:<regex>" | predicate(name, parameter):
-            "muon" | "adamw" | a role's name | Layout}. The first that fits goes before all else.
+            "muon" | "adamw" | a role's name | moonfx.optim.matrices.Layout}, before all else.
         decay: "decoupled", W (1 - lr wd); "cautious", only where that moves with the update; or
             "coupled", wd W into the gradient. None: as adamw does it, coupled for Adam.
         momentum_dtype: "int8" keeps the momentum as torchao's 8-bit state; None in exp_avg's dtype,
