@@ -819,6 +819,12 @@ def storage_of(value: torch.Tensor) -> object:
     return value.untyped_storage()._cdata if is_plain(value) else None
 
 
+def hint_or_none(size: Size) -> int | None:
+    """A size at the traced shape, None if only the run will know it. Adds no guard."""
+    known = size if isinstance(size, int) else size.node.hint
+    return None if known is None else int(known)
+
+
 def fake_mode_of(gm: fx.GraphModule) -> Any:
     """The fake mode that the graph's values live in, or None if it has no tensor."""
     values = [n.meta.get("val") for n in gm.graph.nodes]

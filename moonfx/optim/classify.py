@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moonfx.optim.matrices import Layout
 from moonfx.optim.modules import Modules
 from moonfx.optim.names import FLATTENED, by_name, by_shape, unwrapped
 from moonfx.optim.overrides import Overrides, overridden
-from moonfx.optim.roles import ROLES, Finding, RoleRow, row_of
+from moonfx.optim.roles import MUON, ROLES, Finding, RoleRow, row_of
 from moonfx.optim.sites import check_owned, innermost, is_flattened, sites_of
+from moonfx.optim.trace import Uses, uses_of_call
 
 NO_MODEL = (
     "parameters are classified by their names and shapes, which show neither tied weights, nor "
@@ -60,6 +62,10 @@ def classify(
         check_owned(model, list(parameters), list(names), sites)
         known = Modules(innermost(model), sites)
         rules = [(known.of(p), "module") for p in parameters]
+        if example is not None:
+            uses = uses_of_call(innermost(model), example)
+            _warn_of(uses)
+            rules = [_used(p, rule, uses) for p, (rule, _) in zip(parameters, rules, strict=True)]
         own = [[site.name for site in sites[id(p)]] for p in parameters]
         aliases = [list(dict.fromkeys([*a, *b])) for a, b in zip(own, aliases, strict=True)]
     said.check_used(list(zip(aliases, parameters, strict=True)))
@@ -73,6 +79,35 @@ def classify(
     return rows
 
 
+def _used(parameter: Tensor, by_module: Finding, uses: Uses) -> tuple[Finding, str]:
+    """What the graph says, and the module's word where the graph has none."""
+    found = uses.found.get(id(parameter))
+    if found is None and uses.whole:
+        return Finding("unused", "no operator of the traced call reads it"), "graph"
+    if found is None:
+        note = "no graph of the traced call reads it, which was not seen as a whole"
+        return by_module._replace(why=f"{by_module.why} ({note})"), "module"
+    if found.role is None:
+        return by_module._replace(why=f"{by_module.why} ({found.why})"), "module"
+    if by_module.role in _BY_PARTS_OF_WEIGHTS and ROLES[found.role].optimizer == MUON:
+        return by_module._replace(why=f"{by_module.why} ({found.why})"), "module"
+    layout = Layout(found.kind, found.dim, found.outer, found.sizes)
+    return Finding(found.role, found.why, layout), "graph"
+
+
+# Parts of a weight look like weights of their own where a graph shows only one of them.
+_BY_PARTS_OF_WEIGHTS = ("LoRA", "weight norm")
+
+
+def _warn_of(uses: Uses) -> None:
+    if uses.failures:
+        warnings.warn(
+            f"moonfx: {len(uses.failures)} graphs of the model could not be captured, and what they"
+            f" use is classified by module types: {uses.failures[0]}",
+            stacklevel=4,
+        )
+
+
 def _nameless(parameter: Tensor, name: str) -> tuple[Finding, str]:
     """What name and shape say without a model."""
     shape = tuple(parameter.shape)
@@ -80,6 +115,6 @@ def _nameless(parameter: Tensor, name: str) -> tuple[Finding, str]:
     found = by_name(unwrapped(name), shape) if name else None
     if found is None:
         return by_shape_alone, "shape"
-    if ROLES[found.role].optimizer == "muon" and by_shape_alone.role == "thin matrix":
+    if ROLES[found.role].optimizer == MUON and by_shape_alone.role == "thin matrix":
         return by_shape_alone, "shape"
     return found, "name"

@@ -1,0 +1,113 @@
+"""How a model uses its parameters in one call: a dry run that changes nothing.
+
+Dynamo traces the forward and every graph is captured, not run: what it gives are zeros of the
+right shapes. After a graph break a graph may serve many layers, so that it is the calls of the
+graphs that are joined into one data flow, each with the parameters it was called with.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from moonfx.capture import CaptureError, capture, compile_call, empty_results, is_piece, plain_call
+from moonfx.passes.parameter_use import Found, uses_in
+from moonfx.passes.values import GraphCall, Run
+
+
+class Uses:
+    """What a model uses its parameters for.
+
+    Args:
+        found: by the id of each parameter that a graph reads.
+        whole: whether all of the call was seen, so that what no graph reads is not used.
+        failures: graphs that could not be captured, and why.
+    """
+
+    def __init__(self, found: dict[int, Found], whole: bool, failures: Sequence[str] = ()) -> None:
+        self.found, self.whole, self.failures = found, whole, list(failures)
+
+
+class _Recorder:
+    """A Dynamo backend that keeps the calls of its graphs, and runs none of them."""
+
+    def __init__(self) -> None:
+        self.calls: list[GraphCall] = []
+        self.failures: list[str] = []
+        self.graphs: dict[int, fx.GraphModule] = {}
+        self.pieces = False
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.pieces |= is_piece(gm)
+        number = len(self.graphs) + len(self.failures)
+        try:
+            self.graphs[number] = capture(gm, example_inputs)
+        except CaptureError as error:
+            self.failures.append(str(error))
+        run = empty_results(gm) or gm.forward
+
+        def call(*inputs: Any) -> Any:
+            results = run(*inputs)
+            if number in self.graphs:
+                self.calls.append(GraphCall(self.graphs[number], inputs, results))
+            return results
+
+        return call
+
+    def forget(self) -> None:
+        """Lets the graphs go: Dynamo keeps what it compiled as long as the model's code lives."""
+        self.calls, self.graphs = [], {}
+
+
+def uses_of_call(model: nn.Module, example: tuple[Any, ...] | dict[str, Any]) -> Uses:
+    """What one call of a model uses its parameters for.
+
+    The random state, buffers and mutable inputs (a KV cache) stay as they were.
+
+    Args:
+        model: inside its wrappers.
+        example: positional or keyword inputs.
+    Raises:
+        ValueError: if the model cannot be called with them.
+    """
+    args, kwargs = (example, {}) if isinstance(example, tuple) else ((), example)
+    args, kwargs = pytree.tree_map(_copied, (args, kwargs))
+    recorder = _Recorder()
+    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    try:
+        with torch.random.fork_rng(devices=devices), _kept_buffers(model):
+            returned = compile_call(plain_call(model), recorder)(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"example: {type(model).__name__} cannot be traced with it: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    names = {id(module): name for name, module in model.named_modules()}
+    whole = len(recorder.calls) == 1 and not recorder.pieces and not recorder.failures
+    # Of a whole call everything goes back to its caller, also in a cache that is no pytree.
+    run = Run(recorder.calls, None if whole else pytree.tree_leaves(returned))
+    found = uses_in(run, names)
+    recorder.forget()
+    return Uses(found, whole, recorder.failures)
+
+
+def _copied(argument: Any) -> Any:
+    """An input that the call may change; a tensor is only read."""
+    return argument if isinstance(argument, torch.Tensor) else copy.deepcopy(argument)
+
+
+@contextlib.contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Puts back the numbers of buffers that code between two graphs may have changed."""
+    before = [(b, b._version, b.clone()) for b in model.buffers() if b.numel()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, value in before:
+                if buffer._version != version:
+                    buffer.copy_(value)
