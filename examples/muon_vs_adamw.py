@@ -56,7 +56,7 @@ class Sizes:
     warmup: int = 20
     every: int = 10
     scored: int = 128
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
