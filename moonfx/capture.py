@@ -76,6 +76,7 @@ _CAPTURED = "moonfx_captured"
 _BUFFER = "moonfx_buffer"
 _ORIGIN = ("nn_module_stack", "stack_trace")
 _INPUT = "moonfx_input"
+_TRAINED = "moonfx_trained"
 
 
 class CaptureError(Exception):
@@ -145,6 +146,7 @@ def _hold(gm: fx.GraphModule, captured: fx.GraphModule, names: Sequence[str]) ->
         with captured.graph.inserting_after(placeholders[-1]):
             read = captured.graph.get_attr(name)
         read.meta.update(node.meta)
+        read.meta[_TRAINED] = getattr(gm, name).requires_grad
         node.replace_all_uses_with(read)
         captured.graph.erase_node(node)
         if not read.users:
@@ -430,6 +432,7 @@ def _keep_placeholders(
     for old, new, value in zip(before, after, example_inputs, strict=True):
         new.name = new.target = old.name
         new.meta.update({k: v for k, v in old.meta.items() if k in ("grapharg", "tensor_dict")})
+        new.meta[_TRAINED] = isinstance(value, torch.Tensor) and value.requires_grad
         source = repr(getattr(old, "_dynamo_source", ""))
         if "_buffers" in source and isinstance(value, torch.Tensor):
             new.meta[_BUFFER] = value
@@ -696,6 +699,13 @@ def input_name(node: fx.Node) -> tuple[bool, str] | None:
         return True, ".".join(rest)
     name = [first, *rest][-1]
     return (False, name) if name else None
+
+
+def may_be_trained(node: fx.Node) -> bool:
+    """Whether an input or a tensor that the graph holds may need a gradient."""
+    if node.op not in ("placeholder", "get_attr"):
+        return False
+    return bool(node.meta.get(_TRAINED, buffer_value(node) is None))
 
 
 def nested_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.capture import buffer_value, input_name, nested_graphs
+from moonfx.capture import buffer_value, input_name, may_be_trained, nested_graphs
 from moonfx.passes.given_masks import Given, is_frozen
 from moonfx.passes.index_algebra import Reader
 from moonfx.passes.modes import Mode, inside, modes
@@ -142,6 +142,16 @@ class Context:
     def _gradient_ends(self, node: fx.Node) -> bool:
         """Whether a node is made of what may be trained, but is not itself differentiable."""
         return (node.target in DETACHED or not self.mode(node).gradients) and self._is_trained(node)
+
+    def needs_gradient(self, node: fx.Node) -> bool:
+        """Whether a gradient may flow through a node."""
+        return self.mode(node).gradients and any(map(self._needs_it, self._floats_above(node)))
+
+    def _needs_it(self, node: fx.Node) -> bool:
+        outside = self.outer(node)
+        if outside is not None:
+            return any(map(self._needs_it, self._floats_above(outside)))
+        return may_be_trained(node)
 
     def _is_trained(self, node: fx.Node) -> bool:
         """Whether floats are made of a parameter or of what the user passes in."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.capture import module_path, source_line
+from moonfx.capture import hint, module_path, source_line
 from moonfx.passes import newton_schulz_plan as plan
 from moonfx.passes import reorder
 from moonfx.passes.context import Context
@@ -65,7 +65,7 @@ def _site(chain: Chain, context: Context) -> NewtonSchulzSite:
     x, node = chain.source.node.meta["val"], chain.output
     return NewtonSchulzSite(
         output=node,
-        shape=tuple(x.shape),
+        shape=tuple(map(hint, x.shape)),
         dtype=x.dtype,
         device=x.device,
         coefficients=chain.coefficients,

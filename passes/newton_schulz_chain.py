@@ -14,6 +14,7 @@ from moonfx.passes.context import Context
 from moonfx.passes.memory import Memory, Value
 from moonfx.passes.newton_schulz_nodes import TURNS
 from moonfx.passes.newton_schulz_step import Coefficients, Step
+from moonfx.passes.newton_schulz_terms import quintic
 from moonfx.passes.nodes import short
 from moonfx.site import Reject
 
@@ -95,8 +96,10 @@ def _escapes(
         if made <= {"X", "T"} and node.target in TURNS and number == 1:
             chain.body.discard(node)
             continue
-        what = "A = X X^T" if made <= {"XT", "TX"} else "a value inside"
-        what = f"{what} of step {number}" if made & {"XT", "TX"} else f"X after step {number}"
+        if quintic(dict.fromkeys(made, 1.0)):
+            what = f"X after step {number}"
+        else:
+            what = f"{'A = X X^T' if made <= {'XT', 'TX'} else 'a value'} of step {number}"
         return Reject(f"{what} is also read by {short(others[0])}", others[0])
     return None
 
@@ -112,7 +115,7 @@ def _reject(chain: Chain, memory: Memory, context: Context) -> Reject | None:
         return Reject(f"the operator has no {x.dtype}", node)
     if not x.numel():
         return Reject("a matrix without entries", node)
-    if value.requires_grad:
+    if context.needs_gradient(node):
         return Reject("gradients flow through it, and the operator has none", node)
     chain.column = not value.is_contiguous()
     if chain.column and not value.mT.is_contiguous():

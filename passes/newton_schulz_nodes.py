@@ -16,6 +16,10 @@ class Unclear(Exception):
     """A node that a step might hold, but not this way; the message says why."""
 
 
+class TooLong(Exception):
+    """A product of higher degree than a step has."""
+
+
 # An operand of a node -> its polynomial; raises KeyError for one that is none.
 Get = Callable[[Any], Terms]
 
@@ -38,7 +42,7 @@ def _number(value: Any) -> float:
 def _times(left: Terms, right: Terms) -> Terms:
     out = product(left, right)
     if out is None:
-        raise KeyError("too long a product")
+        raise TooLong
     return out
 
 
@@ -216,7 +220,6 @@ NO_STEP = {
     "dropout": "dropout inside the step",
     "native_dropout": "dropout inside the step",
     "addcmul": "two matrices are multiplied entry by entry",
-    "add": "something that is no polynomial of X is added",
 }
 
 
@@ -233,6 +236,7 @@ def terms_of(node: fx.Node, get: Get) -> Terms:
     Raises:
         Unclear: if a step may not hold such a node, or not with these operands.
         KeyError: if an operand is no polynomial.
+        TooLong: if its degree is more than a step's.
     """
     run = TABLE.get(node.target)
     if run is None:

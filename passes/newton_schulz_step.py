@@ -21,6 +21,7 @@ from moonfx.passes.newton_schulz_nodes import (
     PRODUCTS,
     TABLE,
     TURNS,
+    TooLong,
     Unclear,
     read_by,
     terms_of,
@@ -127,6 +128,7 @@ def _step(source: Value, memory: Memory) -> Step | None:
         step.terms[base] = {"T": 1.0}
     shape = source.node.meta["val"].shape
     spoiled: dict[Value, Reject] = {}
+    beyond: set[Value] = set()  # of a higher degree: what follows the step
     squared = False
     heap: list[tuple[int, fx.Node]] = []
     seen: set[fx.Node] = set()
@@ -146,6 +148,10 @@ def _step(source: Value, memory: Memory) -> Step | None:
         reads = [memory.read(node, n) for n in read_by(node)]
         bad = next((spoiled[v] for v in reads if v in spoiled), None)
         value = memory.result(node)
+        if beyond.intersection(reads):
+            beyond.add(value)
+            follow(value)
+            continue
 
         def get(operand: Any, node: fx.Node = node) -> Terms:
             read = memory.read(node, operand)
@@ -157,11 +163,16 @@ def _step(source: Value, memory: Memory) -> Step | None:
             terms = terms_of(node, get)
             if not _fits(terms, node.meta["val"].shape, shape):
                 raise Unclear("a matrix is broadcast or reshaped inside the step")
-        except KeyError:
+        except TooLong:
+            if not step.results:
+                beyond.add(value)
+                follow(value)
             continue
-        except Unclear as why:
+        except (KeyError, Unclear) as why:
+            reason = str(why) if isinstance(why, Unclear) else "something else than X comes in"
             if _matters(node, step, reads):
-                spoiled[value] = bad or Reject(str(why), node)
+                squared |= node.target in PRODUCTS and not any(_is_x(step, v) for v in reads)
+                spoiled[value] = bad or Reject(reason, node)
                 follow(value)
             continue
         squared |= "XTXT" in terms or "TXTX" in terms
@@ -193,7 +204,7 @@ def _identity(value: Value, memory: Memory) -> Terms | None:
 
     try:
         return terms_of(node, get)
-    except (KeyError, Unclear):
+    except (KeyError, TooLong, Unclear):
         return None
 
 
@@ -215,8 +226,11 @@ _ARITHMETIC = {str(target).split(".")[1].rstrip("_") for target in TABLE} | {
 
 def _matters(node: fx.Node, step: Step, reads: list[Value]) -> bool:
     """Whether a node that is no polynomial may be part of a step: arithmetic on more than X."""
-    more = [v for v in reads if not set(step.terms.get(v, {"": 0.0})) <= {"X", "T"}]
-    return short(node).rstrip("_") in _ARITHMETIC and bool(more)
+    return short(node).rstrip("_") in _ARITHMETIC and not all(_is_x(step, v) for v in reads)
+
+
+def _is_x(step: Step, value: Value) -> bool:
+    return set(step.terms.get(value, {"": 0.0})) <= {"X", "T"}
 
 
 def _why_not(step: Step, spoiled: list[Reject], squared: bool) -> Reject | None:

@@ -34,15 +34,25 @@ class Rewritten:
     Args:
         run: the function.
         inputs: what it is traced with; not changed.
+        symbolic: whether sizes are symbols.
+        gradients: whether it is called with gradients on, which no optimizer's step is.
     """
 
-    def __init__(self, run: Callable[..., Any], *inputs: Tensor, symbolic: bool = False) -> None:
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        *inputs: Tensor,
+        symbolic: bool = False,
+        gradients: bool = False,
+    ) -> None:
         mode = "symbolic" if symbolic else "fake"
-        copies = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
-        self.gm = make_fx(lambda *given: run(*given), tracing_mode=mode, pre_dispatch=True)(*copies)
-        self.before = [n.target for n in self.gm.graph.nodes]
-        context = Context(self.gm, lambda *site: LayerPolicy())
-        self.count = run_passes(context, check=True)
+        copies = [x.clone() for x in inputs]
+        with torch.set_grad_enabled(gradients):
+            trace = make_fx(lambda *given: run(*given), tracing_mode=mode, pre_dispatch=True)
+            self.gm = trace(*copies)
+            self.before = [n.target for n in self.gm.graph.nodes]
+            context = Context(self.gm, lambda *site: LayerPolicy())
+            self.count = run_passes(context, check=True)
         self.rows: list[IterationRow] = rows_of(context.iterations)
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -182,6 +182,16 @@ def transposed_a(G: Tensor) -> Tensor:
     return X
 
 
+def doubled_between(G: Tensor) -> Tensor:
+    """Each step's X is doubled in place after A was made of it: coefficients 2 a, 2 b, 2 c."""
+    X = normalized(G)
+    for a, b, c in CHANGING:
+        A = X @ X.T
+        X.mul_(2.0)
+        X = 0.5 * (a * X + (b * A + c * A @ A) @ X)
+    return X
+
+
 def in_float32(G: Tensor) -> Tensor:
     """Normalized in float32, iterated in bfloat16, returned in the gradient's dtype."""
     return jordan(normalized(G.float())).to(G.dtype)
@@ -220,6 +230,7 @@ FORMS: list[tuple[str, Form, tuple[int, ...], int]] = [
     ("multi_dot", multi_dot, (4, 6), 3),
     ("lerp and ratios", factored, (4, 6), 3),
     ("A^T for A", transposed_a, (4, 6), 3),
+    ("doubled in between", doubled_between, (4, 6), 3),
     ("cast back and forth", in_float32, (4, 6), 5),
     ("one step", one_step, (4, 6), 1),
 ]

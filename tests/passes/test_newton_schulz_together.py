@@ -1,0 +1,190 @@
+"""Which iterations share a call of the operator, and what keeps them apart."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moonfx.passes import newton_schulz_plan as plan
+from tests.passes.newton_schulz_cases import Rewritten, always, matrix
+from tests.passes.newton_schulz_forms import CHANGING, QUINTIC, gram_free, jordan, normalized
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    always(monkeypatch)
+
+
+def iterate(X: Tensor, coefficients: tuple[tuple[float, float, float], ...] = CHANGING) -> Tensor:
+    for a, b, c in coefficients:
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X
+
+
+def update(parameters: list[Tensor], gradients: list[Tensor]) -> None:
+    """One parameter after another, as an optimizer's loop has it."""
+    for p, g in zip(parameters, gradients, strict=True):
+        p.mul_(0.9).sub_(iterate(normalized(g)))
+
+
+def run(parameters: list[Tensor], gradients: list[Tensor]) -> Callable[..., None]:
+    def body(*given: Tensor) -> None:
+        update(list(given[: len(parameters)]), list(given[len(parameters) :]))
+
+    return body
+
+
+def two(*shape: int) -> list[Tensor]:
+    return [matrix(*shape, seed=1), matrix(*shape, seed=2)]
+
+
+def test_a_loop_over_parameters_becomes_one_call_for_each_size() -> None:
+    parameters = [*two(4, 6), *two(6, 4), matrix(4, 6, seed=3)]
+    gradients = [matrix(*p.shape, seed=9 + i) for i, p in enumerate(parameters)]
+    rewritten = Rewritten(run(parameters, gradients), *parameters, *gradients)
+    assert [(r.shape, r.count, r.calls) for r in rewritten.rows] == [((4, 6), 3, 1), ((6, 4), 2, 1)]
+    sizes = [n.args[0].meta["val"].shape for n in rewritten.calls]  # type: ignore[union-attr]
+    assert sorted(sizes) == [(2, 6, 4), (3, 4, 6)]
+    eager, ours = ([p.clone() for p in parameters] for _ in range(2))
+    update(eager, gradients)
+    rewritten(*ours, *gradients)
+    for a, b in zip(eager, ours, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)  # see test_newton_schulz
+        assert not torch.equal(a, parameters[0])
+
+
+def feeding(G: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    first = iterate(normalized(G))
+    return first * 2, iterate(normalized(H + first)) * 2
+
+
+def feeding_through_memory(G: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """The second reads what the first was written to, by a view made before."""
+    total = H.clone()
+    view = total.view(-1)
+    first = iterate(normalized(G))
+    total.add_(first)
+    return first * 2, iterate(normalized(view.view(4, 6))) * 2
+
+
+def a_number_drawn_between(G: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """The draw is before the second's input and after the first's result is used."""
+    first = torch.dropout(iterate(normalized(G)), 0.5, True)
+    return first, iterate(normalized(torch.dropout(H, 0.5, True))) * 2
+
+
+def other_coefficients(G: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    return iterate(normalized(G)) * 2, iterate(normalized(H), (QUINTIC,) * 3) * 2
+
+
+def other_steps(G: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    return iterate(normalized(G)) * 2, iterate(normalized(H), CHANGING[:2]) * 2
+
+
+def other_dtype(G: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    return iterate(normalized(G)) * 2, iterate(normalized(H).double()) * 2
+
+
+def returned(G: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """Two results of a graph never lie in one memory."""
+    return iterate(normalized(G)), iterate(normalized(H))
+
+
+def crossed(G: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """Small after large and large after small: neither pair may become one call."""
+    large, small = normalized(G), normalized(H[:3, :3])
+    large_first = iterate(large)
+    small_second = iterate(normalized(small + large_first[:3, :3]))
+    small_first = iterate(small)
+    large_second = iterate(normalized(G + small_first.sum()))
+    return small_second * 2, large_second * 2
+
+
+APART = [
+    ("one feeds the other", feeding, 2),
+    ("through memory", feeding_through_memory, 2),
+    ("a random number between", a_number_drawn_between, 2),
+    ("other coefficients", other_coefficients, 2),
+    ("fewer steps", other_steps, 2),
+    ("another dtype", other_dtype, 2),
+    ("both returned", returned, 2),
+    ("crossed", crossed, 4),
+]
+
+
+@pytest.mark.parametrize(("name", "body", "calls"), APART, ids=[r[0] for r in APART])
+def test_iterations_that_may_not_share_a_call_have_their_own(
+    name: str, body: Callable[..., tuple[Tensor, ...]], calls: int
+) -> None:
+    G, H = two(4, 6)
+    rewritten = Rewritten(body, G, H)
+    assert len(rewritten.calls) == calls
+    torch.manual_seed(0)
+    expected = body(G.clone(), H.clone())
+    torch.manual_seed(0)
+    for a, b in zip(expected, rewritten(G, H), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
+
+
+def test_a_call_is_given_no_more_than_its_share_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "CALL_BYTES", 2 * 4 * 6 * 4)
+    parameters = [matrix(4, 6, seed=i) for i in range(5)]
+    gradients = [matrix(4, 6, seed=9 + i) for i in range(5)]
+    rewritten = Rewritten(run(parameters, gradients), *parameters, *gradients)
+    assert [r.calls for r in rewritten.rows] == [3]
+    sizes = [n.args[0].meta["val"].shape for n in rewritten.calls]  # type: ignore[union-attr]
+    assert sizes == [(2, 4, 6), (2, 4, 6), (4, 6)]
+
+
+def test_batches_of_matrices_are_joined_along_the_batch() -> None:
+    G, H = two(3, 6, 4)
+    rewritten = Rewritten(lambda G, H: (gram_free(G) * 2, gram_free(H) * 2), G, H)
+    (call,) = rewritten.calls
+    assert call.args[0].meta["val"].shape == (6, 6, 4)  # type: ignore[union-attr]
+    for a, b in zip((gram_free(G) * 2, gram_free(H) * 2), rewritten(G, H), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+
+
+def test_norms_taken_of_a_list_at_once_keep_iterations_together() -> None:
+    """torch._foreach_*: each tensor of a list is memory of its own."""
+
+    def body(G: Tensor, H: Tensor) -> list[Tensor]:
+        scaled = torch._foreach_div([G, H], torch._foreach_norm([G, H]))
+        torch._foreach_mul_(scaled, 0.5)
+        return [iterate(X) * 2 for X in scaled]
+
+    G, H = two(4, 6)
+    rewritten = Rewritten(body, G, H)
+    assert [(r.count, r.calls) for r in rewritten.rows] == [(2, 1)]
+    for a, b in zip(body(G, H), rewritten(G, H), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+
+
+def test_a_momentum_that_is_normalized_in_place_still_is() -> None:
+    """As torch.optim.Muon does without nesterov to bfloat16 parameters, by mistake."""
+
+    def body(momentum: Tensor, g: Tensor) -> Tensor:
+        momentum.lerp_(g, 0.1)
+        X = momentum.bfloat16()
+        X.div_(X.norm())
+        return iterate(X) * 2
+
+    given = [m.bfloat16() for m in two(4, 6)]
+    eager, ours = ([m.clone() for m in given] for _ in range(2))
+    rewritten = Rewritten(body, *given)
+    out = rewritten(*ours)
+    torch.testing.assert_close(body(*eager), out, atol=0.06, rtol=0)
+    assert len(rewritten.calls) == 1
+    assert torch.equal(eager[0], ours[0])
+    assert abs(ours[0].float().norm() - 1) < 0.01
+
+
+def test_what_the_cost_model_leaves_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    always(monkeypatch, "plain")
+    rewritten = Rewritten(lambda G: jordan(G) * 2, matrix(4, 6))
+    assert [(r.action, r.calls, r.form) for r in rewritten.rows] == [("left", 0, "")]
+    assert rewritten.targets == rewritten.before
