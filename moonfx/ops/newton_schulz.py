@@ -15,6 +15,7 @@ are computed as their transpose. It has no derivative.
 Where there is no kernel (no C++ compiler; float64) all of them are computed as the plain one.
 """
 
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from moonfx.kernels import newton_schulz as by_torch
 from moonfx.kernels import newton_schulz_cpu, newton_schulz_runs
 from moonfx.kernels.reference_newton_schulz import Coefficients
 from moonfx.ops.checks import dtype_name, shape
+from moonfx.ops.dispatch import triton_kernels
 from moonfx.ops.newton_schulz_cost import FORMS, MUON, best_form, kernel_runs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -119,7 +121,12 @@ def run(X: Tensor, steps: Coefficients, form: str) -> Tensor:
         form, _ = best_form(X.device, X.dtype, B, m, n, steps)
         if form == "plain":
             return by_torch.plain(X, steps)
-    return newton_schulz_cpu.newton_schulz(X, steps, runs_of(form, steps, X.dtype, m, n))
+    runs = runs_of(form, steps, X.dtype, m, n)
+    if triton_kernels(X.device) is not None:
+        on_gpu = importlib.import_module("moonfx.kernels.gpu_newton_schulz")  # it needs Triton
+        out: Tensor = on_gpu.newton_schulz(X, steps, runs)
+        return out
+    return newton_schulz_cpu.newton_schulz(X, steps, runs)
 
 
 @newton_schulz.register_fake

@@ -5,7 +5,9 @@ On a CPU the C++ kernel multiplies as fast as torch.mm (bfloat16 205 against 210
 the form with the fewest FLOPs is the fastest. Where a processor has matrix units that torch.mm uses
 and the kernel does not (AMX), torch.mm is.
 
-On a GPU nothing has been measured yet.
+On a GPU nothing has been measured yet, so only what is clear is taken: the Triton kernel for 16-bit
+numbers, from a short side of 256 and where its tiles fill the chip, and runs of steps from a ratio
+of sides of 3.
 """
 
 import functools
@@ -15,12 +17,16 @@ import torch
 from moonfx.fallback import warn_slow
 from moonfx.kernels import cpu, cpu_build, newton_schulz_runs
 from moonfx.kernels.reference_newton_schulz import Coefficients
+from moonfx.ops.dispatch import find_triton_kernels, triton_kernels
 
 FORMS = ("auto", "plain", "symmetric", "gram")
 MUON = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients, of every step
 
 # A form with runs must save this much of the symmetric form's FLOPs: it is a little less precise.
 WORTH = 0.95
+# On a GPU: the shortest side, the least ratio for runs, the side of a tile, and how many of them
+# are half a wave (an A100 has 108 multiprocessors, an H100 132).
+SHORTEST, RATIO, TILE, FILLED = 256, 3, 128, 64
 
 
 def best_form(
@@ -33,7 +39,25 @@ def best_form(
         return "plain", reason
     if dtype == torch.bfloat16 and has_matrix_units():
         return "plain", "torch.mm has this processor's matrix units (AMX) for bfloat16"
-    return fewest_flops(dtype, m, n, steps)
+    if device.type == "cpu":
+        return fewest_flops(dtype, m, n, steps)
+    return on_gpu(dtype, batch, m, n, steps)
+
+
+def on_gpu(dtype: torch.dtype, batch: int, m: int, n: int, steps: Coefficients) -> tuple[str, str]:
+    if dtype == torch.float32:
+        return "plain", "float32 is left to cuBLAS (the kernel's products are not measured)"
+    if m < SHORTEST:
+        return "plain", f"the short side is below {SHORTEST} (not measured)"
+    tiles = -(-m // TILE)
+    programs = batch * tiles * (tiles + 1) // 2
+    if programs < FILLED:
+        return "plain", f"{programs} tiles of {TILE} x {TILE} do not fill a GPU (not measured)"
+    form, why = fewest_flops(dtype, m, n, steps)
+    if form == "gram" and n < RATIO * m:
+        form = "symmetric"
+        why = f"the sides' ratio is below {RATIO}, for runs of steps (not measured)"
+    return form, why
 
 
 def fewest_flops(dtype: torch.dtype, m: int, n: int, steps: Coefficients) -> tuple[str, str]:
@@ -48,10 +72,17 @@ def fewest_flops(dtype: torch.dtype, m: int, n: int, steps: Coefficients) -> tup
     return "gram", f"{together / plain:.2f} of the FLOPs: {said} steps between visits of X"
 
 
+KERNELS = {"cpu": ("CPU", "C++"), "cuda": ("GPU", "Triton")}
+
+
 def no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why there is none but torch's operations; None if there is one."""
     if dtype == torch.float64:
         return "float64 is computed by torch alone"
+    if triton_kernels(device) is not None:
+        return None
+    if device.type == "cuda":
+        return f"there is no Triton kernel: {find_triton_kernels()[1]}"
     if device.type != "cpu":
         return f"there is no kernel for {device.type} tensors"
     reason = cpu.available()
@@ -60,10 +91,15 @@ def no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def kernel_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there is a kernel; one that only lacks a compiler is warned about."""
-    if no_kernel(device, dtype) is None:
+    if (reason := no_kernel(device, dtype)) is None:
         return True
-    if device.type == "cpu" and (reason := cpu.available()) is not None:
-        warn_slow("Newton-Schulz on the CPU runs as torch operations, slower than in C++", reason)
+    if dtype != torch.float64 and device.type in KERNELS:
+        reason = reason.partition(": ")[2]
+        where, kernel = KERNELS[device.type]
+        warn_slow(
+            f"Newton-Schulz on the {where} runs as torch operations, slower than in {kernel}",
+            reason,
+        )
     return False
 
 

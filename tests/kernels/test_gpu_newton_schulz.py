@@ -1,0 +1,208 @@
+"""Newton-Schulz on a GPU: by Triton's interpreter, compiled ahead of time, and on a GPU."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moonfx.kernels import gpu_configs
+from moonfx.kernels import reference_newton_schulz as reference
+from moonfx.ops import dispatch, newton_schulz_cost
+from moonfx.ops.newton_schulz import newton_schulz_form
+from tests.kernels.newton_schulz_cases import COEFFICIENTS, matrix
+from tests.kernels.test_gpu_aot import UNIT
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+gpu = pytest.importorskip("moonfx.kernels.gpu")
+gpu_newton_schulz = pytest.importorskip("moonfx.kernels.gpu_newton_schulz")
+
+OPERATOR = torch.ops.moonfx.newton_schulz
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+STEPS = COEFFICIENTS["quintic"]
+# Of the largest entry. float32: three TF32 products. The others: rounded once, bfloat16 by the
+# interpreter towards zero.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}
+
+
+def symmetric(*shape: int, dtype: torch.dtype) -> Tensor:
+    one = torch.randn(shape, device=DEVICE)
+    return ((one + one.mT) / 2).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "m", "depth", "by_columns"), [(2, 40, 70, False), (1, 65, 33, True), (1, 1, 5, False)]
+)
+def test_half_of_a_product_is_computed_and_mirrored(
+    batch: int, m: int, depth: int, by_columns: bool, dtype: torch.dtype
+) -> None:
+    X = torch.randn(batch, m, depth, device=DEVICE).to(dtype)
+    X = X.mT.contiguous().mT if by_columns else X
+    M, N = (symmetric(batch, m, m, dtype=dtype) for _ in range(2))
+    out = gpu_newton_schulz.symmetric(X, X, 0.5, (M, -2.0), (N, 3.0))
+    expected = 0.5 * X.double() @ X.double().mT - 2 * M.double() + 3 * N.double()
+    assert out.dtype == dtype
+    assert out.equal(out.mT)
+    assert (out - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@triton.jit
+def _corners(rows, columns, first, SIZE: tl.constexpr):
+    place = first + tl.arange(0, SIZE)
+    i, j = gpu_newton_schulz.corner(place)
+    tl.store(rows + tl.arange(0, SIZE), i)
+    tl.store(columns + tl.arange(0, SIZE), j)
+
+
+@pytest.mark.parametrize("row", [0, 1000, 4000])
+def test_a_place_in_a_triangle_is_its_row_and_column(row: int) -> None:
+    """4,000 tiles a side are a matrix of half a million rows: the root is taken of 6e7."""
+    first, size = row * (row + 1) // 2, 16384
+    rows, columns = torch.empty(2, size, dtype=torch.int32, device=DEVICE)
+    _corners[(1,)](rows, columns, first, SIZE=size)
+    expected = itertools.islice(((i, j) for i in itertools.count(row) for j in range(i + 1)), size)
+    found = zip(rows.tolist(), columns.tolist(), strict=True)
+    assert list(found) == list(expected)
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_runs_of_steps_equal_the_singular_values_map(dtype: torch.dtype, by_columns: bool) -> None:
+    X = matrix("spike", 40, 48, dtype)[None].to(DEVICE)
+    X = X.mT.contiguous().mT if by_columns else X
+    steps = STEPS[:3]
+    out = gpu_newton_schulz.newton_schulz(X, steps, (2, 1))
+    expected = reference.by_singular_values(X.double(), steps)
+    error = (out - expected).norm() / expected.norm()
+    assert error <= {torch.float32: 2**-18, torch.float16: 2**-8}[dtype]
+    assert out.stride(1 if by_columns else 2) == 1
+
+
+def test_the_operator_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "triton_kernels", lambda device: gpu)
+    monkeypatch.setattr(newton_schulz_cost, "triton_kernels", lambda device: gpu)
+    monkeypatch.setattr("moonfx.ops.newton_schulz.triton_kernels", lambda device: gpu)
+    calls = []
+    kernel = gpu_newton_schulz.symmetric
+    monkeypatch.setattr(
+        gpu_newton_schulz, "symmetric", lambda *given: calls.append(len(given)) or kernel(*given)
+    )
+    X = matrix("gaussian", 20, 60, torch.float32).to(DEVICE)
+    flat = [number for step in STEPS[:2] for number in step]
+    expected = reference.by_singular_values(X.double(), STEPS[:2])
+    for form, products in (("symmetric", 4), ("gram", 6), ("plain", 0)):
+        calls.clear()
+        for given in (X, X.mT):
+            out = OPERATOR(given, flat, form)
+            out = out if given is X else out.mT
+            torch.testing.assert_close(out, expected.to(out), rtol=0, atol=2e-5)
+        assert len(calls) == 2 * products
+
+
+FORMS = [
+    # dtype, batch, m, n, form, why
+    (torch.bfloat16, 48, 768, 768, "symmetric", "0.67 of the FLOPs"),
+    (torch.bfloat16, 12, 768, 3072, "gram", "0.52 of the FLOPs: 2 + 1 + 2 steps"),
+    (torch.float16, 1, 4096, 16384, "gram", "3 + 2 steps"),
+    (torch.bfloat16, 60, 576, 1536, "symmetric", "below 3, for runs of steps (not measured)"),
+    (torch.bfloat16, 60, 192, 576, "plain", "below 256 (not measured)"),
+    (torch.bfloat16, 1, 768, 768, "plain", "21 tiles of 128 x 128 do not fill a GPU"),
+    (torch.float32, 48, 768, 768, "plain", "float32 is left to cuBLAS"),
+    (torch.float64, 48, 768, 768, "plain", "float64 is computed by torch alone"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "batch", "m", "n", "form", "why"), FORMS)
+def test_a_form_that_was_never_measured_is_taken_with_care(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    batch: int,
+    m: int,
+    n: int,
+    form: str,
+    why: str,
+) -> None:
+    monkeypatch.setattr(newton_schulz_cost, "triton_kernels", lambda device: gpu)
+    found = newton_schulz_form(torch.device("cuda"), dtype, batch, n, m, 5)
+    assert found[0] == form
+    assert why in found[1]
+
+
+def test_a_gpu_without_triton_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(newton_schulz_cost, "triton_kernels", lambda device: None)
+    monkeypatch.setattr(newton_schulz_cost, "find_triton_kernels", lambda: (None, "install it"))
+    found = newton_schulz_form(torch.device("cuda"), torch.bfloat16, 48, 768, 768, 5)
+    assert found == ("plain", "there is no Triton kernel: install it")
+
+
+def compiled(*arguments: str) -> list[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.aot_newton_schulz", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+EVERY = ",".join(gpu_configs.ARCHITECTURES)
+COMPILED = [
+    # arguments, variants
+    (("--chips", "sm_90,sm_80", "--terms", "2"), 2),
+    pytest.param(("--chips", EVERY), 3 * 5, marks=pytest.mark.sweep),
+    pytest.param(("--chips", EVERY, "--columns"), 3 * 5, marks=pytest.mark.sweep),
+    pytest.param(("--chips", EVERY, "--dtypes", "float16,float32"), 30, marks=pytest.mark.sweep),
+]
+
+
+@pytest.mark.xdist_group("aot")
+@pytest.mark.parametrize(("arguments", "count"), COMPILED)
+def test_it_fits_its_chip_without_spills_and_uses_the_matrix_unit(
+    arguments: tuple[str, ...], count: int
+) -> None:
+    rows = compiled(*arguments)
+    assert len(rows) == count
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["shared"] <= gpu_configs.ARCHITECTURES[row["chip"]], row
+        assert set(row["looped"]) == {UNIT[row["chip"]]}, row
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "m", "n"), [(4, 768, 768), (2, 768, 3072), (3, 577, 1500)])
+def test_real_sizes_equal_the_plain_form(batch: int, m: int, n: int, dtype: torch.dtype) -> None:
+    X = torch.stack([matrix("spectrum 1..1e-3", m, n, dtype)] * batch).to(DEVICE)
+    flat = [number for step in STEPS for number in step]
+    expected = reference.by_singular_values(X[0].double(), STEPS)
+    plain = (OPERATOR(X, flat, "plain")[0] - expected).norm()
+    for form in ("symmetric", "gram"):
+        for given in (X, X.mT):
+            out = OPERATOR(given, flat, form)
+            assert out[0].equal(out[-1])
+            out = out[0] if given is X else out[0].mT
+            assert (out - expected).norm() <= 4 * plain + 2**-6 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_a_graph_records_it() -> None:
+    X = torch.stack([matrix("spike", 512, 768, torch.bfloat16)] * 4).to(DEVICE)
+    flat = [number for step in STEPS for number in step]
+    expected = OPERATOR(X, flat, "gram")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = OPERATOR(X, flat, "gram")
+    graph.replay()
+    assert out.equal(expected)
