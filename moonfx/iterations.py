@@ -67,7 +67,9 @@ def _alone(site: NewtonSchulzSite) -> IterationRow:
     after = 0 if declined else site.flops
     if site.form:
         *batch, m, n = site.shape
-        after = math.prod(batch) * newton_schulz_flops(m, n, len(site.coefficients), site.form)
+        steps = site.coefficients
+        one = newton_schulz_flops(m, n, len(steps), site.form, site.dtype, steps)
+        after = math.prod(batch) * one
     reason = site.reject.reason if site.reject is not None else site.why
     return IterationRow(
         layer=site.layer,

@@ -40,10 +40,11 @@ def calls(members: list[Chain]) -> list[list[Chain]]:
 
 def form_of(members: list[Chain]) -> tuple[str, str]:
     """The form of the operator for one call, "" to leave what was written, and why."""
-    value, steps = members[0].value, len(members[0].coefficients)
+    value, numbers = members[0].value, members[0].coefficients
     *batch, m, n = value.shape
     count = len(members) * math.prod(batch)
-    form, why = operator.newton_schulz_form(value.device, value.dtype, count, m, n, steps)
+    size = (value.device, value.dtype, count, m, n, len(numbers))
+    form, why = operator.newton_schulz_form(*size, numbers)
     if is_as_written(form, members):
         return "", f"plain products, one after another, are what was written ({why})"
     return form, why

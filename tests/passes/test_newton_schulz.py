@@ -29,8 +29,11 @@ def test_every_way_to_write_it_becomes_one_operator_of_the_same_value(
     (row,) = rewritten.rows
     assert (row.count, row.calls, row.steps, row.action) == (1, 1, steps, "rewritten")
     constant = name.startswith(("Jordan", "Moonlight", "cast", "one step"))
-    read = torch.tensor(row.coefficients)
-    torch.testing.assert_close(read, torch.tensor([QUINTIC] * steps if constant else CHANGING))
+    read, given = (
+        torch.tensor(x) for x in (row.coefficients, [QUINTIC] * steps if constant else CHANGING)
+    )
+    # A factor of the last X that is written after it stays where it is.
+    torch.testing.assert_close(read / read[:, :1], given / given[:, :1])
     assert len(rewritten.calls) == rewritten.count == 1
     assert not PRODUCTS.intersection(rewritten.targets)
     out = rewritten(G)
