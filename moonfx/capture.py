@@ -960,7 +960,7 @@ def _inductor_lacks_compiler(example_inputs: Sequence[Any]) -> bool:
     return True
 
 
-def _compile_options(backend: Callable[..., Any]) -> dict[str, Any]:
+def _compile_options(backend: Callable[..., Any] | str) -> dict[str, Any]:
     """torch.compile arguments; own cache entries, so that policies never evict each other."""
     isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     return {"backend": backend, **({"isolate_recompiles": True} if isolated else {})}
@@ -1177,10 +1177,20 @@ def count_as_stepped(optimizer: torch.optim.Optimizer) -> None:
 
 def replace_step(optimizer: torch.optim.Optimizer, step: Callable[..., Any]) -> None:
     """Puts another `step` on one optimizer, without a warning from its schedulers."""
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    optimizer.step = step  # type: ignore[method-assign]
+    optimizer.step = stands_for_step(step)  # type: ignore[method-assign]
+
+
+def stands_for_step(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks what may be put on an optimizer as its `step` without a warning from its schedulers."""
+    function._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    return function
 
 
 def watched() -> bool:
     """Whether some mode sees each operator that runs, so that what is none would be missed."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def compile_step(call: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of an optimizer's pure step by Inductor, as a graph that cannot break."""
+    return torch.compile(call, fullgraph=True, dynamic=False, **_compile_options("inductor"))

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moonfx.capture import count_as_stepped, replace_step, share_hooks, without_hooks
+from moonfx.capture import count_as_stepped, share_hooks, stands_for_step, without_hooks
+from moonfx.optim.compiled import Graphs, choose
 from moonfx.optim.matrices import Layout
 from moonfx.optim.rest import Rest
-from moonfx.optim.step import MUON, Matrix, Rule, update
+from moonfx.optim.step import MUON, Matrix, Rule, count, scales_of, update
 
 if TYPE_CHECKING:
     from moonfx.optim.roles import RoleRow
@@ -106,6 +107,7 @@ class Muon(Optimizer):
         self.source: Optimizer | None = None
         self._model = (lambda: None) if model is None else weakref.ref(model)
         self._example, self._roles = example, roles
+        self._graphs = Graphs()
         self._joining = True  # the parameters that __init__ adds have their rows
         super().__init__(source.param_groups, {**source.defaults, **settings.of_group()})
         del self._joining
@@ -150,9 +152,8 @@ class Muon(Optimizer):
 
         model = self._model()
         known = {} if model is None else {id(p): name for name, p in model.named_parameters()}
-        first = len(self.table)
-        given = group.get("param_names") or [f"parameter {first + i}" for i in range(first)]
-        names = [known.get(id(p), n) for p, n in zip(group["params"], given, strict=False)]
+        given = group.get("param_names") or [""] * len(group["params"])
+        names = [known.get(id(p), n) for p, n in zip(group["params"], given, strict=True)]
         return classify(group["params"], names, model, self._example, roles)
 
     @torch.no_grad()
@@ -169,10 +170,24 @@ class Muon(Optimizer):
         self._check_gradients()
         self.retire_source()
         self.rest.step(self.param_groups, self.state)
-        buckets = self._buckets()
-        for (rule, *_), matrices in buckets.items():
-            update(matrices, rule)
+        for (rule, *_), matrices in self._buckets().items():
+            if choose(self.settings.compile, matrices).compiled:
+                self._graphs.update(matrices, rule)
+            else:
+                count(matrices)
+                update(matrices, rule)
         return loss
+
+    def plan(self) -> str:
+        """How the next step will run: a line per bucket of equal device, dtypes and settings."""
+        lines = []
+        for (_, device, dtype, *_), matrices in self._buckets().items():
+            choice = choose(self.settings.compile, matrices)
+            numbers = sum(x.weight.numel() for x in matrices)
+            how = "one compiled graph" if choice.compiled else "eager"
+            what = f"{len(matrices)} parameters, {numbers:,} numbers, {dtype} on {device}"
+            lines.append(f"{what}: {how}, because {choice.why}")
+        return "\n".join(lines) or "nothing to step: no Muon parameter has a gradient"
 
     def _check_gradients(self) -> None:
         rows = iter(self.table)
@@ -190,9 +205,10 @@ class Muon(Optimizer):
         """The matrices to step, by what one call of `update` can have in common."""
         buckets: dict[tuple[Any, ...], list[Matrix]] = defaultdict(list)
         rows = iter(self.table)
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             rule = Rule.of_group(group)
             kinds, targets = group["optimizers"], group["target_rms"]
+            scaling = rule.exact_rms, rule.coefficients
             for p, kind, target in zip(group["params"], kinds, targets, strict=True):
                 layout: Layout = next(rows).layout
                 if kind != MUON or p.grad is None or not p.numel():
@@ -202,7 +218,8 @@ class Muon(Optimizer):
                 buckets[key].append(
                     Matrix(
                         *(p, p.grad, state["momentum_buffer"], state["step"]),
-                        *(layout, target, group["lr"], group["weight_decay"]),
+                        *(layout, scales_of(p.shape, layout, target, *scaling), number),
+                        *(group["lr"], group["weight_decay"]),
                     )
                 )
         return buckets
@@ -224,11 +241,11 @@ class Muon(Optimizer):
             return
         source.state.clear()
         count_as_stepped(source)
-        replace_step(source, _refuse)
+        source.step = _refuse  # type: ignore[method-assign]
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"source": None, "_model": _nothing, "_example": None, "_roles": None}
-        return {**without_hooks(vars(self)), **own}
+        return {**without_hooks(vars(self)), **own, "_graphs": Graphs()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of a moonfx.Muon, or converts that of an AdamW and says so.
@@ -264,6 +281,7 @@ def _nothing() -> None:
     """The model of an optimizer that came out of a file."""
 
 
+@stands_for_step
 def _refuse(*_: Any, **__: Any) -> None:
     raise RuntimeError(
         "this optimizer was converted by moonfx.convert_optimizer and gave up its state: call "

@@ -9,6 +9,7 @@ class does is done, whether it is torch's AdamW in any of its forms, torchao's o
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -46,9 +47,12 @@ class Rest:
 
     def step(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
         """One step of the AdamW parameters."""
+        if any(ADAMW in group["optimizers"] for group in groups):
+            self._step(groups, state)
+
+    @torch.compiler.disable  # torch traces its own optimizers only where the user made them
+    def _step(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
         made = self.optimizer(groups, state)
-        if not any(group["params"] for group in made.param_groups):
-            return
         bare_step(self.kind)(made)
         # Some classes count in their groups, or in themselves.
         for group, stepped in zip(groups, made.param_groups, strict=True):

@@ -5,6 +5,7 @@ through them in chunks: on a CPU small enough that what one pass over a chunk wr
 cache for the next, on a GPU large enough that a launch is nothing against the work.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ COMPUTE = torch.bfloat16
 class Rule(NamedTuple):
     """The hyperparameters that all matrices of a bucket share."""
 
-    momentum: float
+    momentum: float | Tensor
     nesterov: bool
     coefficients: tuple[float, ...]
     exact_rms: bool
@@ -51,30 +52,35 @@ class Rule(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A parameter to step, and all that its step takes."""
+    """A parameter to step, and all that its step takes.
+
+    `scales` has for each of its pieces what brings Newton-Schulz's result to the target's root mean
+    square. `group` numbers what shares lr and weight decay; a compiled step has these as tensors,
+    but a weight decay of zero.
+    """
 
     weight: Tensor
     grad: Tensor
     buffer: Tensor
     step: Tensor
     layout: Layout
-    target: float
+    scales: tuple[float, ...]
+    group: int
     lr: float | Tensor
-    weight_decay: float
-
-    def written_like(self) -> tuple[Any, ...]:
-        """Equal for matrices whose write-back differs in nothing but the matrix."""
-        lr = id(self.lr) if isinstance(self.lr, Tensor) else self.lr
-        return lr, self.weight_decay, self.target
+    weight_decay: float | Tensor
 
     @property
     def shapes(self) -> list[Shape]:
         return shapes(tuple(self.weight.shape), self.layout)
 
 
-def update(matrices: Sequence[Matrix], rule: Rule) -> None:
-    """Steps the matrices in place."""
+def count(matrices: Sequence[Matrix]) -> None:
+    """Adds the step that `update` is about to take."""
     torch._foreach_add_([x.step for x in matrices], 1)
+
+
+def update(matrices: Sequence[Matrix], rule: Rule) -> None:
+    """Changes weights and buffers in place."""
     for chunk in chunks(matrices):
         _update_chunk(chunk, rule)
 
@@ -117,12 +123,11 @@ def _update_on_cpu(chunk: Sequence[Matrix], rule: Rule) -> None:
             for weight, grad, buffer, slot in zip(*(x[i] for x in part), slots, strict=True):
                 passes.gather(weight, grad, buffer, slot, decay=decay, **before)
         update = newton_schulz(stack.view(-1, m, n), rule.coefficients).view(stack.shape)
-        gain = 1.0 if rule.exact_rms else rms_gain(m, n, rule.coefficients)
         for matrix, part, slots in zip(chunk, parts, update, strict=True):
             lr = float(matrix.lr)
             decay = lr * matrix.weight_decay
             numbers = {"keep": 1 - decay if rule.decay == "decoupled" else 1.0, "decay": decay}
-            numbers["amount"] = -lr * matrix.target * gain
+            numbers["amount"] = -lr * matrix.scales[i]
             for weight, slot in zip(part[0][i], slots, strict=True):
                 passes.scatter(weight, slot, eps=EPS, **after, **numbers)
 
@@ -131,16 +136,20 @@ def _update_by_torch(chunk: Sequence[Matrix], rule: Rule) -> None:
     weights = [x.weight for x in chunk]
     buffers = [x.buffer for x in chunk]
     grads = [_gradient(x, rule) for x in chunk]
-    torch._foreach_lerp_(buffers, grads, 1 - rule.momentum)
+    if isinstance(rule.momentum, Tensor):
+        for buffer, grad in zip(buffers, grads, strict=True):
+            buffer.lerp_(grad, 1 - rule.momentum)
+    else:
+        torch._foreach_lerp_(buffers, grads, 1 - rule.momentum)
     layout = chunk[0].layout
     parts = [[pieces(x, layout) for x in tensors] for tensors in (weights, buffers, grads)]
     for i, (b, m, n) in enumerate(chunk[0].shapes):
         weight, buffer, grad = ([p[i].view for p in part] for part in parts)
         stack = _stack(buffer, grad, (len(chunk), b, m, n), rule)
         update = _orthogonal(stack.view(-1, m, n), rule).view(stack.shape)
-        gain = 1.0 if rule.exact_rms else rms_gain(m, n, rule.coefficients)
         for run in _runs(chunk):
-            _write(chunk[run.start], weight[run], update[run], gain, rule)
+            like = chunk[run.start]
+            _write(like, weight[run], update[run], like.scales[i], rule)
 
 
 def rms_gain(m: int, n: int, coefficients: tuple[float, ...]) -> float:
@@ -148,20 +157,50 @@ def rms_gain(m: int, n: int, coefficients: tuple[float, ...]) -> float:
     return math.sqrt(max(m, n)) / correction(m, n, coefficients)
 
 
+@torch.compiler.assume_constant_result
+def scales_of(
+    shape: torch.Size, layout: Layout, target: float, exact: bool, coefficients: tuple[float, ...]
+) -> tuple[float, ...]:
+    """What each piece of a parameter is multiplied by after Newton-Schulz, at lr 1."""
+    return _scales(tuple(shape), layout, target, exact, coefficients)
+
+
+@functools.lru_cache(maxsize=4096)
+def _scales(
+    shape: tuple[int, ...],
+    layout: Layout,
+    target: float,
+    exact: bool,
+    coefficients: tuple[float, ...],
+) -> tuple[float, ...]:
+    return tuple(
+        target * (1.0 if exact else rms_gain(m, n, coefficients))
+        for _, m, n in shapes(shape, layout)
+    )
+
+
 def _gradient(matrix: Matrix, rule: Rule) -> Tensor:
     """The gradient as it goes into the buffer; a view of the parameter's own, or a new tensor."""
     grad = matrix.grad.to(matrix.buffer.dtype)
     if rule.maximize:
         grad = -grad
-    if rule.decay == "coupled" and matrix.weight_decay:
-        grad = torch.add(grad, matrix.weight, alpha=matrix.weight_decay)
+    if rule.decay == "coupled" and _is_some(matrix.weight_decay):
+        grad = grad + matrix.weight_decay * matrix.weight
     return grad
+
+
+def _is_some(weight_decay: float | Tensor) -> bool:
+    return isinstance(weight_decay, Tensor) or weight_decay != 0
 
 
 def _stack(
     buffers: Sequence[Tensor], grads: Sequence[Tensor], shape: tuple[int, ...], rule: Rule
 ) -> Tensor:
     """What is to be orthogonalized, contiguous [k, b, m, n]."""
+    if isinstance(rule.momentum, Tensor):  # for a compiler: values, and no memory to write into
+        pairs = zip(grads, buffers, strict=True)
+        values = [torch.lerp(g, b, rule.momentum) for g, b in pairs] if rule.nesterov else buffers
+        return torch.stack([x.reshape(shape[1:]) for x in values])
     stack = torch.empty(shape, dtype=buffers[0].dtype, device=buffers[0].device)
     slots = [x.view(buffers[0].shape) for x in stack.unbind()]
     if not rule.nesterov:
@@ -190,35 +229,37 @@ def _inverse_norms(stack: Tensor) -> Tensor:
     return norms.clamp_min(EPS).reciprocal()[:, None, None]
 
 
-def _runs(chunk: Sequence[Matrix]) -> Iterator[slice]:
+def _runs(chunk: Sequence[Matrix]) -> list[slice]:
     """The stretches of a chunk that are written back alike."""
-    first = 0
-    for _, same in itertools.groupby(chunk, Matrix.written_like):
-        last = first + sum(1 for _ in same)
-        yield slice(first, last)
-        first = last
+    found, first = [], 0
+    for i in range(1, len(chunk) + 1):
+        here = chunk[first]
+        if i == len(chunk) or (here.group, here.scales) != (chunk[i].group, chunk[i].scales):
+            found.append(slice(first, i))
+            first = i
+    return found
 
 
 def _write(
-    like: Matrix, weights: Sequence[Tensor], update: Tensor, gain: float, rule: Rule
+    like: Matrix, weights: Sequence[Tensor], update: Tensor, scale: float, rule: Rule
 ) -> None:
     """W <- W - lr wd W - lr s O for weights whose updates are O[i].
 
     A learning rate that lies on the weights' device is never read by the host.
     """
     lr, weight_decay = like.lr, like.weight_decay
-    if isinstance(lr, Tensor) and lr.device != update.device:
+    if isinstance(lr, Tensor) and lr.device != update.device and not torch.compiler.is_compiling():
         lr = float(lr)
-    if rule.decay == "decoupled" and weight_decay:
+    if rule.decay == "decoupled" and _is_some(weight_decay):
         torch._foreach_mul_(weights, 1 - lr * weight_decay)
-    elif rule.decay == "cautious" and weight_decay:
+    elif rule.decay == "cautious" and _is_some(weight_decay):
         for weight, o in zip(weights, update.unbind(), strict=True):
             with_it = weight * o.view(weight.shape) > 0
             weight.sub_(torch.where(with_it, weight, 0) * (lr * weight_decay))
-    scale: float | Tensor = -lr * (like.target * gain)
-    if isinstance(scale, Tensor):
-        update, scale = update * scale, 1.0
+    amount: float | Tensor = -lr * scale
+    if isinstance(amount, Tensor):
+        update, amount = update * amount, 1.0
     if not update.is_cpu:  # torch's fast path takes equal dtypes
         update = update.to(weights[0].dtype)
     updates = [x.view(weights[0].shape) for x in update.unbind()]
-    torch._foreach_add_(weights, updates, alpha=scale)
+    torch._foreach_add_(weights, updates, alpha=amount)
