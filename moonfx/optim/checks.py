@@ -116,8 +116,8 @@ def check_states(source: Source, names: Sequence[str]) -> None:
                     f"the {words} moment of {name} has shape {list(value.shape)}, the parameter "
                     f"{list(p.shape)}: {source.word} keeps it in a form that cannot be read"
                 )
-            # One number per tensor: the largest, which is NaN where one is.
-            if value.numel() and not math.isfinite(value.abs().amax().item()):
+            # One number per tensor: the largest magnitude, which is NaN where one is.
+            if value.numel() and not torch.linalg.vector_norm(value, math.inf).isfinite():
                 raise ValueError(
                     f"the {words} moment of {name} holds NaN or infinity: a bad gradient came in "
                     "earlier, and Muon would spread it over the whole matrix; go back to a "

@@ -50,6 +50,11 @@ def convert_optimizer(
     of what goes to Muon are dropped, which halves its state. adamw is as it was until the Muon's
     first step, which frees its state and retires it. moonfx.to_adamw(optimizer) goes back.
 
+    Checkpoints: to resume, make the AdamW, convert it and load the Muon's state_dict, which goes on
+    bit for bit; an AdamW's state_dict is converted, with a warning that says so. An AdamW takes
+    a Muon's state_dict without a word and fails at its next step (KeyError: 'exp_avg'): save
+    moonfx.to_adamw's state_dict for it.
+
     No promise for fine-tuning: three papers report that a model pretrained with AdamW and
     fine-tuned with Muon ends equal or worse than with AdamW (arXiv 2502.16982, tables 6 and 7;
     2605.06654; 2605.10468, less so with LoRA). Compare on your own validation set.

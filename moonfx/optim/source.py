@@ -283,6 +283,11 @@ def _refuse_wrappers(optimizer: object) -> None:
 
 def _check_group(source: Source, index: int, group: Group) -> None:
     where = f"param_groups[{index}] of adamw ({source.word})"
+    if "optimizers" in group and "target_rms" in group:
+        raise ValueError(
+            f"{where} belongs to a moonfx.Muon: adamw was converted already; go on with what "
+            "convert_optimizer returned, or go back first (moonfx.to_adamw)"
+        )
     missing = [key for key in _KEYS if key not in group]
     if missing and not isinstance(source.optimizer, Adam):
         raise TypeError(f"{where} has no {' and no '.join(missing)}; adamw may be {_WHAT_MAY_BE}")

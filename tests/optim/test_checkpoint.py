@@ -285,6 +285,15 @@ def test_the_way_back_after_a_load_is_from_what_was_loaded() -> None:
     torch.testing.assert_close(first, momentum * (1 - 0.9**5))
 
 
+def test_a_plain_adamw_cannot_go_on_from_a_muons_state_dict() -> None:
+    """It takes it without a word: that is torch's, and said in convert_optimizer's docstring."""
+    model = net()
+    adamw = AdamW(model.parameters())
+    adamw.load_state_dict(saved_of())
+    with pytest.raises(KeyError, match="exp_avg"):
+        train(model, adamw, range(1))
+
+
 # --- misfits --------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -231,6 +232,35 @@ def test_before_its_first_step_the_very_optimizer_comes_back() -> None:
         muon.step()
 
 
+def test_hooks_follow_to_muon_and_back_and_fire_once_each_step() -> None:
+    model = net()
+    optimizer: Optimizer = AdamW(model.parameters())
+    fired: list[str] = []
+    handle = optimizer.register_step_post_hook(lambda o, *_: fired.append(type(o).__name__))
+    train(model, optimizer, range(1))
+    optimizer = moonfx.convert_optimizer(optimizer, model)
+    train(model, optimizer, range(1, 3))
+    optimizer = moonfx.to_adamw(optimizer)
+    train(model, optimizer, range(3, 4))
+    assert fired == ["AdamW", "Muon", "Muon", "AdamW"]
+    handle.remove()
+    train(model, optimizer, range(4, 5))
+    assert len(fired) == 4
+
+
+def test_a_muon_out_of_a_pickle_goes_back_too() -> None:
+    model = net()
+    adamw = AdamW(model.parameters())
+    train(model, adamw, range(2))
+    muon = moonfx.convert_optimizer(adamw, model)
+    train(model, muon, range(2, 4))
+    again, copied = pickle.loads(pickle.dumps((muon, model)))
+    assert [r.name for r in moonfx.roles(again).rows] == [n for n, _ in model.named_parameters()]
+    for m, optimizer in ((model, muon), (copied, again)):
+        train(m, moonfx.to_adamw(optimizer), range(4, 6))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), copied.parameters()))
+
+
 def rms_of_updates(model: nn.Module, optimizer: Optimizer, steps: range) -> Tensor:
     """Of each hidden matrix at each step, [steps, 2]."""
     hidden = [p for n, p in model.named_parameters() if n in MUON]
@@ -374,6 +404,12 @@ def converted() -> Case:
     return moonfx.convert_optimizer(adamw, **options), options
 
 
+def converted_before() -> Case:
+    adamw, options = case()
+    moonfx.convert_optimizer(adamw, **options)
+    return adamw, options
+
+
 def wrapped() -> Case:
     from accelerate import Accelerator
 
@@ -393,6 +429,7 @@ OF_ADAMW: list[tuple[str, Callable[[], Case], type[Exception], str]] = [
     ("amsgrad", lambda: unsuitable(amsgrad=True), ValueError, "amsgrad=True, which divides by"),
     ("differentiable", lambda: unsuitable(differentiable=True), ValueError, "differentiable=True"),
     ("converted already", converted, TypeError, "is a moonfx.Muon already"),
+    ("an AdamW that was converted", converted_before, ValueError, "go on with what"),
     ("Accelerate's", wrapped, TypeError, "AcceleratedOptimizer, a wrapper"),
     ("a copy of the model", foreign, ValueError, "this Net does not own 8 of .* parameter 0"),
     ("another parameter", half_foreign, ValueError, r"does not own 1 of .* stranger \[3, 5\]"),

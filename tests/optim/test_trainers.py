@@ -255,6 +255,21 @@ def test_accelerate_prepares_steps_accumulates_and_clips(tmp_path) -> None:
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.usefixtures("quiet")
+def test_what_accelerate_wraps_is_converted_inside_its_wrapper() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    model, other = net(), net()
+    wrapper = accelerate.Accelerator(cpu=True).prepare(AdamW(model.parameters(), lr=0.01))
+    adamw = AdamW(other.parameters(), lr=0.01)
+    for step in range(4):
+        if step == 2:  # as the error of convert_optimizer(wrapper) says
+            wrapper.optimizer = moonfx.convert_optimizer(wrapper.optimizer, model)
+            adamw = moonfx.convert_optimizer(adamw, other)
+        train(model, wrapper, range(step, step + 1))
+        train(other, adamw, range(step, step + 1))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
+
+
 # --- Lightning ------------------------------------------------------------------------------------
 
 
