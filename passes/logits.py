@@ -20,6 +20,7 @@ from moonfx.passes.vocabulary import (
     TANH,
     WHERE,
 )
+from moonfx.passes.weight_uses import GATHERS, TABLES
 
 CHOICES = {aten.topk.default, aten.argmax.default, aten.sort.default, aten.argsort.default}
 _LOSSES = LOG_SOFTMAX | {
@@ -104,7 +105,8 @@ def routes(run: Run, output: Value) -> bool:
 def _acted_on(run: Run, value: Value) -> bool:
     waiting = Waiting(run, [value])
     for each in waiting:
-        if each is not value and any(_is_weight(run, x) for x in each.reads) and is_product(each):
+        weights = is_product(each) or each.target in GATHERS | TABLES
+        if each is not value and weights and any(_is_weight(run, x) for x in each.reads):
             return True
         waiting.add(each.users)
     return False

@@ -182,10 +182,19 @@ class _Reader:
         use = kinds["computed weight"][0]
         by = ", ".join(dict.fromkeys(_name(x) for x in use.through)) or "a product of another form"
         where = self.where(use.op)
-        normal = any(x.target in _ROOTS or "norm" in _name(x) for x in use.through)
-        if normal:
-            return Found("weight norm", f"its norm is taken ({by}) before it is used at {where}")
+        if any(x.target in _ROOTS or "norm" in _name(x) for x in self.made_of(use.value)):
+            return Found("weight norm", f"the weight at {where} is computed of it and of a norm")
         return Found(None, f"its use is not clear: the weight at {where} is computed of it by {by}")
+
+    def made_of(self, weight: Value) -> set[Value]:
+        """All that a value is computed of, without the model's input."""
+        found, stack = set[Value](), [weight]
+        while stack:
+            value = stack.pop()
+            if value not in found and not self.run.active(value):
+                found.add(value)
+                stack += value.reads
+        return found
 
     def computed_weight(self, parameter: Value, kinds: dict[str, list[Use]]) -> Found:
         return self.computed(kinds)
@@ -290,6 +299,8 @@ class _Reader:
         where = self.where(uses[0].op)
         if self.decays(uses[0]):
             return Found("scan parameter", f"-exp of it is a decay at {where}")
+        if not _wide(parameter):
+            return Found("vector", f"one number that multiplies at {where}")
         if any(_after_norm(x) for use in uses for x in use.op.reads if x is not use.value):
             return Found("norm gain", f"multiplies what a norm gives at {where}")
         return Found("vector", f"multiplied elementwise at {where}")
@@ -345,9 +356,8 @@ class _Reader:
         """A node, its module and its source line, in words."""
         if value.node is None:
             return _name(value)
-        return (
-            f"{value.node.name} in {self.module(value) or 'the model'}, {source_line(value.node)}"
-        )
+        module = "a layer" if value.shared else self.module(value) or "the model"
+        return f"{value.node.name} in {module}, {source_line(value.node)}"
 
 
 def _reaches_results(run: Run, value: Value) -> bool:

@@ -9,6 +9,7 @@ for one layer runs for all layers of its class, each time with other parameters.
 
 import heapq
 import operator
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,7 @@ class Value:
         users: who reads it.
         returned: whether the model returns it.
         escapes: whether code that was not traced may read it.
+        shared: whether its graph runs for several layers, so that its node names only the first.
         key: of a parameter, its id; of an input, its name.
         known: the values of a constant tensor.
     """
@@ -61,6 +63,7 @@ class Value:
     users: list["Value"] = field(default_factory=list)
     returned: bool = False
     escapes: bool = False
+    shared: bool = False
     key: Any = None
     known: torch.Tensor | None = None
 
@@ -128,8 +131,12 @@ class Run:
         self._written: dict[Value, Value] = {}
         self._read: set[Value] = set()
         self._returned = None if returned is None else {id(x) for x in returned}
+        runs = Counter(id(call.gm) for call in calls)
         for call in calls:
+            first = len(self.values)
             self._add(call)
+            for value in self.values[first:]:
+                value.shared = runs[id(call.gm)] > 1
         for value in self._made.values():
             value.escapes &= value not in self._read
         self.place = {value: i for i, value in enumerate(self.values)}
