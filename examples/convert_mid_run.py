@@ -121,16 +121,21 @@ def verdict(before: list[float], after: dict[str, list[float]]) -> dict[str, Any
 def draw(before: list[float], after: dict[str, list[float]], path: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes, difference = figure.subplots(2, sharex=True, height_ratios=(3, 2))
     axes.plot(range(1, BEFORE + 1), before, color="black", label="AdamW, before")
     for way, losses in after.items():
-        axes.plot(range(BEFORE + 1, BEFORE + AFTER + 1), losses, marker=".", label=way)
-    axes.axvline(BEFORE + 0.5, color="gray", linestyle=":")
-    axes.set_xlabel("step")
+        steps = range(BEFORE + 1, BEFORE + AFTER + 1)
+        axes.plot(steps, losses, marker=".", label=way)
+        excess = [loss - control for loss, control in zip(losses, after["AdamW"])]
+        difference.plot(steps, excess, marker=".", label=way)
+    for part in (axes, difference):
+        part.axvline(BEFORE + 0.5, color="gray", linestyle=":")
     axes.set_ylabel("training loss, nats per token")
     axes.set_title("SmolLM2-135M: the optimizer is converted at the dotted line")
     axes.legend()
+    difference.set_ylabel("loss above AdamW's")
+    difference.set_xlabel("step")
     figure.savefig(path)
 
 
