@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moonfx.optim.low_bit import BLOCKS
 from moonfx.optim.source import FIRST, SECOND, Source, moment
 from moonfx.policy import check_flag
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 RMS = ("betas", "measured")
 DECAYS = ("decoupled", "cautious", "coupled")
-MOMENTUM_DTYPES = (None, "int8")
+MOMENTUM_DTYPES = (None, *BLOCKS)
 
 _FLATTENED = (
     "Every parameter is a vector, as the flattened shards of FSDP1 and of DeepSpeed's ZeRO are: "
@@ -53,7 +54,8 @@ def check_settings(
         )
     if momentum_dtype not in MOMENTUM_DTYPES:
         raise ValueError(
-            f"momentum_dtype must be None (that of exp_avg) or 'int8', got {momentum_dtype!r}"
+            "momentum_dtype must be None (that of exp_avg) or one of "
+            f"{', '.join(map(repr, BLOCKS))}, got {momentum_dtype!r}"
         )
     if momentum_dtype is not None and not has_torchao():
         raise ValueError(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moonfx.optim.low_bit import stored
 from moonfx.optim.matrices import Layout
 from moonfx.optim.source import FIRST, SECOND, Group, moment, steps_of
 
@@ -63,7 +64,7 @@ def muon_state(p: Tensor, state: State, group: Group, low_bit: str | None) -> St
     device = p.device if on_device else torch.device("cpu")
     return {
         "step": torch.tensor(steps_of(state, group), dtype=torch.float32, device=device),
-        "momentum_buffer": momentum,
+        "momentum_buffer": stored(p, momentum, low_bit),
     }
 
 

@@ -12,6 +12,8 @@ its schedulers drive Muon; what Muon needs beside them is plain data in them and
 state_dict carries all of it.
 """
 
+import copy
+import dataclasses
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moonfx.capture import count_as_stepped, share_hooks, stands_for_step, without_hooks
+from moonfx.optim import low_bit
 from moonfx.optim.compiled import Graphs, choose
 from moonfx.optim.matrices import Layout
 from moonfx.optim.rest import Rest
@@ -48,7 +51,7 @@ class Settings:
         decay: "decoupled", "cautious" (only where it moves with the update) or "coupled" (AdamW's
             forerunner: into the gradient).
         rms: the target of parameters that are added later.
-        momentum_dtype: None for the first moment's own, or "int8", "int4", "fp8" of torchao.
+        momentum_dtype: None for the first moment's own, or "int8", torchao's state in 8 bits.
         compile: True, False or None, which takes what is faster.
     """
 
@@ -118,7 +121,9 @@ class Muon(Optimizer):
         rows = iter(zip(table, target_rms, moments, strict=True))
         for group in self.param_groups:
             _join(group, [next(rows) for _ in group["params"]], settings)
-        self.table = list(table)
+        parameters = (p for group in self.param_groups for p in group["params"])
+        kept_in = settings.momentum_dtype
+        self.table = [_with_note(x, p, kept_in) for x, p in zip(table, parameters, strict=True)]
         self.state = defaultdict(dict, state or {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -145,7 +150,9 @@ class Muon(Optimizer):
         target = self.settings.rms
         entries = [(row, target if row.optimizer == MUON else None, None) for row in rows]
         _join(group, entries, self.settings)
-        self.table.extend(rows)
+        kept_in = self.settings.momentum_dtype
+        pairs = zip(rows, group["params"], strict=True)
+        self.table.extend(_with_note(row, p, kept_in) for row, p in pairs)
 
     def _classify(self, group: dict[str, Any], roles: Mapping[Any, Any]) -> list["RoleRow"]:
         from moonfx.optim.classify import classify
@@ -214,10 +221,11 @@ class Muon(Optimizer):
                 if kind != MUON or p.grad is None or not p.numel():
                     continue
                 state = self.state[p] or self._start(p, group)
-                key = (rule, p.device, p.dtype, p.grad.dtype)
+                buffer = state["momentum_buffer"]
+                key = (rule, p.device, p.dtype, p.grad.dtype, type(buffer), buffer.dtype)
                 buckets[key].append(
                     Matrix(
-                        *(p, p.grad, state["momentum_buffer"], state["step"]),
+                        *(p, p.grad, buffer, state["step"]),
                         *(layout, scales_of(p.shape, layout, target, *scaling), number),
                         *(group["lr"], group["weight_decay"]),
                     )
@@ -230,7 +238,7 @@ class Muon(Optimizer):
         device = p.device if on_device else torch.device("cpu")
         self.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=device),
-            "momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format),
+            "momentum_buffer": low_bit.zeros(p, self.settings.momentum_dtype),
         }
         return self.state[p]
 
@@ -242,6 +250,16 @@ class Muon(Optimizer):
         source.state.clear()
         count_as_stepped(source)
         source.step = _refuse  # type: ignore[method-assign]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Muon":
+        for state in self.state.values():
+            for value in state.values():
+                if low_bit.has_codes(value):
+                    memo[id(value)] = low_bit.cloned(value)
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"source": None, "_model": _nothing, "_example": None, "_roles": None}
@@ -275,6 +293,12 @@ def _join(
         [row.layout.kind, row.layout.dim, row.layout.outer, list(row.layout.sizes)]
         for row, _, _ in entries
     ]
+
+
+def _with_note(row: "RoleRow", p: Tensor, kept_in: str | None) -> "RoleRow":
+    """The row, which says so if the parameter is too small for a momentum in few bits."""
+    note = low_bit.why_not(p, kept_in) if kept_in and row.optimizer == MUON else None
+    return dataclasses.replace(row, why=f"{row.why}; {note}") if note else row
 
 
 def _nothing() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moonfx.ops import muon as passes
 from moonfx.ops.newton_schulz import newton_schulz
+from moonfx.optim.low_bit import floats, has_codes
 from moonfx.optim.matrices import Layout, Shape, pieces, shapes, single
 from moonfx.optim.rms import correction
 
@@ -100,6 +101,12 @@ def chunks(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
 
 
 def _update_chunk(chunk: Sequence[Matrix], rule: Rule) -> None:
+    if has_codes(chunk[0].buffer):
+        decoded = [x._replace(buffer=floats(x.buffer)) for x in chunk]
+        _update_chunk(decoded, rule)
+        for kept, x in zip(chunk, decoded, strict=True):
+            kept.buffer.copy_(x.buffer)
+        return
     tensors = [(x.weight, x.grad, x.buffer) for x in chunk]
     if COMPUTE is torch.bfloat16 and all(passes.takes(*x, chunk[0].layout) for x in tensors):
         _update_on_cpu(chunk, rule)

@@ -1,23 +1,21 @@
 """Muon in ten plain lines of float64, and a Muon made without the converter."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moonfx.optim.matrices import Layout
 from moonfx.optim.muon import Muon, Settings
+from moonfx.optim.roles import WHOLE, RoleRow
 from moonfx.optim.step import rms_gain
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 
 
-class Row(NamedTuple):
-    """As much of a RoleRow as a step looks at."""
-
-    name: str
-    optimizer: str = "muon"
-    layout: Layout = Layout()
+def Row(name: str, optimizer: str = "muon", layout: Layout = WHOLE) -> RoleRow:
+    """As much of a row as a step looks at."""
+    return RoleRow(name, (), "", "", optimizer, "a test says so", layout)
 
 
 def orthogonalized(U: Tensor, steps: int = 5) -> Tensor:
@@ -43,7 +41,7 @@ def expected_step(
     return W - lr * wd * kept[how.get("decay", "decoupled")] * W - lr * s * O, M
 
 
-def muon(source: torch.optim.Optimizer, *rows: Row, **settings: Any) -> Muon:
+def muon(source: torch.optim.Optimizer, *rows: RoleRow, **settings: Any) -> Muon:
     """A Muon of an optimizer with a row per parameter; without rows, whatever is a matrix."""
     parameters = [p for group in source.param_groups for p in group["params"]]
     table = list(rows) or [
@@ -55,4 +53,4 @@ def muon(source: torch.optim.Optimizer, *rows: Row, **settings: Any) -> Muon:
         for p, row in zip(parameters, table, strict=True)
         if row.optimizer == "adamw" and p in source.state
     }
-    return Muon(source, table, Settings(**settings), target_rms=targets, state=state)  # type: ignore[arg-type]
+    return Muon(source, table, Settings(**settings), target_rms=targets, state=state)

@@ -26,7 +26,7 @@ def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
 
 
 def stepped(
-    weights: list[Tensor], grads: list[list[Tensor]], rows: list[Row], **how: Any
+    weights: list[Tensor], grads: list[list[Tensor]], rows: list[Any], **how: Any
 ) -> tuple[Any, list[torch.nn.Parameter]]:
     """The optimizer and the parameters after a step per list of gradients."""
     parameters = [torch.nn.Parameter(w.clone()) for w in weights]

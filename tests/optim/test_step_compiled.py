@@ -27,7 +27,7 @@ ROWS = [
 ]
 
 
-def made(how: dict[str, Any], rows: list[Row] = ROWS, lr: float | Tensor = 0.1) -> Muon:
+def made(how: dict[str, Any], rows: list[Any] = ROWS, lr: float | Tensor = 0.1) -> Muon:
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(SHAPES[int(row.name)])) for row in rows]
     half = len(parameters) // 2

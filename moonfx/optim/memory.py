@@ -1,0 +1,71 @@
+"""How many bytes of state the Muon parameters of an optimizer have, and had on AdamW."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moonfx.optim import low_bit
+
+if TYPE_CHECKING:
+    from moonfx.optim.muon import Muon
+
+
+class StateMemory(NamedTuple):
+    """Bytes of state of the parameters that Muon steps, those of this process.
+
+    Attributes:
+        numbers: in the parameters.
+        adamw: two moments in the parameters' dtype, as AdamW holds them.
+        held: what this optimizer holds.
+        muon: a momentum in the parameters' dtype.
+        int8: a momentum in 8 bits where that is taken, else in the parameters' dtype.
+    """
+
+    numbers: int
+    adamw: int
+    held: int
+    muon: int
+    int8: int
+
+    def __str__(self) -> str:
+        names = {"adamw": "AdamW", "muon": "Muon", "int8": "Muon, int8", "held": "this optimizer"}
+        rows = [
+            (name, size, size / max(self.adamw, 1))
+            for name, size in ((names[key], getattr(self, key)) for key in names)
+        ]
+        title = f"state of the {self.numbers:,} numbers that Muon steps"
+        headers = (title, "bytes", "of AdamW's")
+        return tabulate(rows, headers, floatfmt=".3f", intfmt=",", disable_numparse=[0])
+
+
+def state_memory(optimizer: "Muon") -> StateMemory:
+    """What the state of a converted optimizer takes, by what it holds, and would take otherwise.
+
+    The step counters, four bytes a parameter with any optimizer, count everywhere.
+    """
+    numbers = adamw = muon = int8 = held = 0
+    for group in optimizer.param_groups:
+        for p, kind in zip(group["params"], group["optimizers"], strict=True):
+            if kind != "muon":
+                continue
+            local = p.to_local() if isinstance(p, DTensor) else p
+            with torch.device("meta"):
+                coded = low_bit.zeros(torch.empty(local.shape, dtype=local.dtype), "int8")
+            numbers += local.numel()
+            adamw += 2 * local.nbytes + 4
+            muon += local.nbytes + 4
+            int8 += size_of(coded) + 4
+            held += sum(size_of(x) for x in optimizer.state.get(p, {}).values())
+    return StateMemory(numbers, adamw, held, muon, int8)
+
+
+def size_of(x: Tensor) -> int:
+    """The bytes of a tensor in this process: of a wrapper, those of what it wraps."""
+    if isinstance(x, DTensor):
+        return size_of(x.to_local())
+    if type(x) is Tensor or not hasattr(x, "__tensor_flatten__"):
+        return x.nbytes
+    return sum(size_of(getattr(x, name)) for name in x.__tensor_flatten__()[0])
