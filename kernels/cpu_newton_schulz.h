@@ -108,7 +108,7 @@ struct NewtonSchulz {
     static void product(const word* left, const word* right, int64_t depth, int64_t rows,
                         int64_t columns, bool diagonal, float* tile) {
         int v = (int)ceil_div(columns, VL);
-        if (rows < NR || v < NV) std::memset(tile, 0, sizeof(Tile));
+        if (rows < NR || v < NV || !depth) std::memset(tile, 0, sizeof(Tile));
         for (int64_t k = 0; k < depth; k += DEPTH) {
             int64_t length = std::min(DEPTH, depth - k);
             for (int64_t r = 0; r < rows; r += MR) {
@@ -300,7 +300,8 @@ struct NewtonSchulz {
             for (int64_t i = 0; i < a.runs[run]; ++i, step += 3) {
                 float a0 = (float)step[0], b = (float)step[1], c = (float)step[2];
                 const Panels& Z = i ? s.Z : s.Q.data ? s.Q : s.Z;
-                symmetric(threads, s.A, s.A, m_words, c, {Term{&s.A, b}}, Z);
+                // A cubic step has no A A.
+                symmetric(threads, s.A, s.A, c == 0 ? 0 : m_words, c, {Term{&s.A, b}}, Z);
                 if (i + 1 < a.runs[run]) {
                     symmetric(threads, Z, s.A, m_words, 1.0f, {Term{&s.A, a0}}, s.B);
                     symmetric(threads, Z, s.B, m_words, 1.0f, {Term{&s.B, a0}}, s.A);
