@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from moonfx.capture import count_as_stepped, share_hooks, stands_for_step, without_hooks
 from moonfx.optim import low_bit
 from moonfx.optim.compiled import Graphs, choose
+from moonfx.optim.distributed import is_sharded, update_sharded
 from moonfx.optim.matrices import Layout
 from moonfx.optim.rest import Rest
 from moonfx.optim.step import MUON, Matrix, Rule, count, scales_of, update
@@ -182,7 +183,7 @@ class Muon(Optimizer):
                 self._graphs.update(matrices, rule)
             else:
                 count(matrices)
-                update(matrices, rule)
+                (update_sharded if is_sharded(matrices[0]) else update)(matrices, rule)
         return loss
 
     def plan(self) -> str:

@@ -142,7 +142,7 @@ def _update_on_cpu(chunk: Sequence[Matrix], rule: Rule) -> None:
 def _update_by_torch(chunk: Sequence[Matrix], rule: Rule) -> None:
     weights = [x.weight for x in chunk]
     buffers = [x.buffer for x in chunk]
-    grads = [_gradient(x, rule) for x in chunk]
+    grads = [gradient(x, rule) for x in chunk]
     if isinstance(rule.momentum, Tensor):
         for buffer, grad in zip(buffers, grads, strict=True):
             buffer.lerp_(grad, 1 - rule.momentum)
@@ -153,10 +153,10 @@ def _update_by_torch(chunk: Sequence[Matrix], rule: Rule) -> None:
     for i, (b, m, n) in enumerate(chunk[0].shapes):
         weight, buffer, grad = ([p[i].view for p in part] for part in parts)
         stack = _stack(buffer, grad, (len(chunk), b, m, n), rule)
-        update = _orthogonal(stack.view(-1, m, n), rule).view(stack.shape)
+        update = orthogonal(stack.view(-1, m, n), rule).view(stack.shape)
         for run in _runs(chunk):
             like = chunk[run.start]
-            _write(like, weight[run], update[run], like.scales[i], rule)
+            write(like, weight[run], update[run], like.scales[i], rule)
 
 
 def rms_gain(m: int, n: int, coefficients: tuple[float, ...]) -> float:
@@ -186,7 +186,7 @@ def _scales(
     )
 
 
-def _gradient(matrix: Matrix, rule: Rule) -> Tensor:
+def gradient(matrix: Matrix, rule: Rule) -> Tensor:
     """The gradient as it goes into the buffer; a view of the parameter's own, or a new tensor."""
     grad = matrix.grad.to(matrix.buffer.dtype)
     if rule.maximize:
@@ -200,13 +200,17 @@ def _is_some(weight_decay: float | Tensor) -> bool:
     return isinstance(weight_decay, Tensor) or weight_decay != 0
 
 
+def direction(buffer: Tensor, grad: Tensor, rule: Rule) -> Tensor:
+    """What is to be orthogonalized, from the buffer after the gradient went into it."""
+    return torch.lerp(grad, buffer, rule.momentum) if rule.nesterov else buffer
+
+
 def _stack(
     buffers: Sequence[Tensor], grads: Sequence[Tensor], shape: tuple[int, ...], rule: Rule
 ) -> Tensor:
     """What is to be orthogonalized, contiguous [k, b, m, n]."""
     if isinstance(rule.momentum, Tensor):  # for a compiler: values, and no memory to write into
-        pairs = zip(grads, buffers, strict=True)
-        values = [torch.lerp(g, b, rule.momentum) for g, b in pairs] if rule.nesterov else buffers
+        values = [direction(b, g, rule) for b, g in zip(buffers, grads, strict=True)]
         return torch.stack([x.reshape(shape[1:]) for x in values])
     stack = torch.empty(shape, dtype=buffers[0].dtype, device=buffers[0].device)
     slots = [x.view(buffers[0].shape) for x in stack.unbind()]
@@ -221,7 +225,7 @@ def _stack(
     return stack
 
 
-def _orthogonal(stack: Tensor, rule: Rule) -> Tensor:
+def orthogonal(stack: Tensor, rule: Rule) -> Tensor:
     """Newton-Schulz of each matrix of [k, m, n]; with `exact_rms`, of root mean square 1."""
     stack = stack * _inverse_norms(stack)
     update = newton_schulz(stack.to(COMPUTE), rule.coefficients)
@@ -247,7 +251,7 @@ def _runs(chunk: Sequence[Matrix]) -> list[slice]:
     return found
 
 
-def _write(
+def write(
     like: Matrix, weights: Sequence[Tensor], update: Tensor, scale: float, rule: Rule
 ) -> None:
     """W <- W - lr wd W - lr s O for weights whose updates are O[i].
