@@ -65,7 +65,8 @@ struct NewtonSchulz {
     static constexpr int64_t BLOCK = LINES * NR;
     static constexpr int64_t DEPTH = 1024;  // words: two panels of them fit the second-level cache
 
-    // A matrix in panels: NR columns each, `depth` words long, padded with zeros to whole blocks.
+    // A matrix in panels of NR columns, in whole blocks. Of a block at its end, what its rows and
+    // columns fill is written, rounded up to words and registers with zeros; no more is ever read.
     struct Panels {
         word* data = nullptr;
         int64_t blocks = 0;  // of a panel
@@ -73,10 +74,13 @@ struct NewtonSchulz {
         word* block(int64_t i, int64_t j) const { return panel(j) + i * BLOCK; }
     };
     struct Term {
-        const Panels* of;
-        float factor;
+        const Panels* of = nullptr;
+        float factor = 0;
     };
     typedef float Tile[NR * NR];
+    struct Size {
+        int64_t rows, columns;
+    };
 
     const NewtonSchulzArguments& a;
     const int64_t m_blocks = ceil_div(a.m, NR), n_blocks = ceil_div(a.n, NR);
@@ -105,10 +109,12 @@ struct NewtonSchulz {
     }
 
     // tile = left^T right over `depth` words; of a block on the diagonal, what lies on or below it.
-    static void product(const word* left, const word* right, int64_t depth, int64_t rows,
-                        int64_t columns, bool diagonal, float* tile) {
-        int v = (int)ceil_div(columns, VL);
-        if (rows < NR || v < NV || !depth) std::memset(tile, 0, sizeof(Tile));
+    static void product(const word* left, const word* right, int64_t depth, Size size,
+                        bool diagonal, float* tile) {
+        int64_t rows = size.rows;
+        int v = (int)ceil_div(size.columns, VL);
+        if (rows < NR || v < NV || !depth)
+            std::memset(tile, 0, round_up(rows, VL) * NR * sizeof(float));
         for (int64_t k = 0; k < depth; k += DEPTH) {
             int64_t length = std::min(DEPTH, depth - k);
             for (int64_t r = 0; r < rows; r += MR) {
@@ -123,7 +129,7 @@ struct NewtonSchulz {
                     multiply<E, Columns<word>, SET>(m, wide, x, right + k * NR, NR, length, c, 0);
             }
         }
-        if (diagonal) mirror(tile);
+        if (diagonal) mirror(tile, rows);
     }
     static void transpose_square(const float* from, float* to) {
         vf x[VL];
@@ -132,8 +138,8 @@ struct NewtonSchulz {
         for (int i = 0; i < VL; ++i) store(to + i * NR, x[i]);
     }
     // What lies above the diagonal becomes what lies below it.
-    static void mirror(float* tile) {
-        for (int64_t r = 0; r < NR; r += VL) {
+    static void mirror(float* tile, int64_t rows) {
+        for (int64_t r = 0; r < rows; r += VL) {
             for (int64_t c = 0; c < r; c += VL)
                 transpose_square(tile + r * NR + c, tile + c * NR + r);
             for (int64_t i = r; i < r + VL; ++i)
@@ -142,11 +148,12 @@ struct NewtonSchulz {
     }
     // tile = alpha tile + the sum of the terms' blocks (i, j).
     template <size_t N>
-    static void combine(float* tile, float alpha, const Term (&terms)[N], int64_t i, int64_t j) {
+    static void combine(float* tile, Size size, float alpha, const Term (&terms)[N], int64_t i,
+                        int64_t j) {
         const word* block[N];
         for (size_t t = 0; t < N; ++t) block[t] = terms[t].of->block(i, j);
-        for (int64_t l = 0; l < LINES; ++l)
-            for (int64_t c = 0; c < NR; c += VL) {
+        for (int64_t l = 0; l * pw < size.rows; ++l)
+            for (int64_t c = 0; c < size.columns; c += VL) {
                 float* p = tile + l * pw * NR + c;
                 vf x = load(p) * alpha, y = vf{};
                 if constexpr (pw == 2) y = load(p + NR) * alpha;
@@ -166,9 +173,9 @@ struct NewtonSchulz {
             }
     }
     // The tile as a block, depth along its rows.
-    static void put(const float* tile, word* out) {
-        for (int64_t l = 0; l < LINES; ++l)
-            for (int64_t c = 0; c < NR; c += VL) {
+    static void put(const float* tile, Size size, word* out) {
+        for (int64_t l = 0; l * pw < size.rows; ++l)
+            for (int64_t c = 0; c < size.columns; c += VL) {
                 const float* p = tile + l * pw * NR + c;
                 if constexpr (pw == 2)
                     pair_rows(load(p), load(p + NR), out + l * NR + c);
@@ -177,9 +184,9 @@ struct NewtonSchulz {
             }
     }
     // The tile's transpose as a block: depth along its columns.
-    static void put_transposed(const float* tile, word* out) {
-        for (int64_t r = 0; r < NR; r += VL)
-            for (int64_t l = 0; l < LINES; l += VL) {
+    static void put_transposed(const float* tile, Size size, word* out) {
+        for (int64_t r = 0; r < size.rows; r += VL)
+            for (int64_t l = 0; l * pw < size.columns; l += VL) {
                 vf x[VL];
                 for (int i = 0; i < VL; ++i) {
                     const float* p = tile + (r + i) * NR + l * pw;
@@ -193,6 +200,9 @@ struct NewtonSchulz {
             }
     }
 
+    Size size_of(int64_t i, int64_t j, int64_t columns) const {
+        return {std::min<int64_t>(NR, a.m - i * NR), std::min<int64_t>(NR, columns - j * NR)};
+    }
     // out = alpha left right + terms, of symmetric matrices that commute, or of X X^T.
     template <size_t N>
     void symmetric(int64_t threads, const Panels& left, const Panels& right, int64_t depth,
@@ -202,66 +212,53 @@ struct NewtonSchulz {
             int64_t j = 0;
             while (item >= m_blocks - j) item -= m_blocks - j++;
             int64_t i = j + item;
+            Size size = size_of(i, j, a.m);
             alignas(64) Tile tile;
-            product(left.panel(i), right.panel(j), depth, std::min<int64_t>(NR, a.m - i * NR),
-                    std::min<int64_t>(NR, a.m - j * NR), i == j, tile);
-            combine(tile, alpha, terms, i, j);
-            put(tile, out.block(i, j));
-            if (i != j) put_transposed(tile, out.block(j, i));
-        });
-    }
-    void symmetric(int64_t threads, const Panels& left, const Panels& right, int64_t depth,
-                   const Panels& out) const {
-        parallel(threads, m_blocks * (m_blocks + 1) / 2, [&](int64_t item, int64_t) {
-            int64_t j = 0;
-            while (item >= m_blocks - j) item -= m_blocks - j++;
-            int64_t i = j + item;
-            alignas(64) Tile tile;
-            product(left.panel(i), right.panel(j), depth, std::min<int64_t>(NR, a.m - i * NR),
-                    std::min<int64_t>(NR, a.m - j * NR), i == j, tile);
-            put(tile, out.block(i, j));
-            if (i != j) put_transposed(tile, out.block(j, i));
+            product(left.panel(i), right.panel(j), depth, size, i == j, tile);
+            if (terms[0].of) combine(tile, size, alpha, terms, i, j);
+            put(tile, size, out.block(i, j));
+            if (i != j) put_transposed(tile, size, out.block(j, i));
         });
     }
 
     // X <- q X + Q X; the last of them into the caller's memory.
-    void apply(int64_t threads, const Space& s, const Panels& Q, float alpha, float q,
-               element* out) const {
+    void apply(int64_t threads, const Space& s, const Panels& Q, float q, element* out) const {
         parallel(threads, m_blocks * n_blocks, [&](int64_t item, int64_t) {
             int64_t j = item / m_blocks, i = item % m_blocks;
+            Size size = size_of(i, j, a.n);
             alignas(64) Tile tile;
-            product(Q.panel(i), s.along.panel(j), m_words, std::min<int64_t>(NR, a.m - i * NR),
-                    std::min<int64_t>(NR, a.n - j * NR), false, tile);
-            combine(tile, alpha, {Term{&s.along, q}}, i, j);
-            if (out) return give(tile, out, i, j);
-            put(tile, s.next.block(i, j));
-            put_transposed(tile, s.across.block(j, i));
+            product(Q.panel(i), s.along.panel(j), m_words, size, false, tile);
+            combine(tile, size, 1.0f, {Term{&s.along, q}}, i, j);
+            if (out) return give(tile, size, out, i, j);
+            put(tile, size, s.next.block(i, j));
+            put_transposed(tile, size, s.across.block(j, i));
         });
     }
     void read(int64_t threads, const element* X, const Space& s) const {
         parallel(threads, m_blocks * n_blocks, [&](int64_t item, int64_t) {
             int64_t j = item / m_blocks, i = item % m_blocks;
+            Size size = size_of(i, j, a.n);
             alignas(64) Tile tile;
-            get(X, i, j, tile);
-            put(tile, s.along.block(i, j));
-            put_transposed(tile, s.across.block(j, i));
+            get(X, size, i, j, tile);
+            put(tile, size, s.along.block(i, j));
+            put_transposed(tile, size, s.across.block(j, i));
         });
     }
     // The block's rows in memory are its own rows, or its columns where X lies transposed.
-    void get(const element* X, int64_t i, int64_t j, float* tile) const {
+    void get(const element* X, Size size, int64_t i, int64_t j, float* tile) const {
         bool flip = a.X_column != 1;
-        int64_t step = flip ? a.X_column : a.X_row, rows = std::min<int64_t>(NR, a.m - i * NR),
-                columns = std::min<int64_t>(NR, a.n - j * NR);
+        int64_t step = flip ? a.X_column : a.X_row;
+        auto [rows, columns] = size;
         if (flip) std::swap(rows, columns);
         const element* p = X + i * NR * a.X_row + j * NR * a.X_column;
         for (int64_t r = 0; r < rows; ++r) widen_row(p + r * step, columns, NR, tile + r * NR);
-        if (rows < NR) std::memset(tile + rows * NR, 0, (NR - rows) * NR * sizeof(float));
+        std::memset(tile + rows * NR, 0, (NR - rows) * NR * sizeof(float));
         if (flip) transpose_tile(tile);
     }
-    void give(float* tile, element* out, int64_t i, int64_t j) const {
+    void give(float* tile, Size size, element* out, int64_t i, int64_t j) const {
         bool flip = a.out_column != 1;
-        int64_t step = flip ? a.out_column : a.out_row, rows = std::min<int64_t>(NR, a.m - i * NR),
-                columns = std::min<int64_t>(NR, a.n - j * NR);
+        int64_t step = flip ? a.out_column : a.out_row;
+        auto [rows, columns] = size;
         if (flip) {
             std::swap(rows, columns);
             transpose_tile(tile);
@@ -295,7 +292,7 @@ struct NewtonSchulz {
         const double* step = a.coefficients;
         read(threads, (const element*)a.X + index * a.X_batch, s);
         for (int64_t run = 0; run < a.run_count; ++run) {
-            symmetric(threads, s.across, s.across, n_words, s.A);
+            symmetric(threads, s.across, s.across, n_words, 1.0f, {Term{}}, s.A);
             double q = 1;
             for (int64_t i = 0; i < a.runs[run]; ++i, step += 3) {
                 float a0 = (float)step[0], b = (float)step[1], c = (float)step[2];
@@ -314,7 +311,7 @@ struct NewtonSchulz {
                 q *= step[0];
             }
             bool last = run + 1 == a.run_count;
-            apply(threads, s, s.Q.data ? s.Q : s.Z, 1.0f, (float)q, last ? out : nullptr);
+            apply(threads, s, s.Q.data ? s.Q : s.Z, (float)q, last ? out : nullptr);
             std::swap(s.along, s.next);
         }
     }

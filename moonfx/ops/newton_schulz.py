@@ -105,11 +105,18 @@ def newton_schulz(X: Tensor, coefficients: Sequence[float], form: str = "auto") 
     check(X, coefficients, form)
     if not X.numel():
         return X.new_empty(X.shape)
-    with torch.autocast(X.device.type, enabled=False):
-        batch = X.unsqueeze(0) if X.dim() == 2 else X
-        tall = X.shape[-2] > X.shape[-1]
-        out = run(batch.mT if tall else batch, per_step(coefficients), form)
-    return (out.mT if tall else out).contiguous().view(X.shape)
+    if torch.is_autocast_enabled(X.device.type):  # it would cast the products of float32
+        with torch.autocast(X.device.type, enabled=False):
+            return by_short_side(X, per_step(coefficients), form)
+    return by_short_side(X, per_step(coefficients), form)
+
+
+def by_short_side(X: Tensor, steps: Coefficients, form: str) -> Tensor:
+    batch = X.unsqueeze(0) if X.dim() == 2 else X
+    tall = X.shape[-2] > X.shape[-1]
+    out = run(batch.mT if tall else batch, steps, form)
+    out = (out.mT if tall else out).contiguous()
+    return out.squeeze(0) if X.dim() == 2 else out
 
 
 def run(X: Tensor, steps: Coefficients, form: str) -> Tensor:
