@@ -84,7 +84,7 @@ def shapes(shape: tuple[int, ...], layout: Layout) -> list[Shape]:
         if sizes:
             raise ValueError("a flattened parameter cannot be fused: its layout must have sizes=()")
         return [(1, shape[0], math.prod(shape[1:]))]
-    b, matrix = math.prod(shape[:-2]), shape[-2:]
+    b, matrix = math.prod(shape[:-2]), (shape[-2], shape[-1])
     if not sizes:
         return [(b, *matrix)]
     if dim not in (0, 1) or outer < 1 or min(sizes) < 1 or outer * sum(sizes) != matrix[dim]:

@@ -133,14 +133,18 @@ class Muon(Optimizer):
         Args:
             param_group: as torch takes it; a key "roles" overrides roles as convert_optimizer's
                 argument does, and a key "optimizer", "muon" or "adamw", decides for all of them.
+
+        Raises:
+            TypeError, ValueError: as torch does, or for a bad override; nothing was added.
         """
         if vars(self).get("_joining"):
             super().add_param_group(param_group)
             return
-        group = dict(param_group)
-        roles = {**(self._roles or {}), **group.pop("roles", {})}
-        chosen = group.pop("optimizer", None)
-        if chosen is not None:
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        group = {k: v for k, v in param_group.items() if k not in ("roles", "optimizer")}
+        roles = {**(self._roles or {}), **param_group.get("roles", {})}
+        if (chosen := param_group.get("optimizer")) is not None:
             roles = {lambda name, parameter: True: chosen}
         super().add_param_group(group)
         try:
@@ -148,6 +152,9 @@ class Muon(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        first = self.param_groups[0]["lr"]
+        if isinstance(first, Tensor) and not isinstance(group["lr"], Tensor):
+            group["lr"] = torch.full_like(first, group["lr"])  # torchao's classes take no float
         target = self.settings.rms
         entries = [(row, target if row.optimizer == MUON else None, None) for row in rows]
         _join(group, entries, self.settings)
@@ -165,7 +172,7 @@ class Muon(Optimizer):
         return classify(group["params"], names, model, self._example, roles)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient.
 
         Raises:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from moonfx.ops import muon as passes
 from moonfx.ops.newton_schulz import newton_schulz
@@ -126,17 +127,18 @@ def _update_on_cpu(chunk: Sequence[Matrix], rule: Rule) -> None:
     for i, (b, m, n) in enumerate(first.shapes):
         stack = torch.empty(len(chunk), b, m, n, dtype=torch.bfloat16)
         for matrix, part, slots in zip(chunk, parts, stack, strict=True):
-            decay = matrix.weight_decay if rule.decay == "coupled" else 0.0
+            decay = float(matrix.weight_decay) if rule.decay == "coupled" else 0.0
             for weight, grad, buffer, slot in zip(*(x[i] for x in part), slots, strict=True):
                 passes.gather(weight, grad, buffer, slot, decay=decay, **before)
         update = newton_schulz(stack.view(-1, m, n), rule.coefficients).view(stack.shape)
         for matrix, part, slots in zip(chunk, parts, update, strict=True):
             lr = float(matrix.lr)
-            decay = lr * matrix.weight_decay
-            numbers = {"keep": 1 - decay if rule.decay == "decoupled" else 1.0, "decay": decay}
-            numbers["amount"] = -lr * matrix.scales[i]
+            decay = lr * float(matrix.weight_decay)
+            after["keep"] = 1 - decay if rule.decay == "decoupled" else 1.0
+            after["amount"] = -lr * matrix.scales[i]
             for weight, slot in zip(part[0][i], slots, strict=True):
-                passes.scatter(weight, slot, eps=EPS, **after, **numbers)
+                passes.scatter(weight, slot, decay=decay, eps=EPS, **after)
+    increment_version([x for matrix in chunk for x in (matrix.weight, matrix.buffer)])
 
 
 def _update_by_torch(chunk: Sequence[Matrix], rule: Rule) -> None:
@@ -151,8 +153,8 @@ def _update_by_torch(chunk: Sequence[Matrix], rule: Rule) -> None:
     layout = chunk[0].layout
     parts = [[pieces(x, layout) for x in tensors] for tensors in (weights, buffers, grads)]
     for i, (b, m, n) in enumerate(chunk[0].shapes):
-        weight, buffer, grad = ([p[i].view for p in part] for part in parts)
-        stack = _stack(buffer, grad, (len(chunk), b, m, n), rule)
+        weight, averages, news = ([p[i].view for p in part] for part in parts)
+        stack = _stack(averages, news, (len(chunk), b, m, n), rule)
         update = orthogonal(stack.view(-1, m, n), rule).view(stack.shape)
         for run in _runs(chunk):
             like = chunk[run.start]
@@ -206,7 +208,7 @@ def direction(buffer: Tensor, grad: Tensor, rule: Rule) -> Tensor:
 
 
 def _stack(
-    buffers: Sequence[Tensor], grads: Sequence[Tensor], shape: tuple[int, ...], rule: Rule
+    buffers: list[Tensor], grads: list[Tensor], shape: tuple[int, ...], rule: Rule
 ) -> Tensor:
     """What is to be orthogonalized, contiguous [k, b, m, n]."""
     if isinstance(rule.momentum, Tensor):  # for a compiler: values, and no memory to write into
@@ -251,9 +253,7 @@ def _runs(chunk: Sequence[Matrix]) -> list[slice]:
     return found
 
 
-def write(
-    like: Matrix, weights: Sequence[Tensor], update: Tensor, scale: float, rule: Rule
-) -> None:
+def write(like: Matrix, weights: list[Tensor], update: Tensor, scale: float, rule: Rule) -> None:
     """W <- W - lr wd W - lr s O for weights whose updates are O[i].
 
     A learning rate that lies on the weights' device is never read by the host.
@@ -262,15 +262,18 @@ def write(
     if isinstance(lr, Tensor) and lr.device != update.device and not torch.compiler.is_compiling():
         lr = float(lr)
     if rule.decay == "decoupled" and _is_some(weight_decay):
-        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        keep = 1 - lr * weight_decay
+        torch._foreach_mul_(weights, keep)
     elif rule.decay == "cautious" and _is_some(weight_decay):
         for weight, o in zip(weights, update.unbind(), strict=True):
             with_it = weight * o.view(weight.shape) > 0
             weight.sub_(torch.where(with_it, weight, 0) * (lr * weight_decay))
-    amount: float | Tensor = -lr * scale
-    if isinstance(amount, Tensor):
-        update, amount = update * amount, 1.0
+    alpha = 1.0
+    if isinstance(lr, Tensor):
+        update = update * (-lr * scale)
+    else:
+        alpha = -lr * scale
     if not update.is_cpu:  # torch's fast path takes equal dtypes
         update = update.to(weights[0].dtype)
     updates = [x.view(weights[0].shape) for x in update.unbind()]
-    torch._foreach_add_(weights, updates, alpha=amount)
+    torch._foreach_add_(weights, updates, alpha=alpha)

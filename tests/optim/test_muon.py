@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import moonfx
 from moonfx.optim.muon import Muon
 from tests.optim.by_hand import Row, muon
 
@@ -379,3 +380,68 @@ def test_a_gradient_that_cannot_be_stepped_is_named_before_anything_changes(
         optimizer.step()
     assert same(before, [p.detach() for p in parameters])
     assert not optimizer.state
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.more = nn.Linear(8, 8)
+        self.words = nn.Embedding(16, 8)
+        self.last = nn.Linear(8, 8, bias=False)
+
+
+ADDED = [
+    ("as a module says", "words", {}, ["adamw"]),
+    ("a matrix and a bias", "more", {}, ["muon", "adamw"]),
+    ("all by a word", "more", dict(optimizer="adamw"), ["adamw", "adamw"]),
+    ("one by a role", "more", dict(roles={"more.weight": "adamw"}), ["adamw", "adamw"]),
+]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, "AdamW8bit"])
+@pytest.mark.parametrize(
+    ("name", "extra", "kinds"), [x[1:] for x in ADDED], ids=[x[0] for x in ADDED]
+)
+def test_a_group_that_is_added_is_classified_as_those_before(name, extra, kinds, kind) -> None:
+    if kind == "AdamW8bit":
+        kind = pytest.importorskip("torchao.optim").AdamW8bit
+    net = Net()
+    source = kind(net.body.parameters(), lr=0.1)
+    optimizer = moonfx.convert_optimizer(source, net)
+    added = getattr(net, name)
+    optimizer.add_param_group({"params": added.parameters(), "lr": 0.5, "mine": "kept", **extra})
+    assert optimizer.param_groups is source.param_groups
+    group = optimizer.param_groups[1]
+    assert group["optimizers"] == kinds
+    assert group["target_rms"] == [0.2 if x == "muon" else None for x in kinds]
+    assert (float(group["lr"]), group["mine"], group["momentum"]) == (0.5, "kept", 0.95)
+    names = [f"{name}.{n}" for n, _ in added.named_parameters()]
+    assert [row.name for row in optimizer.table[2:]] == names
+    if kind is torch.optim.AdamW:  # torchao compiles its step
+        before = [p.detach().clone() for p in added.parameters()]
+        for p in added.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert not any(torch.equal(a, b) for a, b in zip(before, added.parameters(), strict=True))
+
+
+NOT_ADDED = [
+    ("twice the same", lambda net: {"params": net.body.weight}, ValueError),
+    ("an unknown word", lambda net: {"params": net.last.weight, "optimizer": "sgd"}, ValueError),
+    ("a bad role", lambda net: {"params": net.last.weight, "roles": {"x": 3}}, TypeError),
+    ("no dict", lambda net: [net.last.weight], TypeError),
+]
+
+
+@pytest.mark.parametrize(
+    ("group", "error"), [x[1:] for x in NOT_ADDED], ids=[x[0] for x in NOT_ADDED]
+)
+def test_a_group_that_cannot_be_added_leaves_the_optimizer_as_it_was(group, error) -> None:
+    net = Net()
+    optimizer = moonfx.convert_optimizer(torch.optim.AdamW(net.body.parameters()), net)
+    with pytest.raises(error):
+        optimizer.add_param_group(group(net))
+    assert len(optimizer.param_groups) == 1
+    assert len(optimizer.table) == 2

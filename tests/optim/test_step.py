@@ -150,6 +150,17 @@ def test_weights_are_changed_and_gradients_and_buffers_are_not_normalized(monkey
         torch.testing.assert_close(buffer, grad * 0.05, rtol=2**-7, atol=0)
 
 
+def test_a_backward_over_weights_that_a_step_changed_is_refused() -> None:
+    """By autograd, which counts changes: also those that no torch operation made."""
+    p = torch.nn.Parameter(gaussian(8, 8))
+    optimizer = muon(torch.optim.AdamW([p]))
+    loss = (p @ p).sum()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_many_matrices_are_stepped_as_one_at_a_time_whatever_the_chunks(monkeypatch) -> None:
     shapes = [(8, 8)] * 5 + [(8, 16)] * 3 + [(16, 8)]
     weights = [gaussian(*s, seed=i) for i, s in enumerate(shapes)]
