@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moonfx.optim.low_bit import BLOCKS
-from moonfx.optim.source import FIRST, SECOND, Source, moment
+from moonfx.optim.source import FIRST, SECOND, Source, is_finite, moment
 from moonfx.policy import check_flag
 
 if TYPE_CHECKING:
@@ -118,8 +118,7 @@ def check_states(source: Source, names: Sequence[str]) -> None:
                     f"the {words} moment of {name} has shape {list(value.shape)}, the parameter "
                     f"{list(p.shape)}: {source.word} keeps it in a form that cannot be read"
                 )
-            # One number per tensor: the largest magnitude, which is NaN where one is.
-            if value.numel() and not torch.linalg.vector_norm(value, math.inf).isfinite():
+            if not is_finite(value):
                 raise ValueError(
                     f"the {words} moment of {name} holds NaN or infinity: a bad gradient came in "
                     "earlier, and Muon would spread it over the whole matrix; go back to a "

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moonfx.optim.low_bit import stored
 from moonfx.optim.matrices import Layout
-from moonfx.optim.source import FIRST, SECOND, Group, moment, steps_of
+from moonfx.optim.source import FIRST, SECOND, Group, moment, number, steps_of
 
 State = dict[str, Any]
 
@@ -82,8 +83,8 @@ def second_moment(state: State, group: Group, mu: float) -> float | None:
     if first is None or second is None or steps < 1:
         return None
     b1, b2 = (float(b) for b in group["betas"])
-    m = first.float().square().mean().item() / (1 - b1**steps) ** 2
-    v = second.float().mean().item() / (1 - b2**steps)
+    m = number(first.float().square().mean()) / (1 - b1**steps) ** 2
+    v = number(second.float().mean()) / (1 - b2**steps)
     return _ratio(v / m, b1, steps, mu) if m > 0 and v > 0 else None
 
 
@@ -126,10 +127,12 @@ def moments_of(
     if ratio is None and steps >= 1:
         mean = mean / (1 - mu**steps) if mu else mean
         ratio = 1 / noise_share(mu, steps)
-    if ratio is None or steps < 1 or not bool(mean.any()):
+    if ratio is None or steps < 1 or number(mean.abs().amax()) == 0:
         return None
     square = ratio * _rank_one(mean.square(), layout)
     first, second = mean * (1 - b1**steps), square * (1 - b2**steps)
+    if isinstance(momentum, DTensor):  # sums over rows and columns left it whole on each process
+        second = second.redistribute(momentum.device_mesh, momentum.placements)
     return first.to(momentum.dtype), second.to(momentum.dtype)
 
 

@@ -8,6 +8,7 @@
 Nothing else of moonfx.optim knows these differences.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -184,6 +185,19 @@ def dequantized(value: Tensor) -> Tensor:
         return value
     floats: Tensor = value.dequantize(torch.float32)  # type: ignore[call-arg]
     return floats
+
+
+def number(value: Tensor) -> float:
+    """A scalar's value, the same on every process: of a sharded tensor each knows a part only."""
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
+    if isinstance(value, DTensor):  # a maximum over processes may lose a NaN, a count does not
+        return number((~value.isfinite()).sum()) == 0
+    # One pass without a copy: the largest magnitude is NaN where one is.
+    return not value.numel() or math.isfinite(torch.linalg.vector_norm(value, math.inf).item())
 
 
 def _has_codes(value: Tensor) -> bool:

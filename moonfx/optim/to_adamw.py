@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from moonfx.capture import count_as_stepped, replace_step, share_hooks
 from moonfx.optim.handover import State, moments_of
 from moonfx.optim.muon import GROUP_KEYS, PARAMETER_KEYS, Muon
-from moonfx.optim.source import Group, dequantized, is_low_bit, quantize
+from moonfx.optim.source import Group, dequantized, is_finite, is_low_bit, quantize
 
 Moments = tuple[Tensor, Tensor]
 
@@ -74,7 +74,7 @@ def _moments(optimizer: Muon) -> dict[Tensor, Moments | None]:
             momentum = dequantized(buffer)
             if is_low_bit(state, ("momentum_buffer",)):
                 momentum = momentum.to(p.dtype)
-            if not bool(momentum.isfinite().all()):
+            if not is_finite(momentum):
                 raise ValueError(
                     f"the momentum of {row.name} holds NaN or infinity: AdamW cannot go on from it"
                 )
