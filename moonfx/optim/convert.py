@@ -81,8 +81,8 @@ def convert_optimizer(
             "muon" | "adamw" | a role's name | moonfx.optim.matrices.Layout}, before all else.
         decay: "decoupled", W (1 - lr wd); "cautious", only where that moves with the update; or
             "coupled", wd W into the gradient. None: as adamw does it, coupled for Adam.
-        momentum_dtype: "int8" keeps the momentum as torchao's 8-bit state; None in exp_avg's dtype,
-            or as int8 where adamw's own states are quantized.
+        momentum_dtype: "int8", "int4" or "fp8" keep the momentum as torchao's states of that kind;
+            None in exp_avg's dtype, or as int8 where adamw's own states are quantized.
         compile: True compiles the step, one graph per device and dtype; False does not; None
             where it is faster.
 

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from moonfx.optim.low_bit import stored
 from moonfx.optim.matrices import Layout
-from moonfx.optim.source import FIRST, SECOND, Group, moment, number, steps_of
+from moonfx.optim.source import FIRST, SECOND, Group, is_low_bit, moment, number, steps_of
 
 State = dict[str, Any]
 
@@ -61,6 +61,8 @@ def muon_state(p: Tensor, state: State, group: Group, low_bit: str | None) -> St
     """
     momentum = momentum_of(state, group)
     assert momentum is not None
+    if is_low_bit(state, FIRST):  # its codes stand for numbers of the parameter's dtype
+        momentum = momentum.to(p.dtype)
     on_device = group.get("capturable") or group.get("fused")
     device = p.device if on_device else torch.device("cpu")
     return {

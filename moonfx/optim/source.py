@@ -136,10 +136,10 @@ class Source:
 
     def low_bit(self) -> bool:
         """Whether some state is quantized, so that a float momentum would take more memory."""
-        return any(is_low_bit(self.state(p), FIRST) for _, p in self.members()) or hasattr(
-            self.optimizer,
-            "_subclass_zeros",  # torchao, before its first step
-        )
+        # Before the first step: torchao's class says so, or bitsandbytes' arguments.
+        bits = getattr(getattr(self.optimizer, "args", None), "optim_bits", 32)
+        fresh = hasattr(self.optimizer, "_subclass_zeros") or bits == 8
+        return fresh or any(is_low_bit(self.state(p), FIRST) for _, p in self.members())
 
 
 def moment(state: dict[str, Any], keys: tuple[str, str]) -> Tensor | None:

@@ -1,6 +1,7 @@
 """AdamW in other people's forms, in few lines each: what their states and groups look like."""
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class BitsandbytesAdamW(torch.optim.Optimizer):
             params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
         )
         self.optimizer_name, self.bits = "adam", bits
+        self.args = SimpleNamespace(optim_bits=bits)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:

@@ -131,22 +131,22 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0))
 
 
-def signal_and_noise(count: int) -> list[Tensor]:
+def signal_and_noise(count: int, signal: float = 0.3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     fixed = torch.randn(64, 64, generator=generator)
-    return [0.3 * fixed + torch.randn(64, 64, generator=generator) for _ in range(count)]
+    return [signal * fixed + torch.randn(64, 64, generator=generator) for _ in range(count)]
 
 
 class Matrix:
     """One hidden matrix, 64 x 64 of zeros, with an AdamW and a model around it."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         self.model = nn.ModuleDict(
             {"hidden": nn.Linear(64, 64, bias=False), "norm": nn.RMSNorm(64)}
         )
         self.weight = self.model["hidden"].weight
         nn.init.zeros_(self.weight)
-        self.adamw = AdamW([self.weight], lr=1e-3, weight_decay=0.0)
+        self.adamw = AdamW([self.weight], lr=1e-3, weight_decay=0.0, **options)
 
     def converted(self, **options: Any) -> moonfx.Muon:
         roles = {"hidden.weight": "muon"}
@@ -261,50 +261,48 @@ def test_a_muon_out_of_a_pickle_goes_back_too() -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), copied.parameters()))
 
 
-def rms_of_updates(model: nn.Module, optimizer: Optimizer, steps: range) -> Tensor:
-    """Of each hidden matrix at each step, [steps, 2]."""
-    hidden = [p for n, p in model.named_parameters() if n in MUON]
-    found = []
-    for step in steps:
-        before = copy.deepcopy(hidden)
-        train(model, optimizer, range(step, step + 1))
-        found.append(sizes(before, hidden))
-    return torch.tensor(found)
+def rms_of_updates(matrix: Matrix, optimizer: Optimizer, grads: list[Tensor]) -> Tensor:
+    """Of each step at learning rate 1."""
+    return torch.tensor(
+        [moved(matrix.weight, optimizer, g).square().mean().sqrt() / 1e-3 for g in grads]
+    )
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.95)])
-@pytest.mark.parametrize("first", [0, 30], ids=["from scratch", "mid-run"])
-def test_no_update_jumps_on_the_way_back(betas, first) -> None:
-    model = net()
-    adamw = AdamW(model.parameters(), lr=1e-3, betas=betas, weight_decay=0.0)
-    train(model, adamw, range(first))
-    muon = moonfx.convert_optimizer(adamw, model)
-    train(model, muon, range(first, 60))
-    away = copy.deepcopy(model)
-    stayed = AdamW(away.parameters(), lr=1e-3, betas=betas, weight_decay=0.0)
-    train(away, stayed, range(60, 100))
-    usual = rms_of_updates(away, stayed, range(100, 130)).mean(0)
-    found = rms_of_updates(model, moonfx.to_adamw(muon), range(60, 90))
-    # Known noise: about as large. Unknown (there was no AdamW state to learn it from): taken for
-    # noise alone, so smaller at first. A new AdamW would begin at 1.0, 1.5 times the usual.
-    assert float((found / usual).max()) < 1.4
-    assert float((found / usual).min()) > (0.2 if first == 0 else 0.9)
+@pytest.mark.parametrize("signal", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("first", [0, 60], ids=["from scratch", "mid-run"])
+def test_no_update_jumps_on_the_way_back(betas, signal, first) -> None:
+    grads = signal_and_noise(200, signal)
+    away, stayed = Matrix(betas=betas), Matrix(betas=betas)
+    rms_of_updates(away, away.adamw, grads[:first])
+    muon = away.converted()
+    rms_of_updates(away, muon, grads[first:160])
+    rms_of_updates(stayed, stayed.adamw, grads[:160])
+    usual = rms_of_updates(stayed, stayed.adamw, grads[160:])
+    found = rms_of_updates(away, moonfx.to_adamw(muon), grads[160:])
+    # Known noise: as large as AdamW's own, less the quarter that Muon's longer average has less of
+    # noise in. Unknown, for want of an AdamW state: taken for noise alone, so smaller where it is
+    # not. With v of the buffer's own size it would be up to 4.5 times the usual.
+    assert float((found / usual).max()) < 1.2
+    assert float((found / usual).min()) > (0.75 if first else 0.25)
 
 
-BACK: list[tuple[str, Callable[[Any], Optimizer], float]] = [
-    # name, the optimizer, error of its moments
-    ("AdamW", AdamW, 1e-5),
-    ("AdamW fused", lambda p: AdamW(p, fused=True), 1e-5),
-    ("torchao 8-bit", torchao.AdamW8bit, 0.05),
-    ("torchao fp8", torchao.AdamWFp8, 0.05),
-    ("bitsandbytes", BitsandbytesAdamW, 1e-5),
-    ("bitsandbytes 8-bit", lambda p: BitsandbytesAdamW(p, bits=8), 0.05),
-    ("Apex", FusedAdam, 1e-5),
+BACK: list[tuple[str, Callable[[Any], Optimizer], bool, float]] = [
+    # name, the optimizer, whether its momentum is kept in 8 bits, error of its moments
+    ("AdamW", AdamW, False, 1e-5),
+    ("AdamW fused", lambda p: AdamW(p, fused=True), False, 1e-5),
+    ("torchao 8-bit", torchao.AdamW8bit, True, 0.05),
+    ("torchao fp8", torchao.AdamWFp8, True, 0.05),
+    ("bitsandbytes", BitsandbytesAdamW, False, 1e-5),
+    ("bitsandbytes 8-bit", lambda p: BitsandbytesAdamW(p, bits=8), True, 0.05),
+    ("Apex", FusedAdam, False, 1e-5),
 ]
 
 
-@pytest.mark.parametrize(("make", "tolerance"), [b[1:] for b in BACK], ids=[b[0] for b in BACK])
-def test_every_kind_goes_to_muon_and_back_and_on(make, tolerance) -> None:
+@pytest.mark.parametrize(
+    ("make", "eight", "tolerance"), [b[1:] for b in BACK], ids=[b[0] for b in BACK]
+)
+def test_every_kind_goes_to_muon_and_back_and_on(make, eight, tolerance) -> None:
     model = net()
     start = make(model.parameters())
     train(model, start, range(3))
@@ -312,6 +310,7 @@ def test_every_kind_goes_to_muon_and_back_and_on(make, tolerance) -> None:
     muon = moonfx.convert_optimizer(start, model)
     train(model, muon, range(3, 6))
     buffers = {n: muon.state[model.get_parameter(n)]["momentum_buffer"] for n in MUON}
+    assert {type(b).__name__ for b in buffers.values()} == {"OptimState8bit" if eight else "Tensor"}
     momentum = {n: dequantized(b).float() for n, b in buffers.items()}
     back = moonfx.to_adamw(muon)
     assert type(back) is type(start)

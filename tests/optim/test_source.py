@@ -89,6 +89,7 @@ def test_before_the_first_step_there_are_no_moments_and_reading_makes_none(make)
     ids=[f[0] for f in FORMS],
 )
 def test_quantized_states_are_known_as_such(make, low) -> None:
+    assert read(make(parameters())).low_bit() is low
     assert read(stepped(make(parameters()), 1)).low_bit() is low
 
 
