@@ -63,6 +63,7 @@ struct NewtonSchulz {
     static constexpr int pw = E::per_word;
     static constexpr int64_t LINES = NR / pw;  // of words, in a block
     static constexpr int64_t BLOCK = LINES * NR;
+    static constexpr int64_t ROOM = 1 << 30;  // bytes of scratch, of all threads together
     static constexpr int64_t DEPTH = 1024;  // words: two panels of them fit the second-level cache
 
     // A matrix in panels of NR columns, in whole blocks. Of a block at its end, what its rows and
@@ -320,7 +321,10 @@ struct NewtonSchulz {
     int64_t run() const {
         Arena measure{nullptr};
         take(measure);
-        int64_t teams = std::max<int64_t>(1, std::min(a.threads, a.batch));
+        // A matrix is one thread's as long as each thread has one and room for it; the rest are all
+        // threads' work, one after another.
+        int64_t threads = std::max<int64_t>(1, a.threads), teams = threads;
+        if (a.batch < threads || measure.used * threads > ROOM) teams = 1;
         Scratch scratch(measure.used * teams);
         if (!scratch.base) return FAILED;
         std::vector<Space> space;
@@ -328,11 +332,9 @@ struct NewtonSchulz {
             Arena arena{scratch.base + t * measure.used};
             space.push_back(take(arena));
         }
-        // A matrix is one thread's as long as each thread has one; the rest are all threads' work.
-        int64_t alone = a.batch / teams * teams;
-        if (teams < a.threads) alone = 0;
+        int64_t alone = teams == threads ? a.batch / teams * teams : 0;
         parallel(teams, alone, [&](int64_t index, int64_t t) { one(1, index, space[t]); });
-        for (int64_t index = alone; index < a.batch; ++index) one(a.threads, index, space[0]);
+        for (int64_t index = alone; index < a.batch; ++index) one(threads, index, space[0]);
         return measure.used * teams;
     }
 };

@@ -69,11 +69,11 @@ def amplified(steps: Steps, dtype: torch.dtype, start: int, length: int) -> floa
     steps from `start` are one run and all others are runs of one."""
     apart = (1,) * len(steps)
     runs = (*apart[:start], length, *apart[start + length :])
-    alone, together = (_error(steps, dtype, each) for each in (apart, runs))
-    ratio = together / (alone + torch.finfo(dtype).eps)
+    ratio = _error(steps, dtype, runs) / (_error(steps, dtype, apart) + torch.finfo(dtype).eps)
     return float(ratio.nan_to_num(torch.inf).max())
 
 
+@functools.lru_cache(maxsize=64)
 def _error(steps: Steps, dtype: torch.dtype, runs: tuple[int, ...]) -> Tensor:
     """Of each singular value's result: the root of the squares of what each rounding does to it."""
     exact = _trace(steps, runs, 0.0)
