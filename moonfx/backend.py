@@ -38,6 +38,8 @@ from moonfx.iterations import IterationRow, rows_of
 from moonfx.passes import given_masks
 from moonfx.passes.context import Context
 from moonfx.passes.order import run_passes
+from moonfx.passes.parameter_use import Found, uses_in
+from moonfx.passes.values import GraphCall, Run
 from moonfx.policy import LayerPolicy, Policies, check_flag
 from moonfx.report import Report, Row, row_of
 from moonfx.site import AttentionSite
@@ -62,6 +64,7 @@ class Record:
         of_optimizer: whether it is an optimizer's step: it holds its parameters itself, or
             Newton-Schulz iterations.
         iterations: those.
+        run: of a model's graph, what it computed before the passes; `uses` reads it and lets it go.
     """
 
     rows: list[Row]
@@ -69,6 +72,19 @@ class Record:
     parameters: list[weakref.ref[torch.Tensor]]
     of_optimizer: bool = False
     iterations: list[IterationRow] = field(default_factory=list)
+    run: Run | None = None
+    found: dict[int, Found] = field(default_factory=dict)
+
+    def uses(self, names: dict[int, str]) -> dict[int, Found]:
+        """What the graph uses each parameter that still lives for, by its id.
+
+        Args:
+            names: id of each module of the model -> its qualified name.
+        """
+        if self.run is not None:
+            self.found, self.run = uses_in(self.run, names), None
+        alive = {id(p()) for p in self.parameters if p() is not None}
+        return {key: found for key, found in self.found.items() if key in alive}
 
 
 def report_on(records: Iterable[Record]) -> Report:
@@ -163,6 +179,8 @@ class Backend:
             record.failure = str(error)
             log.warning("a graph could not be captured and runs as it was: %s", error)
             return gm, {}
+        if parameters and not record.of_optimizer:
+            self._remember(gm, captured, example_inputs, record)
         given_masks.mark(captured, example_inputs)
         root = graph_root(gm, example_inputs, self.parameter_names)
         context = self.run_passes(captured, root, record)
@@ -176,6 +194,22 @@ class Backend:
             if node in placeholders
         }
         return captured, guards
+
+    def _remember(
+        self,
+        gm: fx.GraphModule,
+        captured: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        record: Record,
+    ) -> None:
+        """Keeps what `Record.uses` needs; not the graph."""
+        try:
+            returned = () if is_piece(gm) else None
+            record.run = Run([GraphCall(captured, example_inputs)], returned)
+        except Exception:
+            if os.environ.get("MOONFX_VERIFY"):
+                raise
+            log.exception("the uses of a graph's parameters stay unknown; please report this")
 
     def rewrite_exported(self, program: ExportedProgram) -> ExportedProgram:
         """A new program with what the policies make sparse; the given one stays as it is.
@@ -342,6 +376,13 @@ def compile(
     elif not report.rewritten and (report.rows or report.failures or not is_piece(gm)):
         miss(known["on_miss"], report, what)
     return compiled
+
+
+def records_of(parameters: Iterable[torch.Tensor]) -> list[Record]:
+    """The models' graphs compiled by backend "moonfx" that used any of these parameters."""
+    ids = {id(p) for p in parameters}
+    used = (r for r in _records if any(id(p()) in ids for p in r.parameters))
+    return [record for record in used if not record.of_optimizer]
 
 
 def report_of(parameters: Sequence[torch.Tensor] | None, of_optimizer: bool) -> Report | None:

@@ -23,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -741,7 +741,17 @@ def body_position(node: fx.Node) -> tuple[int, int] | None:
     return BODY_OPERATORS.get(node.target.name())
 
 
-def module_path(node: fx.Node, names: dict[int, str], root: str | None) -> str:
+class Traced(Protocol):
+    """What a node of a graph says of where it came from."""
+
+    @property
+    def meta(self) -> dict[str, Any]: ...
+
+    @property
+    def stack_trace(self) -> str | None: ...
+
+
+def module_path(node: Traced, names: dict[int, str], root: str | None) -> str:
     """The name of the innermost module that the node came from, "" for the model itself.
 
     Args:
@@ -783,7 +793,7 @@ def graph_root(
     return None
 
 
-def source_line(node: fx.Node) -> str:
+def source_line(node: Traced) -> str:
     """file.py:line in the user's code, innermost frame; "unknown" if the trace has none."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
     if not frames:

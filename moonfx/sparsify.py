@@ -19,6 +19,7 @@ from moonfx.backend import (
     Record,
     check_choice,
     miss,
+    records_of,
     report_of,
 )
 from moonfx.capture import (
@@ -344,6 +345,13 @@ def explain(
     with torch.random.fork_rng(devices=devices):
         compile_call(plain_call(model), trace)(*args, **kwargs)
     return backend.report
+
+
+def records_of_model(model: torch.nn.Module) -> list[Record]:
+    """The graphs compiled so far for a model, or for one inside it, with what they hold."""
+    states = [state for module in model.modules() if (state := _state(module)) is not None]
+    own = [record for state in states for record in state.backend.records]
+    return own + records_of(model.parameters())
 
 
 def _copied(argument: Any) -> Any:

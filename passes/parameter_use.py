@@ -136,9 +136,23 @@ class _Reader:
         if len(_wide(parameter)) < 2:
             return Found("vector", where)
         indices = [x for x in first.op.reads if x is not first.value]
+        if first.op.target not in TABLES and any(map(self.chooses, indices)):
+            return Found("bias", f"{where}, a row for each chosen expert")
         if any(map(self.counts, indices)):
             return Found("position embedding", f"{where}, by positions")
         return Found("embedding", where)
+
+    def chooses(self, index: Value) -> bool:
+        """Whether an index is made of the best of some scores."""
+        stack, seen = [index], set[Value]()
+        while stack:
+            value = stack.pop()
+            if value.target in CHOICES:
+                return True
+            if value not in seen and not is_product(value):
+                seen.add(value)
+                stack += value.reads
+        return False
 
     def counts(self, index: Value) -> bool:
         """Whether an index says where a token is, and not what it is."""
@@ -350,14 +364,12 @@ class _Reader:
         return found
 
     def module(self, value: Value) -> str:
-        return module_path(value.node, self.names, "") if value.node is not None else ""
+        return module_path(value, self.names, "")
 
     def where(self, value: Value) -> str:
         """A node, its module and its source line, in words."""
-        if value.node is None:
-            return _name(value)
         module = "a layer" if value.shared else self.module(value) or "the model"
-        return f"{value.node.name} in {module}, {source_line(value.node)}"
+        return f"{value.name} in {module}, {source_line(value)}"
 
 
 def _reaches_results(run: Run, value: Value) -> bool:

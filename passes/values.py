@@ -45,7 +45,8 @@ class Value:
         target: the operator that computes it; of what is given, one of the words above.
         args, kwargs: of the operator; Values stand for what it reads, ints for symbolic sizes.
         shape: its sizes as traced; () for what is no tensor.
-        node: where it comes from.
+        name, meta, stack_trace: of the node that it comes from. The node itself would keep its
+            graph alive.
         users: who reads it.
         returned: whether the model returns it.
         escapes: whether code that was not traced may read it.
@@ -59,7 +60,9 @@ class Value:
     kwargs: dict[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
-    node: fx.Node | None = None
+    name: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+    stack_trace: str | None = None
     users: list["Value"] = field(default_factory=list)
     returned: bool = False
     escapes: bool = False
@@ -108,7 +111,7 @@ class GraphCall:
     Args:
         gm: the graph.
         inputs: what it was called with, parameters as themselves.
-        results: what it gave.
+        results: what it gave, () if that is not known.
     """
 
     gm: fx.GraphModule
@@ -130,6 +133,7 @@ class Run:
         self._made: dict[int, Value] = {}
         self._written: dict[Value, Value] = {}
         self._read: set[Value] = set()
+        self._kept: list[Any] = []  # ids stay those of these objects while they live
         self._returned = None if returned is None else {id(x) for x in returned}
         runs = Counter(id(call.gm) for call in calls)
         for call in calls:
@@ -139,6 +143,8 @@ class Run:
                 value.shared = runs[id(call.gm)] > 1
         for value in self._made.values():
             value.escapes &= value not in self._read
+        self._kept.clear()
+        self._made.clear()
         self.place = {value: i for i, value in enumerate(self.values)}
         self._active: dict[Value, bool] = {}
         self._trained: dict[Value, bool] = {}
@@ -171,7 +177,8 @@ class Run:
         if isinstance(tensor, torch.Tensor):
             given["shape"] = tuple(_size(n) for n in tensor.shape)
             given["dtype"] = tensor.dtype
-        value = Value(target, node=node, **given)
+        origin = {k: node.meta[k] for k in ("nn_module_stack",) if k in node.meta}
+        value = Value(target, name=node.name, meta=origin, stack_trace=node.stack_trace, **given)
         self.values.append(value)
         for read in value.reads:
             read.users.append(value)
@@ -196,15 +203,16 @@ class Run:
         for value, tensor in zip(given, call.inputs, strict=True):
             if value in self._written:  # the graphs to come read what this one wrote
                 self._made[id(tensor)] = self._written[value]
-        for i, value in enumerate(results):
+        given_back = call.results or [object() for _ in results]
+        self._kept.append(given_back)
+        for value, result in zip(results, given_back, strict=True):
             if not isinstance(value, Value):
                 continue
             if self._returned is None:
                 value.returned = True
                 continue
-            key = id(call.results[i])
-            self._made[key] = value
-            value.returned |= key in self._returned
+            self._made[id(result)] = value
+            value.returned |= id(result) in self._returned
             value.escapes = not value.returned
 
     def _given(self, node: fx.Node, given: Any) -> Any:
@@ -218,10 +226,8 @@ class Run:
         if not isinstance(given, torch.Tensor):
             return _size(node.meta.get("val", given))
         known = buffer_value(node)
-        if known is not None and not known.is_floating_point():
-            return self._new(CONSTANT, node, known=known)
         if known is not None:
-            return self._new(CONSTANT, node)
+            return self._new(CONSTANT, node, known=_small(known))
         value = self._new(INPUT, node, key=(input_name(node) or (False, ""))[1])
         self._made[id(given)] = value
         return value
@@ -253,7 +259,7 @@ class Run:
     def _constant(self, node: fx.Node) -> Any:
         held = getattr(node.graph.owning_module, str(node.target), None)
         known = held if isinstance(held, torch.Tensor) and _is_real(held) else None
-        return self._new(CONSTANT, node, known=known)
+        return self._new(CONSTANT, node, known=None if known is None else _small(known))
 
 
 class Waiting:
@@ -281,6 +287,12 @@ class Waiting:
 
 def _is_real(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+
+
+def _small(known: torch.Tensor) -> torch.Tensor | None:
+    """The numbers of an index; a large one, as of a mask, is not kept."""
+    index = not known.is_floating_point() and not known.is_complex()
+    return known if index and known.numel() <= 2**20 else None
 
 
 def _size(given: Any) -> Any:

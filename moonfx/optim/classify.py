@@ -12,7 +12,7 @@ from moonfx.optim.names import FLATTENED, by_name, by_shape, unwrapped
 from moonfx.optim.overrides import Overrides, overridden
 from moonfx.optim.roles import MUON, ROLES, Finding, RoleRow, row_of
 from moonfx.optim.sites import check_owned, innermost, is_flattened, sites_of
-from moonfx.optim.trace import Uses, uses_of_call
+from moonfx.optim.trace import Uses, uses_of_call, uses_recorded
 
 NO_MODEL = (
     "parameters are classified by their names and shapes, which show neither tied weights, nor "
@@ -35,7 +35,8 @@ def classify(
         names: as far as they are known, "" where not; a model's own go before them.
         model: what uses them.
         example: what to call the model with, positional or keyword inputs, to see how it uses
-            each. The model is traced and not run: nothing in it changes.
+            each. The model is traced and not run: nothing in it changes. Without it, the graphs
+            that moonfx.sparsify or backend="moonfx" compiled so far say it.
         overrides: the user's word, {name | "re:<regex>" | predicate: "muon" | "adamw" | role |
             Layout}.
     Raises:
@@ -62,8 +63,9 @@ def classify(
         check_owned(model, list(parameters), list(names), sites)
         known = Modules(innermost(model), sites)
         rules = [(known.of(p), "module") for p in parameters]
-        if example is not None:
-            uses = uses_of_call(innermost(model), example)
+        inner = innermost(model)
+        uses = uses_recorded(inner) if example is None else uses_of_call(inner, example)
+        if uses is not None:
             _warn_of(uses)
             rules = [_used(p, rule, uses) for p, (rule, _) in zip(parameters, rules, strict=True)]
         own = [[site.name for site in sites[id(p)]] for p in parameters]
@@ -85,7 +87,7 @@ def _used(parameter: Tensor, by_module: Finding, uses: Uses) -> tuple[Finding, s
     if found is None and uses.whole:
         return Finding("unused", "no operator of the traced call reads it"), "graph"
     if found is None:
-        note = "no graph of the traced call reads it, which was not seen as a whole"
+        note = "no graph that was traced reads it, and not all of the model was traced"
         return by_module._replace(why=f"{by_module.why} ({note})"), "module"
     if found.role is None:
         return by_module._replace(why=f"{by_module.why} ({found.why})"), "module"

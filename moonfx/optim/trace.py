@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from moonfx.capture import CaptureError, capture, compile_call, empty_results, is_piece, plain_call
 from moonfx.passes.parameter_use import Found, uses_in
 from moonfx.passes.values import GraphCall, Run
+from moonfx.sparsify import records_of_model
 
 
 class Uses:
@@ -90,9 +91,32 @@ def uses_of_call(model: nn.Module, example: tuple[Any, ...] | dict[str, Any]) ->
     whole = len(recorder.calls) == 1 and not recorder.pieces and not recorder.failures
     # Of a whole call everything goes back to its caller, also in a cache that is no pytree.
     run = Run(recorder.calls, None if whole else pytree.tree_leaves(returned))
-    found = uses_in(run, names)
     recorder.forget()
-    return Uses(found, whole, recorder.failures)
+    return Uses(uses_in(run, names), whole, recorder.failures)
+
+
+def uses_recorded(model: nn.Module) -> Uses | None:
+    """What the graphs that moonfx compiled for a model use its parameters for.
+
+    None if it compiled none. A graph that a break cut off serves many layers, and was recorded for
+    the first. What is not in a graph may be used in one that is still to come.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[int, Found] = {}
+    records = records_of_model(model)
+    for record in records:
+        for key, use in record.uses(names).items():
+            found[key] = use if key not in found else _agreed(found[key], use)
+    return Uses(found, False) if records else None
+
+
+def _agreed(one: Found, other: Found) -> Found:
+    """What two graphs say together."""
+    if one.role is None or other.role is None:
+        return one if other.role is None else other
+    if one[:1] + one[2:] == other[:1] + other[2:]:
+        return one
+    return Found(None, f"its use is not clear: {one.role}, {one.why}; {other.role}, {other.why}")
 
 
 def _copied(argument: Any) -> Any:

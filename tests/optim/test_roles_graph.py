@@ -476,7 +476,7 @@ def test_what_dynamo_leaves_to_python_is_known_by_its_module() -> None:
     assert by_module == {"table.weight", "layers.2.out.weight", "last.weight"}
     assert found["layers.1.qkv.weight"].layout == Layout(sizes=(8, 8, 8))
     assert "linear in a layer, test_roles_graph.py:" in found["layers.1.qkv.weight"].why
-    assert "no graph of the traced call reads it" in found["last.weight"].why
+    assert "no graph that was traced reads it" in found["last.weight"].why
 
 
 def test_what_goes_to_code_that_was_not_traced_is_not_guessed() -> None:
@@ -505,7 +505,7 @@ def test_what_only_untraced_code_reads_is_not_called_unused() -> None:
 
     row = rows(Hidden())["qkv.weight"]
     assert (row.role, row.rule) == (HIDDEN, "module")
-    assert "no graph of the traced call reads it" in row.why
+    assert "no graph that was traced reads it" in row.why
 
 
 # --- a dry run ------------------------------------------------------------------------------------
