@@ -52,6 +52,8 @@ _CONVOLUTIONS = {
     "conv1d", "conv2d", "conv3d", "convolution", "_convolution",
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 }  # fmt: skip
+# Kinds of use that a matrix between activations does not have.
+_NO_WEIGHTS = ("filters", "gain", "rows", "added", "scale", "other")
 _ROOTS = {
     aten.rsqrt.default,
     aten.sqrt.default,
@@ -186,6 +188,8 @@ class _Reader:
         channels = op.args[0].shape[-len(parameter.shape) + 1]
         if groups > 1 and groups == channels:
             return Found("depthwise convolution", f"{groups} groups of one channel at {where}")
+        if produces_logits(self.run, op):
+            return Found("head", f"gives what the model returns at {where}")
         if not self.run.trained(op.args[0]):
             return Found("first convolution", f"reads the model's input at {where}")
         if len(_wide(parameter)) < 2:
@@ -219,6 +223,9 @@ class _Reader:
         where = self.where(first.op)
         if "computed weight" in kinds:
             return self.computed(kinds)
+        if others := [kinds[kind][0].op for kind in _NO_WEIGHTS if kind in kinds]:
+            also = self.where(others[0])
+            return Found(None, f"its use is not clear: a weight at {where}, and read by {also}")
         if (
             head := next((p for p in products if produces_logits(self.run, p.op)), None)
         ) is not None:

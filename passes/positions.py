@@ -63,7 +63,19 @@ REARRANGE = VIEWS | {
 # The same numbers at the same places.
 SAME = CASTS | COPIES | DROPOUT | {aten.detach.default, aten.lift_fresh_copy.default, aten.to.dtype}
 
-Positions = Tensor
+# May copy their tensor, which is small while it is expanded from one row.
+_COPY = {
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.repeat.default,
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.flip.default,
+    aten.roll.default,
+    aten.cat.default,
+    aten.stack.default,
+}
+MOST = 2**26
 
 
 def is_pointwise(value: Value) -> bool:
@@ -78,6 +90,13 @@ def by_channel(value: Value) -> bool:
         return False
     read, weight = value.args[:2]
     return bool(value.args[6] == read.shape[1] == weight.shape[0])
+
+
+def leaves_of(args: Any) -> list[Tensor]:
+    """The tensors among some arguments."""
+    if isinstance(args, Tensor):
+        return [args]
+    return [x for y in args for x in leaves_of(y)] if isinstance(args, list) else []
 
 
 def again(value: Value, known: dict[Value, Any]) -> Any:
@@ -105,6 +124,8 @@ def again(value: Value, known: dict[Value, Any]) -> Any:
         args = [given(x) for x in value.args]
         kwargs = {k: given(x) for k, x in value.kwargs.items()}
         target: Callable[..., Any] = value.target
+        if value.target in _COPY and any(x.numel() > MOST for x in leaves_of(args)):
+            return None
         return target(*args, **kwargs)
     except (Unknown, RuntimeError, IndexError, TypeError, ValueError):
         return None  # a size that only the run knows, or an index that does

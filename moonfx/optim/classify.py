@@ -25,7 +25,7 @@ def classify(
     parameters: Sequence[nn.Parameter],
     names: Sequence[str],
     model: nn.Module | None = None,
-    example: tuple[Any, ...] | dict[str, Any] | None = None,
+    example: tuple[Any, ...] | Mapping[str, Any] | None = None,
     overrides: Mapping[Any, Any] | None = None,
 ) -> list[RoleRow]:
     """The role of each parameter.
@@ -46,6 +46,8 @@ def classify(
     said = Overrides(overrides)
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+    if isinstance(example, Mapping):
+        example = dict(example)  # also of transformers' tokenizers
     if example is not None and not isinstance(example, tuple | dict):
         raise TypeError(
             "example must be a tuple of positional or a dict of keyword inputs, got "

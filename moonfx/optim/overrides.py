@@ -53,7 +53,7 @@ class Overrides:
             except re.error as error:
                 raise ValueError(f"roles[{key!r}] is not a regular expression: {error}") from None
         elif isinstance(key, str):
-            self.names[unwrapped(key)] = what
+            self.names[key] = what
         elif callable(key):
             self.predicates.append((key, what))
         else:
@@ -61,9 +61,9 @@ class Overrides:
 
     def find(self, names: Sequence[str], parameter: Tensor) -> Found | None:
         """What the user said of a parameter, with the key that fits; `names`: all of its names."""
-        for name in names:
-            if name in self.names:
-                return repr(name), self.names[name]
+        for key, what in self.names.items():
+            if _is_called(key, names):
+                return repr(key), what
         for pattern, what in self.patterns:
             if any(pattern.search(name) for name in names):
                 return f"'re:{pattern.pattern}'", what
@@ -80,7 +80,7 @@ class Overrides:
         """
         every = [name for names, _ in named for name in names]
         for name in self.names:
-            if name not in every:
+            if not _is_called(name, every):
                 near = difflib.get_close_matches(name, every, n=3, cutoff=0.3)
                 hint = f"; nearest: {', '.join(near)}" if near else ""
                 raise ValueError(f"roles[{name!r}]: no parameter has that name{hint}")
@@ -90,6 +90,11 @@ class Overrides:
         for predicate, _ in self.predicates:
             if not any(predicate(name, p) for names, p in named for name in names):
                 raise ValueError(f"roles[{_called(predicate)}] is true of no parameter")
+
+
+def _is_called(key: str, names: Sequence[str]) -> bool:
+    """Whether a name, with or without the prefixes of wrappers, is among some names."""
+    return key in names or unwrapped(key) in map(unwrapped, names)
 
 
 def _called(predicate: Predicate) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from moonfx.capture import CaptureError, capture, compile_call, empty_results, is_piece, plain_call
+from moonfx.capture import CaptureError, capture, compile_call, empty_results, plain_call
 from moonfx.passes.parameter_use import Found, uses_in
 from moonfx.passes.values import GraphCall, Run
 from moonfx.sparsify import records_of_model
@@ -40,10 +40,8 @@ class _Recorder:
         self.calls: list[GraphCall] = []
         self.failures: list[str] = []
         self.graphs: dict[int, fx.GraphModule] = {}
-        self.pieces = False
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.pieces |= is_piece(gm)
         number = len(self.graphs) + len(self.failures)
         try:
             self.graphs[number] = capture(gm, example_inputs)
@@ -88,11 +86,24 @@ def uses_of_call(model: nn.Module, example: tuple[Any, ...] | dict[str, Any]) ->
             f"{type(error).__name__}: {error}"
         ) from error
     names = {id(module): name for name, module in model.named_modules()}
-    whole = len(recorder.calls) == 1 and not recorder.pieces and not recorder.failures
+    given = [*pytree.tree_leaves((args, kwargs)), *model.parameters(), *model.buffers()]
+    whole = not recorder.failures and _is_whole(recorder.calls, given, returned)
     # Of a whole call everything goes back to its caller, also in a cache that is no pytree.
     run = Run(recorder.calls, None if whole else pytree.tree_leaves(returned))
     recorder.forget()
     return Uses(uses_in(run, names), whole, recorder.failures)
+
+
+def _is_whole(calls: Sequence[GraphCall], given: Sequence[Any], returned: Any) -> bool:
+    """Whether one graph makes all that a call returns of all that it was given."""
+    if len(calls) != 1:
+        return False
+    (call,) = calls
+    known = {id(x) for x in given}
+    results = {id(x) for x in call.results}
+    tensors = [x for x in call.inputs if isinstance(x, torch.Tensor)]
+    out = [x for x in pytree.tree_leaves(returned) if isinstance(x, torch.Tensor)]
+    return all(id(x) in known for x in tensors) and all(id(x) in results | known for x in out)
 
 
 def uses_recorded(model: nn.Module) -> Uses | None:

@@ -294,6 +294,14 @@ def test_a_tied_parameter_is_overridden_by_each_of_its_names() -> None:
         assert (row.name, row.optimizer) == ("embed.weight", "muon")
 
 
+@pytest.mark.parametrize("key", ["module.embed.weight", "embed.weight"])
+def test_a_module_that_the_user_calls_module_is_overridden_by_its_name(key: str) -> None:
+    model = AroundIt(small())
+    parameters = list(model.parameters())
+    found = classify(parameters, [""] * len(parameters), model, overrides={key: "muon"})
+    assert [row.name for row in found if row.rule == "override"] == ["module.embed.weight"]
+
+
 BAD = [
     (["out.weight"], TypeError, "roles must be a mapping"),
     ({"out.weight": 3}, TypeError, "must be 'muon', 'adamw', a role's name or a Layout, got 3"),

@@ -243,6 +243,13 @@ USES = [
         IDS,
         {"a": "embedding", "b": "convolution"},
     ),
+    (
+        "a convolution that gives what the model returns",
+        lambda m, x: F.conv1d(F.conv1d(x, m.a).relu(), m.b),
+        {"a": (6, 5, 3), "b": (4, 6, 1)},
+        X,
+        {"a": "first convolution", "b": "head"},
+    ),
     # --- experts ----------------------------------------------------------------------------------
     ("experts by bmm", lambda m, x: normed(x @ m.a), {"a": (2, 8, 6)}, X, "experts"),
     (
@@ -393,6 +400,11 @@ class Holds(nn.Module):
 
 
 UNCLEAR = [
+    (
+        "a gain as well",
+        lambda x, w: F.linear(x, w).sum(-1, keepdim=True) + x * w[:5],
+        "and read by mul",
+    ),
     # name, use of the weight, what is said
     ("masked weight", lambda x, w: F.linear(x, w * (w > 0)), "the weight at linear"),
     (
@@ -581,3 +593,42 @@ def test_the_reason_names_the_node_the_module_and_the_source_line() -> None:
 def test_an_example_that_the_model_does_not_take_is_an_error_that_says_so() -> None:
     with pytest.raises(ValueError, match="example: Layer cannot be traced with it: "):
         rows(Broken.Layer(), torch.randn(2, 5, 7))
+
+
+PARAMETRIZED = [
+    ("weight norm", nn.utils.parametrizations.weight_norm, "graph"),
+    ("weight norm, the old one", nn.utils.weight_norm, "graph"),
+    ("spectral norm", nn.utils.parametrizations.spectral_norm, "module"),
+]
+
+
+@pytest.mark.parametrize(
+    ("wrap", "rule"), [r[1:] for r in PARAMETRIZED], ids=[r[0] for r in PARAMETRIZED]
+)
+def test_what_a_weight_is_computed_of_is_no_matrix(
+    wrap: Callable[..., nn.Module], rule: str
+) -> None:
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = wrap(nn.Linear(8, 6, bias=False))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return normed(self.line(x))
+
+    found = rows(Computed().eval())
+    assert {(row.role, row.rule) for row in found.values()} == {("weight norm", rule)}
+
+
+def test_the_gates_of_an_lstm_are_known_by_its_module() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(8, 6, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return normed(self.lstm(x)[0])
+
+    found = rows(Recurrent())
+    assert found["lstm.weight_ih_l0"].role == "fused projection"
+    assert found["lstm.weight_ih_l0"].layout == Layout(sizes=(6, 6, 6, 6))
