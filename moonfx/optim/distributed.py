@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from moonfx.optim.low_bit import floats, has_codes
+from moonfx.optim.low_bit import write as write_codes
 from moonfx.optim.matrices import pieces
 from moonfx.optim.step import Matrix, Rule, direction, gradient, orthogonal, write
 
@@ -35,7 +36,7 @@ def update_sharded(matrices: Sequence[Matrix], rule: Rule) -> None:
         grad = gradient(local._replace(buffer=buffer), rule)
         buffer.lerp_(grad, 1 - rule.momentum)
         if coded:
-            local.buffer.copy_(buffer)
+            write_codes(local.buffer, buffer)
         update = _orthogonalized(_whole(direction(buffer, grad, rule), p), matrix, rule)
         write(local, [local.weight], _own_part(update, p)[None], 1.0, rule)
 

@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 from moonfx.ops import muon as passes
 from moonfx.ops.newton_schulz import newton_schulz
 from moonfx.optim.low_bit import floats, has_codes
+from moonfx.optim.low_bit import write as write_codes
 from moonfx.optim.matrices import Layout, Shape, pieces, shapes, single
 from moonfx.optim.rms import correction
 
@@ -106,7 +107,7 @@ def _update_chunk(chunk: Sequence[Matrix], rule: Rule) -> None:
         decoded = [x._replace(buffer=floats(x.buffer)) for x in chunk]
         _update_chunk(decoded, rule)
         for kept, x in zip(chunk, decoded, strict=True):
-            kept.buffer.copy_(x.buffer)
+            write_codes(kept.buffer, x.buffer)
         return
     tensors = [(x.weight, x.grad, x.buffer) for x in chunk]
     if COMPUTE is torch.bfloat16 and all(passes.takes(*x, chunk[0].layout) for x in tensors):

@@ -124,13 +124,38 @@ def test_the_state_is_half_of_adamws_and_an_eighth_with_int8() -> None:
         assert f"{found.held:,}" in str(found)
 
 
-def test_a_momentum_that_is_converted_is_rounded_once() -> None:
-    p = torch.randn(64, 64)
-    momentum = torch.randn(64, 64)
-    kept = low_bit.stored(p, momentum, "int8")
-    again = low_bit.zeros(p, "int8")
-    again.copy_(momentum)
-    assert torch.equal(kept.codes, again.codes)
+def test_codes_are_the_nearest_entries_of_torchaos_map() -> None:
+    torch.manual_seed(0)
+    entries = low_bit.zeros(torch.empty(64, 64), "int8").qmap
+    middles = (entries[1:] + entries[:-1]) / 2
+    edges = [entries, middles, middles.nextafter(entries[1:]), middles.nextafter(entries[:-1])]
+    values = torch.cat([*edges, torch.randn(20000), torch.randn(2000) * 1e-5])[: 5 * 2048]
+    values = torch.cat([values, torch.randn(12 * 2048)]).clamp(-1, 1)[: 17 * 2048].reshape(17, 2048)
+    values[:, 0] = 1.0  # a scale of 1 for each block
+    mine, torchaos = (low_bit.zeros(values, "int8") for _ in range(2))
+    low_bit.write(mine, values)
+    torchaos.copy_(values)
+    nearest = (values[..., None] - entries).abs().amin(-1)
+    error = (low_bit.floats(mine) - values).abs()
+    torch.testing.assert_close(error, nearest, rtol=0, atol=1e-7)  # of a middle, either is
+    assert torch.equal(mine.scale, torchaos.scale)
+    # torchao compares with half a distance, not with the middle: a rounding apart.
+    assert (mine.codes.int() - torchaos.codes.int()).abs().max() <= 1
+    assert (mine.codes != torchaos.codes).float().mean() < 0.02
+
+
+def test_a_momentum_that_is_not_finite_does_not_become_finite() -> None:
+    values = torch.randn(2, 4096)
+    values[0, 5], values[1, 5] = torch.nan, torch.inf
+    kept = low_bit.stored(values, values, "int8")
+    found = low_bit.floats(kept)
+    assert not found[0, 5].isfinite()
+    assert not found[1, 5].isfinite()
+    assert found[:, 2048:].isfinite().all()
+
+
+def test_a_momentum_in_floats_is_kept_as_it_is() -> None:
+    p, momentum = torch.randn(2, 64, 64)
     assert low_bit.stored(p, momentum, None) is momentum
     assert low_bit.stored(p[:4], momentum[:4], "int8").dtype == torch.float32
 
