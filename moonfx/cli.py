@@ -20,6 +20,8 @@ BENCHMARKS = {
     "attention": "moonfx.bench.attention",
     "compile": "moonfx.bench.compile_time",
     "model": "moonfx.bench.model",
+    "newton-schulz": "moonfx.bench.newton_schulz",
+    "optimizer": "moonfx.bench.optimizer",
     "passes": "moonfx.bench.passes",
 }
 
@@ -109,8 +111,9 @@ def parser() -> argparse.ArgumentParser:
         "what",
         choices=BENCHMARKS,
         help="attention: sparse against dense; compile: what sparsify adds to torch.compile; "
-        "model: a real model reads and trains; passes: what the retrace and the passes add to "
-        "Dynamo's capture",
+        "model: a real model reads and trains; newton-schulz: the operator against the loop; "
+        "optimizer: a step of Muon, eager and compiled; passes: what the retrace and the passes "
+        "add to Dynamo's capture",
     )
     return top
 
