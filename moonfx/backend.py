@@ -373,6 +373,8 @@ def compile(
     if report.iterations and not report.rows:
         if all(row.action == "declined" for row in report.iterations):
             miss(known["on_miss"], report, what, f"no Newton-Schulz iteration of {what} is proved")
+    elif all(r.of_optimizer for r in backend.records) and not (report.rows or report.failures):
+        miss(known["on_miss"], report, what, f"{what} holds no Newton-Schulz iteration")
     elif not report.rewritten and (report.rows or report.failures or not is_piece(gm)):
         miss(known["on_miss"], report, what)
     return compiled

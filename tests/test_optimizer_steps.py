@@ -126,6 +126,14 @@ def test_other_optimizers_go_through_capture_as_they_were(name: str, make: Make)
     assert (report.graphs, report.failures, report.iterations) == (1, [], [])
 
 
+def test_an_optimizer_without_an_iteration_is_a_miss_that_says_so() -> None:
+    made = parameters()
+    for p in made:
+        p.grad = torch.randn_like(p)
+    with pytest.warns(UserWarning, match="by backend 'moonfx' holds no Newton-Schulz iteration"):
+        compiled(torch.optim.SGD(made, lr=0.01), on_miss="warn")()
+
+
 def muon() -> torch.optim.Optimizer:
     made = parameters()
     for p in made:
@@ -220,7 +228,7 @@ def test_reports_of_a_model_and_of_its_optimizer_are_apart(monkeypatch: pytest.M
 def test_under_inductor_too_a_compiled_muon_is_as_near_to_eager_as_bfloat16_allows() -> None:
     """Inductor keeps the normalized momentum in float32 where eager rounds it to bfloat16, and the
     operator sums in another order: an entry of the update, at most about 1.2, moves by some
-    percent, as two roundings of the same iteration do (facts: 1.5 % of its norm)."""
+    percent, as two roundings of one iteration do (1.5 % of the norm of a Gaussian matrix's)."""
 
     def make(made: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Muon(made, lr=0.01, adjust_lr_fn="original")
