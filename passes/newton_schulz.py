@@ -33,6 +33,8 @@ OPERATOR = torch.ops.moonfx.newton_schulz.default
 
 def run(graph: fx.Graph, context: Context) -> int:
     """Returns how many iterations it replaced."""
+    calls = [node for node in graph.nodes if node.target is OPERATOR]
+    context.iterations += [_already(call, context) for call in calls]
     memory = Memory(graph, apart=context.call_of(graph) is None)
     found = chains(find_steps(graph, memory), memory, context)
     if not found:
@@ -73,6 +75,22 @@ def _site(chain: Chain, context: Context) -> NewtonSchulzSite:
         line=source_line(node),
         flops=plan.flops(chain) if chain.reject is None else 0,
         reject=chain.reject,
+    )
+
+
+def _already(call: fx.Node, context: Context) -> NewtonSchulzSite:
+    """An iteration that was written as a call of the operator, as moonfx.Muon's is."""
+    x, numbers = call.args[0].meta["val"], call.args[1]  # type: ignore[union-attr]
+    return NewtonSchulzSite(
+        output=call,
+        shape=tuple(map(hint, x.shape)),
+        dtype=x.dtype,
+        device=x.device,
+        coefficients=list(zip(*[iter(numbers)] * 3, strict=True)),  # type: ignore[arg-type,call-overload]
+        layer=module_path(call, context.names, context.root),
+        line=source_line(call),
+        action="left",
+        why="it is the operator already",
     )
 
 

@@ -188,3 +188,13 @@ def test_what_the_cost_model_leaves_is_not_touched(monkeypatch: pytest.MonkeyPat
     rewritten = Rewritten(lambda G: jordan(G) * 2, matrix(4, 6))
     assert [(r.action, r.calls, r.form) for r in rewritten.rows] == [("left", 0, "")]
     assert rewritten.targets == rewritten.before
+
+
+def test_what_is_the_operator_already_is_left_and_reported() -> None:
+    """As moonfx.Muon's step is."""
+    numbers = [x for step in CHANGING for x in step]
+    X = normalized(matrix(4, 6))
+    rewritten = Rewritten(lambda X: torch.ops.moonfx.newton_schulz(X, numbers) * 2, X)
+    (row,) = rewritten.rows
+    assert (row.action, row.steps, row.calls, len(rewritten.calls)) == ("left", 3, 0, 1)
+    assert row.coefficients == CHANGING
