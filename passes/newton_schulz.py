@@ -86,7 +86,7 @@ def _already(call: fx.Node, context: Context) -> NewtonSchulzSite:
         shape=tuple(map(hint, x.shape)),
         dtype=x.dtype,
         device=x.device,
-        coefficients=list(zip(*[iter(numbers)] * 3, strict=True)),  # type: ignore[arg-type,call-overload]
+        coefficients=list(zip(*[iter(numbers)] * 3, strict=True)),  # type: ignore[arg-type]
         layer=module_path(call, context.names, context.root),
         line=source_line(call),
         action="left",

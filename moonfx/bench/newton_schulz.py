@@ -7,6 +7,7 @@ if every product ran at the loop's rate.
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -64,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes |= dict.fromkeys(options.shape or [], options.count or 4)
     cases = [(m, n, count, dtype) for dtype in options.dtype for (m, n), count in shapes.items()]
     done = [
-        measure(*case, options.steps, device, options.repeats)
-        for case in tqdm(cases, unit="shape", leave=False, disable=None)
+        measure(m, n, count, dtype, options.steps, device, options.repeats)
+        for m, n, count, dtype in tqdm(cases, unit="shape", leave=False, disable=None)
     ]
     if options.plot:
         named = [f"{t.m}x{t.n} {t.dtype}" for t in done]
@@ -146,8 +147,8 @@ def measure(
     X = (X / X.norm(dim=(-2, -1), keepdim=True)).to(DTYPES[dtype])
     numbers = list(COEFFICIENTS) * steps
     calls: dict[str, Callable[[], Any]] = {"loop": lambda: loop(X, steps)}
-    for form in FORMS:
-        calls[form] = lambda form=form: torch.ops.moonfx.newton_schulz(X, numbers, form)
+    operator = torch.ops.moonfx.newton_schulz
+    calls |= {form: functools.partial(operator, X, numbers, form) for form in FORMS}
     form, why = newton_schulz_form(device, X.dtype, count, m, n, steps)
     written = newton_schulz_flops(m, n, steps)
     ideal = {f: written / newton_schulz_flops(m, n, steps, f, X.dtype) for f in FORMS}

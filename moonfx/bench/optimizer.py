@@ -142,7 +142,7 @@ def build(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that without a model roles come from names
             roles = {key: "adamw" if key in rest else "muon" for key, _ in named}
-            converted = moonfx.convert_optimizer(  # type: ignore[attr-defined]
+            converted = moonfx.convert_optimizer(
                 torch.optim.AdamW(named, lr=1e-3), steps=steps, roles=roles
             )
         return Contender([converted.step]), converted
