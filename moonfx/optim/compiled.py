@@ -48,7 +48,7 @@ def choose(asked: bool | None, matrices: Sequence[Matrix]) -> Choice:
 
 
 ON_CPU = (
-    "on a CPU two passes of C++ around Newton-Schulz are as fast as a graph, which takes a second "
+    "on a CPU two passes of C++ around Newton-Schulz are as fast as a graph, which takes seconds "
     "per matrix to compile"
 )
 
