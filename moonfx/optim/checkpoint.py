@@ -84,7 +84,7 @@ def _check_sizes(optimizer: "Muon", saved: list[Group]) -> None:
         if len(names) != len(new["params"]):
             raise ValueError(
                 f"state_dict has {len(new['params'])} parameters in group {i}, the optimizer "
-                f"{len(names)}, from {names[0]} to {names[-1]}{_ADVICE}"
+                f"{len(names)} ({', '.join(names[:3]) or 'none'}, ...){_ADVICE}"
             )
         first += len(names)
 

@@ -299,8 +299,9 @@ def _check_group(source: Source, index: int, group: Group) -> None:
     where = f"param_groups[{index}] of adamw ({source.word})"
     if "optimizers" in group and "target_rms" in group:
         raise ValueError(
-            f"{where} belongs to a moonfx.Muon: adamw was converted already; go on with what "
-            "convert_optimizer returned, or go back first (moonfx.to_adamw)"
+            f"{where} belongs to a moonfx.Muon: adamw was converted already, and training goes on "
+            "with what convert_optimizer returned, or goes back first (moonfx.to_adamw); or a "
+            "Muon's state_dict was loaded into adamw: convert first, then load"
         )
     missing = [key for key in _KEYS if key not in group]
     if missing and not isinstance(source.optimizer, Adam):

@@ -295,6 +295,8 @@ def test_a_plain_adamw_cannot_go_on_from_a_muons_state_dict() -> None:
     adamw.load_state_dict(saved_of())
     with pytest.raises(KeyError, match="exp_avg"):
         train(model, adamw, range(1))
+    with pytest.raises(ValueError, match="convert first, then load"):
+        moonfx.convert_optimizer(adamw, model)
 
 
 # --- misfits --------------------------------------------------------------------------------------

@@ -428,7 +428,7 @@ OF_ADAMW: list[tuple[str, Callable[[], Case], type[Exception], str]] = [
     ("amsgrad", lambda: unsuitable(amsgrad=True), ValueError, "amsgrad=True, which divides by"),
     ("differentiable", lambda: unsuitable(differentiable=True), ValueError, "differentiable=True"),
     ("converted already", converted, TypeError, "is a moonfx.Muon already"),
-    ("an AdamW that was converted", converted_before, ValueError, "go on with what"),
+    ("an AdamW that was converted", converted_before, ValueError, "goes on with what"),
     ("Accelerate's", wrapped, TypeError, "AcceleratedOptimizer, a wrapper"),
     ("a copy of the model", foreign, ValueError, "this Net does not own 8 of .* parameter 0"),
     ("another parameter", half_foreign, ValueError, r"does not own 1 of .* stranger \[3, 5\]"),
