@@ -90,8 +90,7 @@ def update(matrices: Sequence[Matrix], rule: Rule) -> None:
 
 def chunks(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
     """Runs of matrices of equal layouts, as long as the device's cache or memory allows."""
-    device = matrices[0].weight.device
-    limit = CHUNK_BYTES.get(device.type, LARGEST_CHUNK)
+    limit = _limit(matrices[0].weight)
     alike: dict[Any, list[Matrix]] = {}
     for matrix in matrices:
         alike.setdefault((tuple(matrix.weight.shape), matrix.layout), []).append(matrix)
@@ -100,6 +99,11 @@ def chunks(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
         count = max(1, limit // size)
         for first in range(0, len(same), count):
             yield same[first : first + count]
+
+
+def _limit(tensor: Tensor) -> int:
+    """Bytes of float32 that are stacked at a time."""
+    return CHUNK_BYTES.get(tensor.device.type, LARGEST_CHUNK)
 
 
 def _update_chunk(chunk: Sequence[Matrix], rule: Rule) -> None:
@@ -154,12 +158,28 @@ def _update_by_torch(chunk: Sequence[Matrix], rule: Rule) -> None:
     layout = chunk[0].layout
     parts = [[pieces(x, layout) for x in tensors] for tensors in (weights, buffers, grads)]
     for i, (b, m, n) in enumerate(chunk[0].shapes):
-        weight, averages, news = ([p[i].view for p in part] for part in parts)
-        stack = _stack(averages, news, (len(chunk), b, m, n), rule)
-        update = orthogonal(stack.view(-1, m, n), rule).view(stack.shape)
-        for run in _runs(chunk):
-            like = chunk[run.start]
-            write(like, weight[run], update[run], like.scales[i], rule)
+        whole = [[p[i].view for p in part] for part in parts]
+        for some, count in _batches(whole[0][0], (b, m, n)):
+            weight, averages, news = ([x[some] for x in views] for views in whole)
+            stack = _stack(averages, news, (len(chunk), count, m, n), rule)
+            update = orthogonal(stack.view(-1, m, n), rule).view(stack.shape)
+            for run in _runs(chunk):
+                like = chunk[run.start]
+                write(like, weight[run], update[run], like.scales[i], rule)
+
+
+def _batches(view: Tensor, shape: Shape) -> Iterator[tuple[slice, int]]:
+    """Parts of a piece along its first dimension, and how many matrices each has.
+
+    A stack of experts may be larger than a chunk; whatever else is one part.
+    """
+    b, m, n = shape
+    most = max(1, _limit(view) // (m * n * torch.float32.itemsize))
+    if view.shape[0] != b or b <= most:
+        yield slice(None), b
+        return
+    for first in range(0, b, most):
+        yield slice(first, first + most), min(most, b - first)
 
 
 def rms_gain(m: int, n: int, coefficients: tuple[float, ...]) -> float:

@@ -161,11 +161,17 @@ def test_a_backward_over_weights_that_a_step_changed_is_refused() -> None:
         loss.backward()
 
 
-def test_many_matrices_are_stepped_as_one_at_a_time_whatever_the_chunks(monkeypatch) -> None:
-    shapes = [(8, 8)] * 5 + [(8, 16)] * 3 + [(16, 8)]
+@pytest.mark.parametrize("taken", [True, False])
+def test_many_matrices_are_stepped_as_one_at_a_time_whatever_the_chunks(taken, monkeypatch) -> None:
+    if not taken:
+        monkeypatch.setattr(passes, "takes", lambda *_: False)
+    shapes = [(8, 8)] * 5 + [(8, 16)] * 3 + [(16, 8), (5, 8, 8)]
     weights = [gaussian(*s, seed=i) for i, s in enumerate(shapes)]
     grads = [[gaussian(*s, seed=20 + i) for i, s in enumerate(shapes)]]
-    rows = [Row(str(i)) for i in range(len(shapes))]
+    rows = [
+        Row(str(i), layout=Layout("batch" if len(s) > 2 else "matrix"))
+        for i, s in enumerate(shapes)
+    ]
     results = []
     for size in (1, 600, 1 << 30):
         monkeypatch.setitem(step.CHUNK_BYTES, "cpu", size)
