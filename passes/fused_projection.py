@@ -32,10 +32,11 @@ from moonfx.passes.positions import (
     is_pointwise,
 )
 from moonfx.passes.values import WRITES, Run, Value, Waiting, base_of, leaves
-from moonfx.passes.vocabulary import ADD, DIVIDE, MULTIPLY, PRODUCTS, SOFTMAX, SUBTRACT
+from moonfx.passes.vocabulary import ADD, DIVIDE, MULTIPLY, PRODUCTS, SOFTMAX, SUBTRACT, WHERE
 
 _JOINS = {aten.cat.default, aten.stack.default, aten.concat.default, aten.hstack.default}
-_MEETS = ADD | SUBTRACT | _JOINS | {aten.addcmul.default, aten.rsub.Tensor, aten.lerp.Tensor}
+_MEETS = ADD | SUBTRACT | WHERE | _JOINS
+_MEETS |= {aten.addcmul.default, aten.rsub.Tensor, aten.lerp.Tensor, aten.maximum.default}
 _SCALES = MULTIPLY | DIVIDE | {aten.addcmul.default}
 _HEADS = PRODUCTS | {aten.mm.default, aten.scaled_dot_product_attention.default}
 
@@ -110,11 +111,14 @@ class _Part(NamedTuple):
         at: positions, in its own shape; a plain set of them where places are lost.
         placed: whether `at` has the value's shape.
         gated: whether something else that the model computes has multiplied it.
+        mixed: whether parts met in it of which one was gated. Who reads it reads no block of them,
+            but it is still one tensor with what it is concatenated with.
     """
 
     at: Tensor
     placed: bool
     gated: bool
+    mixed: bool = False
 
 
 class _Follow:
@@ -132,7 +136,8 @@ class _Follow:
             if value not in self.parts and not self._reach(value):
                 continue
             part = self.parts[value]
-            if isinstance(part, _Part) and (value.returned or not value.users):
+            last = value.returned or not value.users
+            if isinstance(part, _Part) and last and not part.mixed:
                 self.blocks.join(distinct(part.at))
             waiting.add(value.users)
 
@@ -165,11 +170,13 @@ class _Follow:
             return self._pointwise(user, parts[0], gated)
         for x, part in zip(ours, parts, strict=True):
             self._end(user, x, part)
-        if user.target not in _MEETS or (user.target not in _JOINS and gated):
+        if user.target not in _MEETS:
             return False
         whole = torch.cat([distinct(p.at) for p in parts]).unique()
-        self.blocks.join(whole)
-        self.parts[user] = _Part(whole, False, gated)
+        mixed = gated if user.target not in _JOINS else len(parts) == 1 and parts[0].mixed
+        if not mixed:
+            self.blocks.join(whole)
+        self.parts[user] = _Part(whole, False, gated, mixed)
         return True
 
     def _written(self, user: Value, ours: list[Value], parts: list[_Part]) -> bool:
@@ -190,6 +197,8 @@ class _Follow:
 
     def _end(self, user: Value, x: Value, part: _Part) -> None:
         """A part is read as a whole."""
+        if part.mixed:
+            return
         at = distinct(part.at)
         self.blocks.join(at)
         place = self._place(user, x)
@@ -235,7 +244,7 @@ class _Follow:
             except RuntimeError:  # a size that only the run knows
                 at, placed = distinct(at), False
                 self.blocks.join(at)
-        self.parts[user] = _Part(at, placed, gated)
+        self.parts[user] = _Part(at, placed, gated, part.mixed)
         return True
 
 

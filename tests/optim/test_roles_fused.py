@@ -255,12 +255,27 @@ def read_as_a_whole_elsewhere(y: Tensor, x: Tensor) -> Tensor:
     return chunks(y, x) + y.softmax(-1).amax(-1, keepdim=True)
 
 
+def halves_turned_by_learned_angles(y: Tensor, x: Tensor, angle: nn.Module) -> Tensor:
+    """What the model computes multiplies the halves, which are one tensor again all the same."""
+    first, second = heads(y).chunk(2, -1)
+    cos, sin = angle(x)[:, None].cos(), angle(x)[:, None].sin()
+    q = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return attend(q, q.detach(), q.detach())
+
+
+def one_or_the_other(y: Tensor, x: Tensor) -> Tensor:
+    a, b = y.chunk(2, -1)
+    return torch.where(x[..., :1] > 0, a, b)
+
+
 LOOK_ALIKES = [
     # name, form, width of its result, why it is whole, "" if nothing looks cut
     ("rotary embedding of halves", halves_turned, 48, ""),
     ("the same after a clamp", clipped_halves_turned, 48, ""),
     ("rotary embedding of pairs", pairs_turned, 48, ""),
     ("rotary embedding of a part", turned_in_part, 48, ""),
+    ("rotary embedding by learned angles", halves_turned_by_learned_angles, 48, ""),
+    ("one part or the other", one_or_the_other, 24, ""),
     ("written into one tensor", written_in_parts, 48, ""),
     ("heads one by one", head_by_head, 48, ""),
     ("overlapping slices", overlapping, 32, ""),
@@ -277,7 +292,8 @@ LOOK_ALIKES = [
     ("make", "width", "why"), [r[1:] for r in LOOK_ALIKES], ids=[r[0] for r in LOOK_ALIKES]
 )
 def test_what_is_cut_and_is_one_matrix_stays_whole(make, width, why) -> None:
-    row = row_of(Made(make, width))
+    parts = {"angle": nn.Linear(WIDTH, 1)} if make is halves_turned_by_learned_angles else {}
+    row = row_of(Made(make, width, **parts))
     assert (row.role, row.rule, row.layout) == ("hidden matrix", "graph", Layout())
     assert why in row.why
 

@@ -550,9 +550,9 @@ def test_the_model_is_traced_and_not_run() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compile", "DataParallel"])
-def test_a_wrapped_model_is_traced_as_the_model(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    assert list(rows(wrap(Broken.Layer())).values()) == list(rows(Broken.Layer()).values())
+def test_a_wrapped_model_is_traced_as_the_model() -> None:
+    wrapped = nn.DataParallel(torch.compile(Broken.Layer()))  # type: ignore[arg-type]
+    assert list(rows(wrapped).values()) == list(rows(Broken.Layer()).values())
 
 
 def test_inputs_by_keyword_are_a_dict() -> None:

@@ -52,18 +52,6 @@ MODELS = [
         {"transformer.h.0.attn.c_attn.weight": Layout("matrix", 1, 1, (64, 64, 64))},
     ),
     (
-        ("GPTNeoX", "ForCausalLM", {}, (IDS,)),
-        {
-            "embedding": 1,
-            "norm gain": 3,
-            "bias": 7,
-            "fused projection": 1,
-            "hidden matrix": 3,
-            "head": 1,
-        },
-        {"gpt_neox.layers.0.attention.query_key_value.weight": Layout("matrix", 0, 4, (16,) * 3)},
-    ),
-    (
         ("Mixtral", "ForCausalLM", {}, (IDS,)),
         {
             "embedding": 1,
@@ -80,6 +68,18 @@ MODELS = [
     ),
 ]
 LONGER = [
+    (
+        ("GPTNeoX", "ForCausalLM", {}, (IDS,)),
+        {
+            "embedding": 1,
+            "norm gain": 3,
+            "bias": 7,
+            "fused projection": 1,
+            "hidden matrix": 3,
+            "head": 1,
+        },
+        {"gpt_neox.layers.0.attention.query_key_value.weight": Layout("matrix", 0, 4, (16,) * 3)},
+    ),
     (
         ("Phi3", "ForCausalLM", {}, (IDS,)),
         {"embedding": 1, "fused projection": 2, "hidden matrix": 2, "norm gain": 3, "head": 1},
