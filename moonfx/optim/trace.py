@@ -1,12 +1,15 @@
 """How a model uses its parameters in one call: a dry run that changes nothing.
 
 Dynamo traces the forward and every graph is captured, not run: what it gives are zeros of the
-right shapes. After a graph break a graph may serve many layers, so that it is the calls of the
-graphs that are joined into one data flow, each with the parameters it was called with.
+right shapes (where a model stumbles over them, the graphs are run after all). After a graph break
+a graph may serve many layers, so that it is the calls of the graphs that are joined into one data
+flow, each with the parameters it was called with.
 """
 
 import contextlib
 import copy
+import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +21,8 @@ from moonfx.capture import CaptureError, capture, compile_call, empty_results, p
 from moonfx.passes.parameter_use import Found, uses_in
 from moonfx.passes.values import GraphCall, Run
 from moonfx.sparsify import records_of_model
+
+log = logging.getLogger("moonfx.optim")
 
 
 class Uses:
@@ -34,9 +39,14 @@ class Uses:
 
 
 class _Recorder:
-    """A Dynamo backend that keeps the calls of its graphs, and runs none of them."""
+    """A Dynamo backend that keeps the calls of its graphs.
 
-    def __init__(self) -> None:
+    Args:
+        runs: whether the graphs are run; else they give zeros.
+    """
+
+    def __init__(self, runs: bool) -> None:
+        self.runs = runs
         self.calls: list[GraphCall] = []
         self.failures: list[str] = []
         self.graphs: dict[int, fx.GraphModule] = {}
@@ -47,7 +57,7 @@ class _Recorder:
             self.graphs[number] = capture(gm, example_inputs)
         except CaptureError as error:
             self.failures.append(str(error))
-        run = empty_results(gm) or gm.forward
+        run = gm.forward if self.runs else empty_results(gm) or gm.forward
 
         def call(*inputs: Any) -> Any:
             results = run(*inputs)
@@ -74,24 +84,40 @@ def uses_of_call(model: nn.Module, example: tuple[Any, ...] | dict[str, Any]) ->
         ValueError: if the model cannot be called with them.
     """
     args, kwargs = (example, {}) if isinstance(example, tuple) else ((), example)
-    args, kwargs = pytree.tree_map(_copied, (args, kwargs))
-    recorder = _Recorder()
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     try:
-        with torch.random.fork_rng(devices=devices), _kept_buffers(model):
-            returned = compile_call(plain_call(model), recorder)(*args, **kwargs)
+        try:
+            run, whole, failures = _traced(model, args, kwargs, _Recorder(runs=False))
+        except Exception:  # noqa: BLE001 (code between two graphs may ask for more than zeros)
+            run, whole, failures = _traced(model, args, kwargs, _Recorder(runs=True))
     except Exception as error:
         raise ValueError(
             f"example: {type(model).__name__} cannot be traced with it: "
             f"{type(error).__name__}: {error}"
         ) from error
     names = {id(module): name for name, module in model.named_modules()}
+    try:
+        return Uses(uses_in(run, names), whole, failures)
+    except Exception as error:
+        if os.environ.get("MOONFX_VERIFY"):
+            raise
+        log.exception("the uses of a model's parameters could not be read; please report this")
+        return Uses({}, False, [*failures, f"{type(error).__name__}: {error}"])
+
+
+def _traced(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recorder: _Recorder
+) -> tuple[Run, bool, list[str]]:
+    """The data flow of one call, whether it is all of it, and what could not be captured."""
+    args, kwargs = pytree.tree_map(_copied, (args, kwargs))
+    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices=devices), _kept_buffers(model):
+        returned = compile_call(plain_call(model), recorder)(*args, **kwargs)
     given = [*pytree.tree_leaves((args, kwargs)), *model.parameters(), *model.buffers()]
     whole = not recorder.failures and _is_whole(recorder.calls, given, returned)
     # Of a whole call everything goes back to its caller, also in a cache that is no pytree.
     run = Run(recorder.calls, None if whole else pytree.tree_leaves(returned))
     recorder.forget()
-    return Uses(uses_in(run, names), whole, recorder.failures)
+    return run, whole, recorder.failures
 
 
 def _is_whole(calls: Sequence[GraphCall], given: Sequence[Any], returned: Any) -> bool:

@@ -555,6 +555,15 @@ def test_a_wrapped_model_is_traced_as_the_model() -> None:
     assert list(rows(wrapped).values()) == list(rows(Broken.Layer()).values())
 
 
+def test_a_model_that_stumbles_over_zeros_is_run() -> None:
+    class Picks(Broken.Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.qkv(x)[..., :8]
+            return normed(self.out(y[:, y.abs().sum((0, 2)).nonzero()[0]]))
+
+    assert rows(Picks())["out.weight"].rule == "graph"
+
+
 def test_inputs_by_keyword_are_a_dict() -> None:
     model = Broken.Layer()
     names, parameters = zip(*model.named_parameters(), strict=True)
