@@ -208,7 +208,8 @@ class _Follow:
     def _place(self, user: Value, x: Value) -> object:
         """The place of a head in attention: which operand of which product; None if it is none."""
         others = [y for y in user.reads if y is not x]
-        if user.target not in _HEADS or not all(map(self.run.active, others)):
+        weights = [y for y in others if self.run.trained(y) and not self.run.active(y)]
+        if user.target not in _HEADS or weights:
             return None
         said = [y for y in user.args if isinstance(y, str)]
         position = [y is x for y in leaves(user.args)].index(True)
