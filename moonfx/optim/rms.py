@@ -204,8 +204,10 @@ def _obtained(stack: Tensor, target: float, group: dict[str, Any]) -> float:
     norms = torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True)
     x = (stack / norms.clamp_min(1e-12)).bfloat16()
     numbers = [c for triple in group["coefficients"] for c in triple]
-    got = root_mean_square(operator.newton_schulz(x, numbers))
-    if group["exact_rms"]:
-        return target if got else 0.0
+    update = operator.newton_schulz(x, numbers).float()
     _, m, n = stack.shape
-    return target * got * math.sqrt(max(m, n)) / correction(m, n, group["coefficients"])
+    if group["exact_rms"]:
+        own = torch.linalg.vector_norm(update, dim=(1, 2), keepdim=True) / math.sqrt(m * n)
+        return root_mean_square(target * (update / own.clamp_min(1e-12)))
+    law = math.sqrt(max(m, n)) / correction(m, n, group["coefficients"])
+    return root_mean_square(target * law * update)

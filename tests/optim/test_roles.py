@@ -267,7 +267,9 @@ OVERRIDES = [
 
 
 @pytest.mark.parametrize(
-    ("key", "what", "name", "role", "optimizer", "layout"), OVERRIDES, ids=lambda x: str(x)[:30]
+    ("key", "what", "name", "role", "optimizer", "layout"),
+    OVERRIDES,
+    ids=lambda x: getattr(x, "__name__", str(x)[:30]),
 )
 def test_the_users_word_goes_first(
     key: Any, what: Any, name: str, role: str, optimizer: str, layout: Layout
