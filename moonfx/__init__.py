@@ -18,7 +18,9 @@ if (_root / "passes" / "sparsify_attention.py").is_file():
 from moonfx.onnx import export_onnx, onnx_table  # noqa: E402
 from moonfx.ops.moba import moba_attention  # noqa: E402
 from moonfx.optim.convert import convert_optimizer  # noqa: E402
+from moonfx.optim.memory import state_memory  # noqa: E402
 from moonfx.optim.muon import Muon  # noqa: E402
+from moonfx.optim.qk_clip import QKClip  # noqa: E402
 from moonfx.optim.rms import update_rms  # noqa: E402
 from moonfx.optim.roles import roles  # noqa: E402
 from moonfx.optim.to_adamw import to_adamw  # noqa: E402
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LayerPolicy",
     "Muon",
+    "QKClip",
     "Report",
     "convert_optimizer",
     "explain",
@@ -42,6 +45,7 @@ __all__ = [
     "restore",
     "roles",
     "sparsify",
+    "state_memory",
     "to_adamw",
     "update_rms",
 ]

@@ -68,7 +68,7 @@ def diagnose() -> Iterator[Check]:
     yield check_package("onnx", "moonfx.export_onnx")
     yield check_package("onnxscript", "moonfx.export_onnx")
     yield check_package("onnxruntime", "moonfx.export_onnx")
-    yield check_package("torchao", "quantised models")
+    yield check_package("torchao", "quantised models, 8-bit momentum")
     yield check_package("matplotlib", "moonfx bench attention --plot")
 
 
