@@ -1,7 +1,7 @@
 """The user's own word on some parameters: roles={name | "re:<regex>" | predicate: what}.
 
 What is "muon", "adamw", one of ROLES, or a Layout. The first that fits wins: name, regex,
-predicate.
+predicate. A predicate is asked for each name of a parameter, and with "" for one that has none.
 """
 
 import difflib
@@ -68,7 +68,7 @@ class Overrides:
             if any(pattern.search(name) for name in names):
                 return f"'re:{pattern.pattern}'", what
         for predicate, what in self.predicates:
-            if any(predicate(name, parameter) for name in names):
+            if _is_true(predicate, names, parameter):
                 return _called(predicate), what
         return None
 
@@ -88,13 +88,17 @@ class Overrides:
             if not any(pattern.search(name) for name in every):
                 raise ValueError(f"roles['re:{pattern.pattern}'] matches no parameter")
         for predicate, _ in self.predicates:
-            if not any(predicate(name, p) for names, p in named for name in names):
+            if not any(_is_true(predicate, names, p) for names, p in named):
                 raise ValueError(f"roles[{_called(predicate)}] is true of no parameter")
 
 
 def _is_called(key: str, names: Sequence[str]) -> bool:
     """Whether a name, with or without the prefixes of wrappers, is among some names."""
     return key in names or unwrapped(key) in map(unwrapped, names)
+
+
+def _is_true(predicate: Predicate, names: Sequence[str], parameter: Tensor) -> bool:
+    return any(predicate(name, parameter) for name in names or [""])
 
 
 def _called(predicate: Predicate) -> str:

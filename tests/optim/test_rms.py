@@ -205,8 +205,8 @@ def test_what_the_table_shows_between_backward_and_step_is_what_the_step_does(co
             assert row.asked == 0.2
             # Of equal Newton-Schulz: float32 and bfloat16 rounding of the input alone.
             assert row.obtained == pytest.approx(rms((p.detach() - kept * old)[cut]), rel=2e-3)
-            if how.get("exact_rms"):
-                assert row.ratio == 1.0
+            if how.get("exact_rms"):  # computed, so up to float32's rounding of a mean
+                assert row.ratio == pytest.approx(1.0, rel=1e-6)
 
 
 def test_the_table_leaves_the_optimizer_as_it_was_and_needs_no_gradient(converted):

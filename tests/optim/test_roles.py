@@ -288,6 +288,21 @@ def test_a_name_goes_before_a_pattern_and_a_pattern_before_a_predicate() -> None
     assert rows(small(), overrides=said)["out.weight"].role == HIDDEN
 
 
+def test_a_predicate_is_asked_of_a_parameter_without_a_name_under_an_empty_one() -> None:
+    asked = []
+
+    def is_matrix(name: str, parameter: torch.Tensor) -> bool:
+        asked.append(name)
+        return parameter.ndim == 2
+
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((8, 8), (8,))]
+    with pytest.warns(UserWarning, match="no model was given"):
+        found = classify(parameters, ["", ""], overrides={is_matrix: "muon"})
+    assert [row.optimizer for row in found] == ["muon", "adamw"]
+    assert found[0].rule == "override"
+    assert set(asked) == {""}
+
+
 def test_a_tied_parameter_is_overridden_by_each_of_its_names() -> None:
     model = Named(embed=nn.Embedding(9, 4), head=nn.Linear(4, 9, bias=False))
     model.head.weight = model.embed.weight  # type: ignore[union-attr, assignment]
