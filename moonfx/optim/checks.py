@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moonfx.optim.low_bit import BLOCKS
+from moonfx.optim.muon import GROUP_KEYS, PARAMETER_KEYS
 from moonfx.optim.source import FIRST, SECOND, Source, is_finite, moment
 from moonfx.policy import check_flag
 
@@ -72,6 +73,25 @@ def has_torchao() -> bool:
 
 def _number(given: object) -> bool:
     return isinstance(given, (int, float)) and not isinstance(given, bool)
+
+
+def check_groups(source: Source) -> None:
+    """What Muon writes into the groups must not overwrite what they hold.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for i, group in enumerate(source.groups):
+        for key in (*GROUP_KEYS, *PARAMETER_KEYS):
+            if key not in group:
+                continue
+            advice = f"rename it, as in group['my_{key}'] = group.pop('{key}')"
+            if key in source.optimizer.defaults:
+                advice = f"{source.word} itself reads it, so one that does not is to be converted"
+            raise ValueError(
+                f"param_groups[{i}] of adamw has a key '{key}', under which a moonfx.Muon keeps "
+                f"something else: {advice}"
+            )
 
 
 def check_parameters(source: Source, names: Sequence[str]) -> None:

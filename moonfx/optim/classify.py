@@ -20,6 +20,11 @@ NO_MODEL = (
     "and example= to see how the model uses each parameter"
 )
 
+STRANGERS = (
+    "added parameters are not the model's, and are classified by their names and shapes: "
+    "'optimizer' ('muon' or 'adamw') or 'roles' in the added group says where they go"
+)
+
 
 def classify(
     parameters: Sequence[nn.Parameter],
@@ -27,6 +32,7 @@ def classify(
     model: nn.Module | None = None,
     example: tuple[Any, ...] | Mapping[str, Any] | None = None,
     overrides: Mapping[Any, Any] | None = None,
+    strangers: str = "refuse",
 ) -> list[RoleRow]:
     """The role of each parameter.
 
@@ -39,6 +45,10 @@ def classify(
             that moonfx.sparsify or backend="moonfx" compiled so far say it.
         overrides: the user's word, {name | "re:<regex>" | predicate: "muon" | "adamw" | role |
             Layout}.
+        strangers: what to do with parameters that a given model does not own: "refuse", or go by
+            their names and shapes and "warn" of it, or "take" them so in silence, also where there
+            is no model.
+
     Raises:
         TypeError, ValueError: for a bad override or example, or parameters that the model does
             not own.
@@ -58,19 +68,30 @@ def classify(
     aliases = [[unwrapped(name)] if name else [] for name in names]
     rules: list[tuple[Finding, str]]
     if model is None:
-        warnings.warn(f"moonfx: no model was given: {NO_MODEL}", stacklevel=3)
+        if strangers != "take":
+            warnings.warn(f"moonfx: no model was given: {NO_MODEL}", stacklevel=3)
         rules = [_nameless(p, name) for p, name in zip(parameters, names, strict=True)]
     else:
         sites = sites_of(model)
-        check_owned(model, list(parameters), list(names), sites)
+        if strangers == "refuse":
+            check_owned(model, list(parameters), list(names), sites)
+        owned = [id(p) in sites for p in parameters]
+        if strangers == "warn" and not all(owned):
+            warnings.warn(f"moonfx: {owned.count(False)} {STRANGERS}", stacklevel=4)
         known = Modules(innermost(model), sites)
-        rules = [(known.of(p), "module") for p in parameters]
+        rules = [
+            (known.of(p), "module") if its else _nameless(p, name)
+            for p, name, its in zip(parameters, names, owned, strict=True)
+        ]
         inner = innermost(model)
         uses = uses_recorded(inner) if example is None else uses_of_call(inner, example)
         if uses is not None:
             _warn_of(uses)
-            rules = [_used(p, rule, uses) for p, (rule, _) in zip(parameters, rules, strict=True)]
-        own = [[site.name for site in sites[id(p)]] for p in parameters]
+            rules = [
+                _used(p, rule[0], uses) if its else rule
+                for p, rule, its in zip(parameters, rules, owned, strict=True)
+            ]
+        own = [[site.name for site in sites.get(id(p), ())] for p in parameters]
         aliases = [list(dict.fromkeys([*a, *b])) for a, b in zip(own, aliases, strict=True)]
     said.check_used(list(zip(aliases, parameters, strict=True)))
     rows = []

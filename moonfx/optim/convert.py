@@ -80,11 +80,12 @@ def convert_optimizer(
             coefficients (Moonlight's rule, corrected): momenta of low rank then move less, on
             SmolLM2 by up to 0.6 times what was asked.
         roles: the user's word, {parameter name | "re:<regex>" | predicate(name, parameter):
-            "muon" | "adamw" | a role's name | moonfx.optim.matrices.Layout}, before all else.
+            "muon" | "adamw" | a role's name | moonfx.optim.matrices.Layout}, before all else. A
+            parameter without a name is "" to a predicate.
         decay: "decoupled", W (1 - lr wd); "cautious", only where that moves with the update; or
             "coupled", wd W into the gradient. None: as adamw does it, coupled for Adam.
-        momentum_dtype: "int8", "int4" or "fp8" keep the momentum as torchao's states of that kind;
-            None in exp_avg's dtype, or as int8 where adamw's own states are quantized.
+        momentum_dtype: "int8" keeps the momentum as torchao's 8-bit state; None in exp_avg's
+            dtype, or as int8 where adamw's own states are quantized.
         compile: True compiles the step, one graph per device and dtype; False does not; None
             where it is faster.
 
@@ -95,11 +96,13 @@ def convert_optimizer(
     Raises:
         TypeError: if adamw is no optimizer, a wrapper, a moonfx.Muon already, or of another kind
             (SGD, LBFGS, Lion, ...); if an argument is of the wrong type.
-        ValueError: if adamw has no parameters, amsgrad or differentiable; if a state holds NaN; if
-            a parameter or gradient is complex or sparse, or not the model's; if no parameter goes
-            to Muon; if an argument is out of range. adamw is untouched after any error.
+        ValueError: if adamw has no parameters, amsgrad or differentiable; if a group has a key
+            that a Muon's groups need; if a state holds NaN; if a parameter or gradient is complex
+            or sparse, or not the model's; if no parameter goes to Muon; if an argument is out of
+            range. adamw is untouched after any error.
     """
     source = read(adamw)
+    checks.check_groups(source)
     checks.check_settings(rms, momentum, decay, momentum_dtype, compile)
     check_flag("nesterov", nesterov)
     check_flag("exact_rms", exact_rms)

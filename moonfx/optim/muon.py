@@ -130,6 +130,9 @@ class Muon(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its parameters are classified as those before were.
 
+        Those that are not the model's are classified by their names and shapes, with a warning
+        where no key "optimizer" decides.
+
         Args:
             param_group: as torch takes it; a key "roles" overrides roles as convert_optimizer's
                 argument does, and a key "optimizer", "muon" or "adamw", decides for all of them.
@@ -144,11 +147,12 @@ class Muon(Optimizer):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = {k: v for k, v in param_group.items() if k not in ("roles", "optimizer")}
         roles = {**(self._roles or {}), **param_group.get("roles", {})}
-        if (chosen := param_group.get("optimizer")) is not None:
+        chosen = param_group.get("optimizer")
+        if chosen is not None:
             roles = {lambda name, parameter: True: chosen}
         super().add_param_group(group)
         try:
-            rows = self._classify(group, roles)
+            rows = self._classify(group, roles, "warn" if chosen is None else "take")
         except BaseException:
             self.param_groups.pop()
             raise
@@ -162,18 +166,22 @@ class Muon(Optimizer):
         pairs = zip(rows, group["params"], strict=True)
         self.table.extend(_with_note(row, p, kept_in) for row, p in pairs)
 
-    def _classify(self, group: dict[str, Any], roles: Mapping[Any, Any]) -> list["RoleRow"]:
+    def _classify(
+        self, group: dict[str, Any], roles: Mapping[Any, Any], strangers: str
+    ) -> list["RoleRow"]:
         from moonfx.optim.classify import classify
 
         model = self._model()
         known = {} if model is None else {id(p): name for name, p in model.named_parameters()}
         given = group.get("param_names") or [""] * len(group["params"])
         names = [known.get(id(p), n) for p, n in zip(group["params"], given, strict=True)]
-        return classify(group["params"], names, model, self._example, roles)
+        return classify(group["params"], names, model, self._example, roles, strangers)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient.
+
+        NaN or infinity in a gradient makes NaN of its own matrix, all of it, and of no other.
 
         Raises:
             ValueError: before anything changes, if a gradient is sparse or complex.

@@ -1,8 +1,10 @@
 """An AdamW becomes Muon and goes back: groups, momentum, update sizes, and what is refused."""
 
 import copy
+import inspect
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 import moonfx
+from moonfx.optim.checks import MOMENTUM_DTYPES
 from moonfx.optim.coefficients import JORDAN
+from moonfx.optim.muon import GROUP_KEYS, PARAMETER_KEYS
 from moonfx.optim.source import Source, dequantized
 from tests.optim.nets import MUON, Net, net, train
 from tests.optim.sources import BitsandbytesAdamW, FusedAdam, stepped
@@ -497,6 +501,35 @@ def test_a_bad_argument_is_named_and_the_optimizer_is_left_untouched(options, ki
     assert same(snapshot(adamw), before)
     if arguments["model"] is not None and not isinstance(arguments["model"], str):
         train(arguments["model"], adamw, range(1, 2))
+
+
+def test_the_documentation_names_the_momentum_dtypes_that_are_taken_and_no_other() -> None:
+    documented = inspect.getdoc(moonfx.convert_optimizer).split("momentum_dtype: ")[1]
+    words = set(re.findall(r'"(\w+)"', documented.split("compile: ")[0]))
+    assert words == {word for word in MOMENTUM_DTYPES if word}
+
+
+class AdamWithNesterov(AdamW):
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters)
+        self.defaults["nesterov"] = True
+        self.param_groups[0]["nesterov"] = True
+
+
+@pytest.mark.parametrize("key", [*GROUP_KEYS, *PARAMETER_KEYS])
+def test_a_key_of_the_users_own_that_muon_would_overwrite_is_refused(key) -> None:
+    model = net()
+    optimizer = AdamW([{"params": model.parameters(), key: "mine"}])
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=rf"param_groups\[0\].*key '{key}'.*rename it"):
+        moonfx.convert_optimizer(optimizer, model)
+    assert same(before, snapshot(optimizer))
+
+
+def test_a_key_that_the_class_itself_reads_is_refused_as_its_own() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="key 'nesterov'.*AdamWithNesterov itself reads it"):
+        moonfx.convert_optimizer(AdamWithNesterov(model.parameters()), model)
 
 
 def test_measured_needs_a_state() -> None:

@@ -427,6 +427,40 @@ def test_a_group_that_is_added_is_classified_as_those_before(name, extra, kinds,
         assert not any(torch.equal(a, b) for a, b in zip(before, added.parameters(), strict=True))
 
 
+NAMED = ["mine.weight", "embed_tokens.weight", "last.weight"]
+STRANGERS = [
+    ("by a word: muon", None, dict(optimizer="muon"), ["muon", "muon"], False),
+    ("by a word: adamw", None, dict(optimizer="adamw"), ["adamw", "adamw"], False),
+    ("by shape", None, {}, ["muon", "muon"], True),
+    ("by name", NAMED, {}, ["muon", "adamw"], True),
+]
+
+
+@pytest.mark.parametrize(
+    ("names", "extra", "kinds", "warned"), [x[1:] for x in STRANGERS], ids=[x[0] for x in STRANGERS]
+)
+def test_parameters_that_the_model_does_not_own_are_added_by_their_names_and_shapes(
+    names, extra, kinds, warned
+) -> None:
+    net = Net()
+    body = net.body.named_parameters() if names else net.body.parameters()
+    optimizer = moonfx.convert_optimizer(torch.optim.AdamW(body), net)
+    own = [nn.Parameter(torch.randn(32, 32)) for _ in range(2)]
+    params = [*own, net.last.weight]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        given = list(zip(names, params, strict=True)) if names else params
+        optimizer.add_param_group({"params": given, **extra})
+    assert optimizer.param_groups[1]["optimizers"][:2] == kinds
+    assert ["2 added parameters" in str(w.message) for w in caught] == [True] * warned
+    if not extra:  # the model's own keeps the model's word
+        assert optimizer.table[-1].rule == "module"
+    before = own[0].detach().clone()
+    own[0].grad = torch.randn(32, 32)
+    optimizer.step()
+    assert not torch.equal(before, own[0])
+
+
 NOT_ADDED = [
     ("twice the same", lambda net: {"params": net.body.weight}, ValueError),
     ("an unknown word", lambda net: {"params": net.last.weight, "optimizer": "sgd"}, ValueError),
