@@ -31,6 +31,7 @@ Steps = tuple[tuple[float, float, float], ...]
 # A singular value sees the others' roundings too, which scalars do not show: in bfloat16 three
 # steps can diverge where their own roundings die away again (eight quintic steps, then cubic ones).
 LONGEST = {torch.bfloat16: 2}
+MOST = 16  # steps; `amplified` takes time with their third power, and optimizers take five to ten
 VALUES = 257  # singular values tried, evenly from 0 to 1
 # How many times the error of single steps a run's may be, at any singular value: about what changes
 # with the order of sums in bfloat16, and 1e-4 of the result in float32.
@@ -44,8 +45,9 @@ def flops(m: int, n: int, runs: tuple[int, ...]) -> int:
 
 
 def choose(coefficients: Coefficients, dtype: torch.dtype, m: int, n: int) -> tuple[int, ...]:
-    """The length of each run, for matrices with sides m <= n."""
-    return _choose(tuple(coefficients), dtype, 3 * n / m)
+    """The length of each run, for matrices with sides m <= n; single steps beyond MOST of them."""
+    steps = tuple(coefficients)
+    return _choose(steps, dtype, 3 * n / m) if len(steps) <= MOST else (1,) * len(steps)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -53,6 +53,9 @@ WRONG: list[tuple[Any, list[str], str]] = [
     (newton_schulz, ["--repeats", "0"], "--repeats must be at least 1, got 0"),
     (optimizer, ["--count", "0"], "--count must be at least 1, got 0"),
     (optimizer, ["--only", "adam"], "invalid choice: 'adam'"),
+    (optimizer, ["--device", "bogus"], "must be cpu, or a GPU that torch can use, got 'bogus'"),
+    (newton_schulz, ["--device", "bogus"], "must be cpu, or a GPU that torch can use"),
+    (newton_schulz, ["--plot", "/no/a.png"], "must be a file in a folder that exists"),
 ]
 
 

@@ -18,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from moonfx.bench import bars, machine, plot
+from moonfx.bench import arguments, bars, machine, plot
 from moonfx.bench.cases import DTYPES
 from moonfx.bench.matrices import MODELS, fewer
 from moonfx.bench.table import milliseconds
@@ -93,7 +93,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--shape", nargs="+", type=shape, metavar="MxN", help="instead of a model's"
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     options = parser.parse_args(argv)
     check(parser, options)
     return options
@@ -108,7 +110,9 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5, help="Newton-Schulz steps (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--plot", metavar="PNG", help="draw how many times as fast")
+    parser.add_argument(
+        "--plot", type=arguments.new_file, metavar="PNG", help="draw how many times as fast"
+    )
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

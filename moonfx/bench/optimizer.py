@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 import moonfx
-from moonfx.bench import bars, machine
+from moonfx.bench import arguments, bars, machine
 from moonfx.bench.cases import DTYPES
 from moonfx.bench.matrices import MODELS, Shapes, fewer
 from moonfx.bench.newton_schulz import add_sizes, check
@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--rest", action="store_true", help="with what AdamW steps")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the parameters")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     options = parser.parse_args(argv)
     check(parser, options)
     device = torch.device(options.device)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moonfx.bench import ceilings, plot
+from moonfx.bench import arguments, ceilings, plot
 from moonfx.bench.cases import DTYPES, PASSES, SUITES, Case
 from moonfx.bench.contenders import BACKENDS
 from moonfx.bench.results import read
@@ -68,7 +68,9 @@ def parse(argv: Sequence[str] | None, described: str) -> argparse.Namespace:
         metavar="S",
         help="leave out a contender whose call is predicted to take longer (%(default)s s)",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument(
         "--predict", choices=ceilings.PUBLISHED, help="measure nothing: the roofline of that chip"
     )
@@ -84,7 +86,9 @@ def parse(argv: Sequence[str] | None, described: str) -> argparse.Namespace:
     parser.add_argument(
         "--into", metavar="FILE", help="put that table of --from into FILE, between its comments"
     )
-    parser.add_argument("--plot", metavar="PNG", help="draw speedup over length")
+    parser.add_argument(
+        "--plot", type=arguments.new_file, metavar="PNG", help="draw speedup over length"
+    )
     words = sys.argv[1:] if argv is None else list(argv)
     options = parser.parse_args(words)
     try:

@@ -128,6 +128,11 @@ def test_runs_are_as_long_as_the_coefficients_allow(
         assert runs_.choose(COEFFICIENTS[name], dtype, 100, 300) == expected
 
 
+def test_more_steps_than_anyone_takes_are_single_ones_and_chosen_at_once() -> None:
+    steps = COEFFICIENTS["muon"][:1] * 200
+    assert runs_.choose(steps, torch.float32, 64, 256) == (1,) * 200
+
+
 @pytest.mark.parametrize("form", ["plain", "symmetric", "gram"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zeros_stay_zeros_and_what_is_not_finite_stays_in_its_matrix(
