@@ -19,7 +19,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import sympy
 import torch
 import torch._dynamo
+import torch._dynamo.utils
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import trace_rules
@@ -1089,6 +1090,11 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     if mode is None or mode == "default":
         return {}
     return dict(torch._inductor.list_mode_options(mode))
+
+
+def break_reasons() -> Counter[str]:
+    """Why Dynamo broke graphs or left functions to Python so far, and how often."""
+    return Counter(torch._dynamo.utils.counters.get("unimplemented", {}))
 
 
 def is_piece(gm: fx.GraphModule) -> bool:

@@ -86,6 +86,10 @@ def classify(
         inner = innermost(model)
         uses = uses_recorded(inner) if example is None else uses_of_call(inner, example)
         if uses is not None:
+            if example is not None:
+                _warn_of_unseen(
+                    uses, [(p, rules[i][0]) for i, p in enumerate(parameters) if owned[i]]
+                )
             _warn_of(uses)
             rules = [
                 _used(p, rule[0], uses) if its else rule
@@ -129,6 +133,23 @@ def _warn_of(uses: Uses) -> None:
         warnings.warn(
             f"moonfx: {len(uses.failures)} graphs of the model could not be captured, and what they"
             f" use is classified by module types: {uses.failures[0]}",
+            stacklevel=4,
+        )
+
+
+def _warn_of_unseen(uses: Uses, by_module: Sequence[tuple[Tensor, Finding]]) -> None:
+    """Tells of matrices that an example did not show, where no failure says so."""
+    if uses.failures or uses.whole:
+        return
+    # The blocks of an LSTM or nn.MultiheadAttention are certain without a trace.
+    unsure = [p for p, said in by_module if p.ndim > 1 and said.role != "fused projection"]
+    unseen = [p for p in unsure if id(p) not in uses.found or uses.found[id(p)].role is None]
+    if unseen:
+        warnings.warn(
+            f"moonfx: {len(unseen)} of {len(unsure)} matrices were in no graph that example= "
+            "traced, or what follows them was not, and are classified by module types, which do "
+            "not show what is split after a fused projection: "
+            f"{uses.reason or 'Dynamo left code to Python'}",
             stacklevel=4,
         )
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moonfx.optim.matrices import Layout
-from moonfx.optim.names import by_name, is_head, is_position, special
+from moonfx.optim.names import by_name, is_head, is_of_tokens, is_position, special
 from moonfx.optim.roles import Finding
 from moonfx.optim.sites import Site
 
@@ -45,9 +45,13 @@ class Modules:
         self.outputs = _by_accessor(model, "get_output_embeddings")
         self.inputs = _by_accessor(model, "get_input_embeddings")
         linears = list(dict.fromkeys(s.module for s in every if is_linear(s.module)))
-        self.last_linear = linears[-1] if linears else None
-        tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
-        self.vocabularies = {m.num_embeddings for m in tables}
+        # It is judged by its width where nothing else is known to give the logits.
+        known = bool(self.outputs) or any(map(_is_tied, sites.values()))
+        self.last_linear = linears[-1] if linears and not known else None
+        tables = [s for s in every if isinstance(s.module, nn.Embedding)]
+        given = self.inputs
+        tokens = [s for s in tables if id(s.module) in given or is_of_tokens("".join(s.path[-1:]))]
+        self.vocabularies = {s.module.num_embeddings for s in tokens}
         convolutions = (m for m in model.modules() if isinstance(m, _CONVOLUTIONS))
         self.first_convolution = next(convolutions, None)
 
@@ -85,10 +89,18 @@ def _by_accessor(model: nn.Module, name: str) -> set[int]:
     for module in model.modules():
         accessor = getattr(module, name, None)
         try:
-            found.add(id(accessor() if callable(accessor) else None))
+            given = accessor() if callable(accessor) else None
         except (AttributeError, NotImplementedError, TypeError):
             continue  # the library's way to say that this model has none
+        if isinstance(given, nn.Module):
+            found.add(id(given))
     return found
+
+
+def _is_tied(places: Sequence[Site]) -> bool:
+    """Whether a parameter is both an embedding and what a Linear multiplies by."""
+    table = any(isinstance(site.module, nn.Embedding) for site in places)
+    return table and any(is_linear(site.module) for site in places)
 
 
 def is_linear(module: nn.Module) -> bool:

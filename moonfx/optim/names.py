@@ -13,6 +13,8 @@ from moonfx.optim.roles import Finding
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # `module` is a word that a model may use itself: without the model it is dropped in front only.
 _INNER_WRAPPERS = WRAPPERS[:1] + WRAPPERS[2:]
+# What peft puts between a module that is trained beside adapters and its name, and before all.
+_SAVED, _REPLACED, _OF_PEFT = "modules_to_save", "original_module", ["base_model", "model"]
 
 HEADS = {
     "lm_head", "embed_out", "score", "classifier", "classification_head", "lm_logits",
@@ -29,6 +31,11 @@ FLATTENED = (
     "a flattened shard (FSDP1 with use_orig_params=False, or DeepSpeed ZeRO): the matrices are gone"
     ", and Muon needs them whole; use FSDP2 (fully_shard) or use_orig_params=True"
 )
+# Words by which a table of something else than tokens is called.
+_NOT_OF_TOKENS = {
+    "pos", "position", "positions", "positional", "rel", "relative", "dist", "distance", "bucket",
+    "buckets", "type", "segment",
+}  # fmt: skip
 # A token table is many times longer than wide; a projection of a Transformer is 1:8 at most.
 ASPECT_OF_A_TABLE = 16
 
@@ -41,9 +48,19 @@ def unwrapped(name: str) -> str:
     return ".".join(parts)
 
 
+def unsaved(path: Sequence[str]) -> list[str]:
+    """A module's path without what peft adds: classifier.modules_to_save.<adapter>."""
+    parts = list(path[2:] if list(path[:2]) == _OF_PEFT else path)
+    while _SAVED in parts:
+        at = parts.index(_SAVED)
+        del parts[at : at + 2]
+    return [part for part in parts if part != _REPLACED]
+
+
 def by_name(name: str, shape: Sequence[int]) -> Finding | None:
     """What the name says, with the shape; None if it says nothing."""
     *path, own = name.split(".")
+    path = unsaved(path)
     parts = [*path, own]
     last = path[-1] if path else own
     if own in FLAT:
@@ -105,6 +122,11 @@ def is_position(part: str) -> bool:
     words = part.lower().split("_")
     table = any(w.startswith("emb") for w in words)
     return part in POSITIONS or (table and any(w.startswith("pos") for w in words))
+
+
+def is_of_tokens(part: str) -> bool:
+    """Whether an embedding of this name may be of tokens, and not of positions or their like."""
+    return part not in POSITIONS and _NOT_OF_TOKENS.isdisjoint(part.lower().split("_"))
 
 
 def _is_embedding(part: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moonfx.optim.names import FLATTENED, WRAPPERS
+from moonfx.optim.names import FLATTENED, WRAPPERS, unsaved
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Site:
 
     @property
     def path(self) -> list[str]:
-        """The module's name in parts."""
-        return self.name.split(".")[:-1]
+        """The module's name in parts, without those of peft."""
+        return unsaved(self.name.split(".")[:-1])
 
 
 def innermost(model: nn.Module) -> nn.Module:

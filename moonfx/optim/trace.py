@@ -10,6 +10,7 @@ import contextlib
 import copy
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,14 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from moonfx.capture import CaptureError, capture, compile_call, empty_results, plain_call
+from moonfx.capture import (
+    CaptureError,
+    break_reasons,
+    capture,
+    compile_call,
+    empty_results,
+    plain_call,
+)
 from moonfx.passes.parameter_use import Found, uses_in
 from moonfx.passes.values import GraphCall, Run
 from moonfx.sparsify import records_of_model
@@ -32,10 +40,17 @@ class Uses:
         found: by the id of each parameter that a graph reads.
         whole: whether all of the call was seen, so that what no graph reads is not used.
         failures: graphs that could not be captured, and why.
+        reason: why not all of the call was seen, "" if that is not known.
     """
 
-    def __init__(self, found: dict[int, Found], whole: bool, failures: Sequence[str] = ()) -> None:
-        self.found, self.whole, self.failures = found, whole, list(failures)
+    def __init__(
+        self,
+        found: dict[int, Found],
+        whole: bool,
+        failures: Sequence[str] = (),
+        reason: str = "",
+    ) -> None:
+        self.found, self.whole, self.failures, self.reason = found, whole, list(failures), reason
 
 
 class _Recorder:
@@ -83,6 +98,7 @@ def uses_of_call(model: nn.Module, example: tuple[Any, ...] | dict[str, Any]) ->
     Raises:
         ValueError: if the model cannot be called with them.
     """
+    earlier = break_reasons()
     args, kwargs = (example, {}) if isinstance(example, tuple) else ((), example)
     try:
         try:
@@ -95,8 +111,9 @@ def uses_of_call(model: nn.Module, example: tuple[Any, ...] | dict[str, Any]) ->
             f"{type(error).__name__}: {error}"
         ) from error
     names = {id(module): name for name, module in model.named_modules()}
+    reason = "" if whole else _title(break_reasons() - earlier)
     try:
-        return Uses(uses_in(run, names), whole, failures)
+        return Uses(uses_in(run, names), whole, failures, reason)
     except Exception as error:
         if os.environ.get("MOONFX_VERIFY"):
             raise
@@ -118,6 +135,14 @@ def _traced(
     run = Run(recorder.calls, None if whole else pytree.tree_leaves(returned))
     recorder.forget()
     return run, whole, recorder.failures
+
+
+def _title(reasons: Counter[str]) -> str:
+    """Dynamo's last reason without its hints: what came last, and where it left off."""
+    last = next(reversed(reasons), "").split(" ***\n")[-1].strip()
+    title, *rest = last.split("\n")
+    where = next((x for x in rest if "Developer debug context: " in x), "").partition(": ")[2]
+    return f"{title} ({where})" if where else title
 
 
 def _is_whole(calls: Sequence[GraphCall], given: Sequence[Any], returned: Any) -> bool:
@@ -163,12 +188,28 @@ def _copied(argument: Any) -> Any:
 
 @contextlib.contextmanager
 def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Puts back the numbers of buffers that code between two graphs may have changed."""
+    """Puts back the buffers, and their numbers, that code between two graphs may have changed.
+
+    The version of a tensor does not say it: batch norm's kernel of the CPU leaves it as it was.
+    """
+    places = [(module, dict(module._buffers)) for module in model.modules()]
     before = [(b, b._version, b.clone()) for b in model.buffers() if b.numel()]
     try:
         yield
     finally:
+        for module, buffers in places:
+            module._buffers.update(buffers)
         with torch.no_grad():
             for buffer, version, value in before:
-                if buffer._version != version:
+                if buffer._version != version or not _equal(buffer, value):
                     buffer.copy_(value)
+
+
+def _equal(buffer: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a buffer has its numbers still; one that is expanded could not be written to."""
+    try:
+        if buffer.is_meta or torch.equal(buffer, value):
+            return True
+    except NotImplementedError:  # of 4-bit types and some subclasses: the version is all there is
+        return True
+    return bool(((buffer == value) | ((buffer != buffer) & (value != value))).all())

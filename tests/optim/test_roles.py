@@ -1,5 +1,6 @@
 """Roles without a trace: by module types, by names, by shapes; overrides; what a model must own."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -102,6 +103,36 @@ MODULES = [
         {"a.weight": "embedding", "b.weight": HIDDEN, "c.weight": "head"},
     ),
     (
+        "as many positions and buckets as features",
+        Named(
+            tokens=nn.Embedding(9, 4),
+            wpe=nn.Embedding(4, 4),
+            relative_attention_bias=nn.Embedding(6, 2),
+            up=nn.Linear(4, 6, bias=False),
+            down=nn.Linear(6, 4, bias=False),
+        ),
+        {
+            "tokens.weight": "embedding",
+            "wpe.weight": "position embedding",
+            "relative_attention_bias.weight": "position embedding",
+            "up.weight": HIDDEN,
+            "down.weight": HIDDEN,
+        },
+    ),
+    (
+        "buckets before the last Linear",
+        Named(
+            tokens=nn.Embedding(9, 4),
+            relative_attention_bias=nn.Embedding(6, 2),
+            up=nn.Linear(4, 6, bias=False),
+        ),
+        {
+            "tokens.weight": "embedding",
+            "relative_attention_bias.weight": "position embedding",
+            "up.weight": HIDDEN,
+        },
+    ),
+    (
         "weight norm",
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 6, bias=False)),
         {
@@ -149,6 +180,46 @@ def test_tied_weights_are_found_in_either_order_of_registration(first: str) -> N
     model = Named(**{first: parts[first], second: parts[second]})
     (row,) = rows(model).values()
     assert (row.name, row.role, row.optimizer) == (f"{first}.weight", "tied head", "adamw")
+
+
+def test_beside_a_tied_head_the_last_linear_is_none() -> None:
+    model = Named(a=nn.Embedding(4, 4), b=nn.Linear(4, 4, bias=False), c=nn.Linear(4, 4))
+    model.b.weight = model.a.weight
+    assert roles(model) == {"a.weight": "tied head", "c.weight": HIDDEN, "c.bias": "bias"}
+
+
+def test_beside_output_embeddings_the_last_linear_is_none() -> None:
+    class Said(Named):
+        def get_output_embeddings(self) -> nn.Module:
+            return self.b
+
+    bare = {"bias": False}
+    model = Said(a=nn.Embedding(4, 4), b=nn.Linear(4, 4, **bare), c=nn.Linear(4, 4, **bare))
+    assert roles(model) == {"a.weight": "embedding", "b.weight": "head", "c.weight": HIDDEN}
+
+
+class SavedByPeft(nn.Module):
+    """What peft puts around a module that is trained beside the adapters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(module)})
+
+
+@pytest.mark.parametrize("head", ["classifier", "score", "fc"])
+def test_a_head_that_peft_saves_is_a_head(head: str) -> None:
+    """By module and by name; `fc` is a head on top alone."""
+    saved = SavedByPeft(nn.Linear(4, 6, bias=False))
+    within = Named(mlp=nn.Linear(4, 4, bias=False), **{head: saved})
+    found = roles(Named(base_model=Named(model=within)))
+    front = f"base_model.model.{head}."
+    heads = dict.fromkeys(
+        [front + "original_module.weight", front + "modules_to_save.default.weight"], "head"
+    )
+    assert found == {"base_model.model.mlp.weight": HIDDEN} | heads
+    named = nameless(dict.fromkeys(found, (6, 4)))
+    assert {name: row.role for name, row in named.items()} == found
 
 
 def test_two_linears_of_one_weight_are_no_tied_head() -> None:

@@ -483,7 +483,11 @@ def test_what_dynamo_leaves_to_python_is_known_by_its_module() -> None:
                 x = layer(x)
             return self.last(x)
 
-    found = rows(InALoop(), IDS)
+    said = (
+        "3 of 8 matrices were in no graph .* which do not .*: graph break in loop .*frame skipped"
+    )
+    with pytest.warns(UserWarning, match=said):
+        found = rows(InALoop(), IDS)
     by_module = {name for name, row in found.items() if row.rule == "module"}
     assert by_module == {"table.weight", "layers.2.out.weight", "last.weight"}
     assert found["layers.1.qkv.weight"].layout == Layout(sizes=(8, 8, 8))
@@ -548,6 +552,68 @@ def test_the_model_is_traced_and_not_run() -> None:
     assert torch.equal(torch.get_rng_state(), random)
     assert model._compiled_call_impl is call
     assert all(p.grad is None for p in model.parameters())
+
+
+class LeftToPython(nn.Module):
+    """Dynamo leaves all of it to Python: a break in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = nn.Linear(8, 16), nn.BatchNorm1d(16)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.last, self.fails = nn.Linear(16, 3), False
+        self.register_buffer("mean", torch.full((), torch.nan))
+        self.register_buffer("wide", torch.zeros(1).expand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.up(x))
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        for layer in self.layers:
+            x = layer(x)
+            torch._dynamo.graph_break()
+        if self.fails:
+            raise ValueError("after the statistics")
+        return self.last(x)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["that returns", "that fails"])
+def test_a_model_left_to_python_keeps_its_buffers_and_its_user_is_told(fails: bool) -> None:
+    """The statistics of a batch norm, of which the CPU's kernel leaves no trace in the version."""
+    model = LeftToPython().train()
+    model.fails = fails
+    buffers = dict(model.named_buffers())
+    before = {name: value.clone() for name, value in buffers.items()}
+    if fails:
+        with pytest.raises(ValueError, match="cannot be traced with it: .*after the statistics"):
+            rows(model, torch.randn(4, 8))
+    else:
+        with pytest.warns(UserWarning, match="4 of 4 matrices were in no graph"):
+            found = rows(model, torch.randn(4, 8))
+        assert {row.rule for row in found.values()} == {"module"}
+    for name, value in model.named_buffers():
+        assert value is buffers[name]
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+class Recurrent(nn.Module):
+    """Dynamo breaks at an LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normed(self.lstm(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "given"), [(Broken(), IDS), (Recurrent(), X)], ids=["all matrices seen", "an LSTM"]
+)
+def test_nothing_is_said_where_a_trace_could_say_no_more(
+    model: nn.Module, given: Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    rows(model, given)
+    assert [str(w.message) for w in recwarn if "moonfx" in str(w.message)] == []
 
 
 def test_a_wrapped_model_is_traced_as_the_model() -> None:
@@ -630,14 +696,6 @@ def test_what_a_weight_is_computed_of_is_no_matrix(
 
 
 def test_the_gates_of_an_lstm_are_known_by_its_module() -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm = nn.LSTM(8, 6, batch_first=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return normed(self.lstm(x)[0])
-
     found = rows(Recurrent())
     assert found["lstm.weight_ih_l0"].role == "fused projection"
     assert found["lstm.weight_ih_l0"].layout == Layout(sizes=(6, 6, 6, 6))

@@ -223,6 +223,14 @@ def test_every_parameter_of_a_model_has_the_role_of_its_use(
     assert not_plain == layouts | filters
 
 
+def test_as_many_positions_as_features_make_no_head_of_gpt2s_last_projection() -> None:
+    """No trace, and transformers' own Conv1D and accessors."""
+    sizes = {"n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=61, **sizes))
+    row = rows(model, None)["transformer.h.0.mlp.c_proj.weight"]
+    assert (row.role, row.rule) == ("hidden matrix", "module")
+
+
 @pytest.mark.sweep
 def test_the_adapters_of_peft_are_lora_and_what_they_adapt_is_not() -> None:
     peft = pytest.importorskip("peft", reason="needs peft, pinned in requirements.txt")
