@@ -1,7 +1,7 @@
 // What an optimizer step does to a matrix before and after Newton-Schulz, each read and written once:
 //
 //   gather   G <- sign G + decay W;  M <- mu M + (1 - mu) G;  U = mu M + (1 - mu) G, or M
-//            X = U / max(|U|, eps), rounded once
+//            X = U / max(|U|, eps), rounded once; NaN, all of it, where U is not finite
 //   scatter  W <- keep W + amount O, or where O W > 0 alone:  W <- W - decay W + amount O
 //            with `exact`, amount / RMS(O) instead
 //
@@ -34,6 +34,8 @@ static inline void store_as(bf16* p, vf x) {
 template <class T>
 struct MuonMatrix {
     static constexpr int64_t SLAB = 8192;
+    // A sum of squares below this may lack squares that vanished; above, too little to matter.
+    static constexpr double SMALLEST_SQUARE = 1e-24;
     const MuonArguments& a;
     const int64_t slabs = ceil_div(a.columns, SLAB);
 
@@ -85,6 +87,32 @@ struct MuonMatrix {
     }
     vf direction(vf m, vf g) const { return a.nesterov ? between(g, m, a.momentum) : m; }
 
+    // U, once the gradient went into the buffer.
+    vf direction_at(int64_t row, int64_t column, int64_t count) const {
+        vf m = read(at(a.buffer, a.buffer_row, row, column), count);
+        return direction(m, gradient(row, column, count));
+    }
+    // The largest magnitude of a U without NaN.
+    float largest() const {
+        std::vector<float> parts(a.rows * slabs);
+        parallel(a.threads, parts.size(), [&](int64_t item, int64_t) {
+            vf most = {};
+            each(item, [&](int64_t row, int64_t column, int64_t count) {
+                vf u = direction_at(row, column, count);
+                u = u < 0 ? -u : u;
+                most = u > most ? u : most;
+            });
+            for (int i = 0; i < VL; ++i) parts[item] = std::max(parts[item], most[i]);
+        });
+        return *std::max_element(parts.begin(), parts.end());
+    }
+    // The power of two that brings a magnitude to [0.5, 1), or as near as a float's exponent allows.
+    static float nearest_one(float magnitude) {
+        int exponent = 0;
+        if (std::isfinite(magnitude)) std::frexp(magnitude, &exponent);
+        return std::ldexp(1.0f, std::clamp(-exponent, -126, 126));
+    }
+
     void gather() const {
         double square = sum_of([&](int64_t item) {
             vf total = {};
@@ -97,12 +125,25 @@ struct MuonMatrix {
             });
             return (double)sum(total);
         });
-        vf scale = splat((float)(1 / std::max(std::sqrt(square), a.eps)));
-        if (square != square) scale = splat(NAN);
+        // Squares of good numbers may overflow or vanish: then U is read again, for its largest
+        // magnitude and for the norm of what a power of two brings near 1.
+        float by = 1;
+        if (square == INFINITY || square < SMALLEST_SQUARE) {
+            by = nearest_one(largest());
+            square = sum_of([&](int64_t item) {
+                vf total = {};
+                each(item, [&](int64_t row, int64_t column, int64_t count) {
+                    vf u = direction_at(row, column, count) * splat(by);
+                    total = mul_add(u, u, total);
+                });
+                return (double)sum(total);
+            });
+        }
+        vf first = splat(by), scale = splat((float)(1 / std::max(std::sqrt(square), a.eps * by)));
+        if (!std::isfinite(square)) scale = splat(NAN);
         parallel(a.threads, a.rows * slabs, [&](int64_t item, int64_t) {
             each(item, [&](int64_t row, int64_t column, int64_t count) {
-                vf m = read(at(a.buffer, a.buffer_row, row, column), count);
-                vf u = direction(m, gradient(row, column, count));
+                vf u = direction_at(row, column, count) * first;
                 write(a.update + row * a.columns + column, u * scale, count);
             });
         });

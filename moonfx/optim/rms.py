@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from moonfx.ops import newton_schulz as operator
 from moonfx.optim.coefficients import composed
 from moonfx.optim.matrices import pieces
+from moonfx.optim.norms import normalized
 
 if TYPE_CHECKING:
     from moonfx.optim.muon import Muon
@@ -201,8 +202,7 @@ def _next(opt: "Muon", group: dict[str, Any], p: Tensor) -> Tensor | None:
 
 def _obtained(stack: Tensor, target: float, group: dict[str, Any]) -> float:
     """RMS of the scaled update of matrices [b, m, n]."""
-    norms = torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True)
-    x = (stack / norms.clamp_min(1e-12)).bfloat16()
+    x = normalized(stack).bfloat16()
     numbers = [c for triple in group["coefficients"] for c in triple]
     update = operator.newton_schulz(x, numbers).float()
     _, m, n = stack.shape

@@ -3,6 +3,9 @@
 `update` takes the matrices that share a device, dtypes and a Rule. Where they are many, it goes
 through them in chunks: on a CPU small enough that what one pass over a chunk wrote is still in its
 cache for the next, on a GPU large enough that a launch is nothing against the work.
+
+A gradient that holds NaN or infinity makes NaN of its whole matrix, as every number of an update
+depends on all of the gradient's. Other matrices, of the same stack too, are stepped as ever.
 """
 
 import functools
@@ -20,12 +23,14 @@ from moonfx.ops.newton_schulz import newton_schulz
 from moonfx.optim.low_bit import floats, has_codes
 from moonfx.optim.low_bit import write as write_codes
 from moonfx.optim.matrices import Layout, Shape, pieces, shapes, single
+from moonfx.optim.norms import normalized
 from moonfx.optim.rms import correction
 
 MUON = "muon"
-# A norm below this is taken for zero. In float32 the squares of numbers of such a norm are still
-# normal numbers for matrices of up to 1e8 of them, so what is above it is normalized in full.
+# What Newton-Schulz makes of a norm of 1 is nowhere near this: a norm below it is of zeros.
 EPS = 1e-12
+# As in norms.normalized: every normal number counts, and what is below fades out.
+TINY = torch.finfo(torch.float32).tiny
 CHUNK_BYTES = {"cpu": 16 << 20}
 LARGEST_CHUNK = 256 << 20
 COMPUTE = torch.bfloat16
@@ -126,7 +131,7 @@ def _update_on_cpu(chunk: Sequence[Matrix], rule: Rule) -> None:
         [single(x, first.layout) for x in (matrix.weight, matrix.grad, matrix.buffer)]
         for matrix in chunk
     ]
-    before: dict[str, Any] = {"momentum": rule.momentum, "nesterov": rule.nesterov, "eps": EPS}
+    before: dict[str, Any] = {"momentum": rule.momentum, "nesterov": rule.nesterov, "eps": TINY}
     before["sign"] = -1.0 if rule.maximize else 1.0
     after: dict[str, Any] = {"cautious": rule.decay == "cautious", "exact": rule.exact_rms}
     for i, (b, m, n) in enumerate(first.shapes):
@@ -250,8 +255,7 @@ def _stack(
 
 def orthogonal(stack: Tensor, rule: Rule) -> Tensor:
     """Newton-Schulz of each matrix of [k, m, n]; with `exact_rms`, of root mean square 1."""
-    stack = stack * _inverse_norms(stack)
-    update = newton_schulz(stack.to(COMPUTE), rule.coefficients)
+    update = newton_schulz(normalized(stack).to(COMPUTE), rule.coefficients)
     if rule.exact_rms:
         update = update * (_inverse_norms(update) * math.sqrt(update[0].numel()))
     return update

@@ -86,6 +86,21 @@ def test_what_is_not_finite_is_not_hidden(bad, dtype) -> None:
     assert out[1, 3].isnan()
 
 
+# Below 1e-37 a direction (0.0975 of the gradient) is no normal number any more.
+@pytest.mark.parametrize("size", [1e-36, 1e-20, 1e-10, 1e19, 5e37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_that_overflow_or_vanish_leave_the_norm_right(dtype, size) -> None:
+    for shape in ((4, 20), (3, 9000)):
+        grad = (tensors(shape, dtype)[0].double() * size).to(dtype)
+        out = torch.empty(grad.shape, dtype=torch.bfloat16)
+        how = dict(momentum=0.5, nesterov=False, sign=1.0, decay=0.0)
+        how["eps"] = torch.finfo(torch.float32).tiny
+        muon.gather(grad, grad, torch.zeros_like(grad), out, **how)
+        expected = grad.double() / grad.double().norm()
+        # Of bfloat16, and of the buffer where that is in bfloat16.
+        torch.testing.assert_close(out.double(), expected, rtol=2**-7, atol=1e-6)
+
+
 def test_zeros_stay_zeros() -> None:
     zero = torch.zeros(4, 20)
     out = torch.ones(4, 20, dtype=torch.bfloat16)

@@ -9,6 +9,7 @@ from torch import Tensor
 from moonfx.ops import muon as passes
 from moonfx.optim import step
 from moonfx.optim.matrices import Layout, single
+from moonfx.optim.rms import update_rms
 from tests.optim.by_hand import Row, expected_step, muon
 
 # Relative to the largest change, with Newton-Schulz in float64: what is left is float32's rounding
@@ -148,6 +149,41 @@ def test_weights_are_changed_and_gradients_and_buffers_are_not_normalized(monkey
         assert torch.equal(p.grad, grad)
         buffer = optimizer.state[p]["momentum_buffer"]
         torch.testing.assert_close(buffer, grad * 0.05, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_step_is_as_long_for_gradients_whose_squares_overflow_or_vanish(
+    taken, dtype, monkeypatch
+) -> None:
+    if not taken:
+        monkeypatch.setattr(passes, "takes", lambda *_: False)
+    weight, grad = torch.zeros(32, 32, dtype=dtype), gaussian(32, 32, dtype=dtype)
+    _, (expected,) = stepped([weight], [[grad]], [])
+    for exponent in (-110, -67, 63, 120):  # powers of two change no digit
+        optimizer, (found,) = stepped([weight], [[grad * 2.0**exponent]], [])
+        # The scales are rounded elsewhere, and with them here and there a number of X.
+        assert off(found.detach(), expected.detach().double(), weight) < BFLOAT16
+        found.grad = grad * 2.0**exponent
+        (row,) = update_rms(optimizer).rows
+        assert row.obtained == pytest.approx(0.2, rel=0.05)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_gradient_that_is_not_finite_spoils_all_of_its_matrix_and_no_other(
+    taken, bad, monkeypatch
+) -> None:
+    if not taken:
+        monkeypatch.setattr(passes, "takes", lambda *_: False)
+    before = [gaussian(8, 12, seed=i) for i in range(3)]
+    grads = [gaussian(8, 12, seed=i + 3) for i in range(3)]
+    _, expected = stepped(before, [grads], [])
+    grads[1][2, 3] = bad
+    _, found = stepped(before, [grads], [])
+    assert found[1].isnan().all()
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[2], expected[2])
 
 
 def test_a_backward_over_weights_that_a_step_changed_is_refused() -> None:
