@@ -250,6 +250,7 @@ class Backend:
             record.failure = f"{type(error).__name__}: {error}"
             log.exception("a pass failed, and the graph runs as it was; please report this")
             return None
+        record.failure = "; ".join(context.failures) or None
         record.rows += map(row_of, context.sites)
         record.iterations = rows_of(context.iterations)
         record.of_optimizer |= bool(record.iterations)

@@ -38,6 +38,7 @@ class Context:
         recompute_routing: whether the backward chooses blocks again instead of keeping the choice.
         iterations: the Newton-Schulz iterations found.
         proofs: constants and given masks of the graph that a rewrite rests on -> their values.
+        failures: passes that failed and left the graph to the others.
     """
 
     gm: fx.GraphModule
@@ -49,6 +50,7 @@ class Context:
     sites: list[AttentionSite] = field(default_factory=list)
     iterations: list[NewtonSchulzSite] = field(default_factory=list)
     proofs: dict[fx.Node, tuple[float, float] | Given] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._outer: dict[fx.Graph, fx.Node] = {}

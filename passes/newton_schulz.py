@@ -123,7 +123,14 @@ def _replace(members: list[Chain], form: str) -> None:
     order = {node: i for i, node in enumerate(members[0].output.graph.nodes)}
     body = sorted((n for chain in members for n in chain.body), key=order.__getitem__)
     last = body[-1]
-    results = _call(members, form, last)
+    try:
+        results = _call(members, form, last)
+    except Exception:  # the graph stays a whole one: other passes' work is in it
+        node = last.prev
+        while node not in order:
+            node.graph.erase_node(node)
+            node = last.prev
+        raise
     for chain, result in zip(members, results, strict=True):
         chain.output.replace_all_uses_with(result)
     for node in reversed(body):

@@ -27,16 +27,23 @@ Get = Callable[[Any], Terms]
 def _alike(node: fx.Node, *operands: Any) -> None:
     """Checks that no row or column of an operand is repeated to fit the others."""
     for each in operands:
+        if not _is_tensor(each):
+            raise Unclear("a number is added to every entry")
         if each.meta["val"].shape[-2:] != node.meta["val"].shape[-2:]:
             raise Unclear("a row or column is broadcast over a matrix")
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, fx.Node):
+    if isinstance(value, fx.Node) and _is_tensor(value):
         raise Unclear("a coefficient is a tensor, and not a number of the graph")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Unclear("a coefficient is not known when the graph is compiled")
     return float(value)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Not a size or a learning rate that is a symbol."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _times(left: Terms, right: Terms) -> Terms:
@@ -102,11 +109,11 @@ def _einsum(node: fx.Node, get: Get) -> Terms:
 
 def _mul(node: fx.Node, get: Get) -> Terms:
     left, right = node.args[:2]
-    if isinstance(left, fx.Node) and isinstance(right, fx.Node):
+    if all(isinstance(x, fx.Node) and _is_tensor(x) for x in (left, right)):
         small = [x for x in (left, right) if _size(x) == 1]
         why = "a coefficient is a tensor, and not a number of the graph"
         raise Unclear(why if small else "two matrices are multiplied entry by entry")
-    if isinstance(left, fx.Node):
+    if isinstance(left, fx.Node) and _is_tensor(left):
         return scaled(get(left), _number(right))
     return scaled(get(right), _number(left))
 
@@ -241,7 +248,7 @@ def terms_of(node: fx.Node, get: Get) -> Terms:
     run = TABLE.get(node.target)
     if run is None:
         raise Unclear(NO_STEP.get(short(node).rstrip("_"), f"{short(node)} inside the step"))
-    matrices = [n for n in read_by(node) if _size(n) != 1]
+    matrices = [n for n in read_by(node) if _is_tensor(n) and _size(n) != 1]
     kinds = {(dtype(n), n.meta["val"].device) for n in (*matrices, node)}
     if len(kinds) != 1:
         raise Unclear("the dtype changes inside the step, and with it what is rounded")

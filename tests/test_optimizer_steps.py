@@ -110,6 +110,23 @@ def test_a_schedule_of_a_tensor_lr_compiles_once(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
 
 
+def test_a_learning_rate_that_becomes_a_symbol_stops_no_rewrite(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dynamo makes one of a float that has changed."""
+    always(monkeypatch)
+    p = parameters()[0]
+    p.grad = torch.randn_like(p)
+    optimizer = torch.optim.Muon([p], lr=0.02)
+    step = compiled(optimizer)
+    for _ in range(3):
+        step()
+        optimizer.param_groups[0]["lr"] *= 0.5
+    report = moonfx.report(optimizer)
+    assert (report.failures, {row.action for row in report.iterations}) == ([], {"rewritten"})
+    assert report.graphs > 1
+
+
 OTHERS: list[tuple[str, Make]] = [
     ("AdamW, foreach", lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True)),
     ("AdamW, tensor lr", lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01))),

@@ -485,3 +485,19 @@ def test_five_lengths_need_at_most_one_recompile() -> None:
         torch.testing.assert_close(model(x), reference(x), atol=2e-6, rtol=1e-5)
     assert moonfx.report(model).graphs <= 2
     assert len(moonfx.report(model).rewritten) == 2
+
+
+def test_an_unrelated_product_with_a_symbol_does_not_undo_the_attention() -> None:
+    class Attends(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+            return y + ((x @ x.mT) * (1.0 / x.shape[-2])).sum()
+
+    torch._dynamo.reset()
+    model = Attends()
+    moonfx.sparsify(model, block=16, topk=2, compiler="eager")
+    for length in (128, 192, 160):
+        model(torch.randn(1, 2, length, 8))
+    report = moonfx.report(model)
+    assert (report.failures, {row.action for row in report.rows}) == ([], {"sparse"})
+    assert report.graphs == 2

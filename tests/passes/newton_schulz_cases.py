@@ -53,6 +53,7 @@ class Rewritten:
             self.before = [n.target for n in self.gm.graph.nodes]
             context = Context(self.gm, lambda *site: LayerPolicy())
             self.count = run_passes(context, check=True)
+        self.failures = context.failures
         self.rows: list[IterationRow] = rows_of(context.iterations)
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moonfx.passes import newton_schulz
 from tests.passes.newton_schulz_cases import Rewritten, always, matrix
 from tests.passes.newton_schulz_forms import normalized
 
@@ -288,3 +289,49 @@ def test_what_gradients_may_flow_through_is_declined() -> None:
 def test_sizes_that_are_not_known_are_declined() -> None:
     rewritten = Rewritten(lambda G: step(normalized(G)), G, symbolic=True)
     assert rewritten.reasons == ["sizes are not known when the graph is compiled"]
+
+
+def test_an_exception_in_the_pass_leaves_the_graph_as_it_was_and_other_passes_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wherever it happens: here where the call's operands are written already."""
+    monkeypatch.delenv("MOONFX_VERIFY", raising=False)
+    insert = newton_schulz.insert
+
+    def failing(target: Any, *rest: Any) -> torch.fx.Node:
+        if target is newton_schulz.OPERATOR:
+            raise AttributeError("a bug")
+        return insert(target, *rest)
+
+    monkeypatch.setattr(newton_schulz, "insert", failing)
+
+    def both(G: Tensor, H: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+        attended = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        return step(normalized(G)) * 2, step(normalized(H)) * 2, attended
+
+    inputs = (G, matrix(4, 6, seed=1), matrix(1, 2, 8, 4))
+    rewritten = Rewritten(both, *inputs)
+    assert (rewritten.count, rewritten.rows, rewritten.calls) == (1, [], [])
+    assert rewritten.failures == ["newton_schulz: AttributeError: a bug"]
+    for ours, theirs in zip(rewritten(*inputs)[:2], both(*inputs)[:2], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+
+def test_a_symbol_that_is_no_tensor_is_a_coefficient_that_is_not_known() -> None:
+    def by_its_rows(G: Tensor) -> tuple[Tensor, Tensor]:
+        X = normalized(G)
+        unrelated = (X @ X.mT) * (1.0 / G.shape[0])
+        return step(X), unrelated
+
+    rewritten = Rewritten(by_its_rows, G, symbolic=True)
+    assert rewritten.reasons == ["sizes are not known when the graph is compiled"]
+
+
+def test_a_size_that_is_a_coefficient_is_not_known() -> None:
+    def of_its_rows(G: Tensor) -> Tensor:
+        X = normalized(G)
+        A = X @ X.mT
+        return a * X + (b * A + (1.0 / G.shape[0]) * (A @ A)) @ X
+
+    inside = Rewritten(of_its_rows, G, symbolic=True)
+    assert inside.reasons == ["a coefficient is not known when the graph is compiled"]
