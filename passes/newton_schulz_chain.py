@@ -120,7 +120,15 @@ def _reject(chain: Chain, memory: Memory, context: Context) -> Reject | None:
     chain.column = not value.is_contiguous()
     if chain.column and not value.mT.is_contiguous():
         return Reject(f"X lies in memory with strides {tuple(value.stride())}", node)
+    by_strides = (n for m in memory.members[memory.of(node)] for n in m.users if _strides(n))
+    if (reader := next(by_strides, None)) is not None:
+        return Reject(f"{short(reader)} reads memory that X lies in by its strides", reader)
     return _writes_for_others(chain, memory)
+
+
+def _strides(node: fx.Node) -> bool:
+    """Whether a node may read more of a tensor's memory than the tensor itself."""
+    return node.op == "call_function" and short(node).startswith(("as_strided", "resize", "set_"))
 
 
 def _writes_for_others(chain: Chain, memory: Memory) -> Reject | None:

@@ -90,8 +90,8 @@ def _multi_dot(node: fx.Node, get: Get) -> Terms:
 def _einsum(node: fx.Node, get: Get) -> Terms:
     equation, operands = node.args[0], node.args[1]
     given, _, out = str(equation).replace(" ", "").partition("->")
-    words = given.split(",")
-    if len(words) != 2 or not out or any(len(w) < 2 for w in (*words, out)):
+    *words, out = (w.replace("...", ".") for w in (*given.split(","), out))
+    if len(words) != 2 or not out or any(len(w) < 2 or "." in w[-2:] for w in (*words, out)):
         raise Unclear(f"the sums of einsum {equation!r} are not one product of two matrices")
     lead = out[:-2]
     if any(w[:-2] != lead or len(set(w)) != len(w) for w in (*words, out)):
@@ -212,6 +212,12 @@ TABLE: dict[Any, Callable[[fx.Node, Get], Terms]] = {
     **_overloads("to.dtype to.dtype_layout to.other to.device _to_copy.default", _same),
     **_overloads("view.default reshape.default expand.default _unsafe_view.default", _same),
     **dict.fromkeys(TURNS, _turned),
+}
+
+# Their result is the operand in another dtype or on another device.
+CASTS = {
+    *_overloads("to.dtype to.dtype_layout to.other to.device _to_copy.default", _same),
+    *_overloads("type_as.default", _same),
 }
 
 ADDING = {

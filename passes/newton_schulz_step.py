@@ -18,6 +18,7 @@ from torch import fx
 from moonfx.passes.memory import Memory, Value
 from moonfx.passes.newton_schulz_nodes import (
     ADDING,
+    CASTS,
     PRODUCTS,
     TABLE,
     TURNS,
@@ -143,8 +144,8 @@ def _step(source: Value, memory: Memory) -> Step | None:
         follow(value)
     while heap and len(seen) < LIMIT:
         node = heapq.heappop(heap)[1]
-        if node.target is aten.eye.default or node is source.node:
-            continue
+        if node is source.node or _identity(memory.result(node), memory) is not None:
+            continue  # written like X, and not made of it
         reads = [memory.read(node, n) for n in read_by(node)]
         bad = next((spoiled[v] for v in reads if v in spoiled), None)
         value = memory.result(node)
@@ -193,8 +194,14 @@ def _identity(value: Value, memory: Memory) -> Terms | None:
         return None
     if node.target is aten.eye.default:
         return {"": 1.0}
+    if node.target in CASTS:  # of ones and zeros: exact in any dtype
+        exact = _identity(memory.read(node, node.args[0]), memory)  # type: ignore[arg-type]
+        return exact if exact == {"": 1.0} else None
     if node.target not in TABLE or len(read_by(node)) != 1:
         return None
+    (operand,) = read_by(node)
+    if node.meta["val"].shape[-2:] != operand.meta["val"].shape[-2:]:
+        return None  # a view of its entries as other matrices, or one of them repeated
 
     def get(operand: Any) -> Terms:
         found = _identity(memory.read(node, operand), memory)

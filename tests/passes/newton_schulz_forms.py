@@ -97,6 +97,16 @@ def horner(G: Tensor) -> Tensor:
     return X
 
 
+def identity_like_x(G: Tensor) -> Tensor:
+    """The identity is made in float32 and cast to X's dtype."""
+    X = normalized(G).bfloat16()
+    identity = torch.eye(X.shape[-2]).to(X)
+    for a, b, c in CHANGING:
+        A = X @ X.mT
+        X = a * X + (b * identity + c * A) @ A @ X
+    return X
+
+
 def horner_on_x(G: Tensor) -> Tensor:
     """a X + A (b X + c A X): A^2 is never formed."""
     X = normalized(G)
@@ -139,9 +149,18 @@ def baddbmm(G: Tensor) -> Tensor:
 def einsum(G: Tensor) -> Tensor:
     X = normalized(G)
     for a, b, c in CHANGING:
-        A = torch.einsum("...ik,...jk->...ij" if X.dim() > 2 else "ik,jk->ij", X, X)
+        A = torch.einsum("ik,jk->ij", X, X)
         B = torch.einsum("ij,jk->ik", A, A)
         X = a * X + torch.einsum("ij,jk->ik", b * A + c * B, X)
+    return X
+
+
+def einsum_with_dots(G: Tensor) -> Tensor:
+    X = normalized(G)
+    for a, b, c in CHANGING:
+        A = torch.einsum("...ik,...jk->...ij", X, X)
+        B = torch.einsum("... i j, ... j k -> ... i k", A, A)
+        X = a * X + torch.einsum("...ij,...jk->...ik", b * A + c * B, X)
     return X
 
 
@@ -226,6 +245,9 @@ FORMS: list[tuple[str, Form, tuple[int, ...], int]] = [
     ("addmm_", addmm_in_place, (4, 6), 3),
     ("baddbmm", baddbmm, (2, 4, 6), 3),
     ("einsum", einsum, (4, 6), 3),
+    ("einsum with dots", einsum_with_dots, (4, 6), 3),
+    ("einsum with dots, batched", einsum_with_dots, (2, 4, 6), 3),
+    ("identity like X", identity_like_x, (4, 6), 3),
     ("linear and matrix_power", linear, (4, 6), 3),
     ("multi_dot", multi_dot, (4, 6), 3),
     ("lerp and ratios", factored, (4, 6), 3),

@@ -220,6 +220,24 @@ def into_what_a_view_sees(G: Tensor) -> tuple[Tensor, Tensor]:
     return X * 2, row + 1
 
 
+def entries_of_identities(G: Tensor) -> Tensor:
+    """[4, 2, 2] of ones and zeros, and no matrix of them the identity."""
+    X = normalized(G)
+    A = X @ X.mT
+    return (a * torch.eye(4).reshape(4, 2, 2) + b * A + c * A @ A) @ X
+
+
+def a_one_is_repeated(G: Tensor) -> Tensor:
+    X = normalized(G)
+    A = X @ X.mT
+    return (a * torch.eye(1).expand(4, 4) + b * A + c * A @ A) @ X
+
+
+def read_by_strides(G: Tensor) -> Tensor:
+    """An offset counts from where the memory starts, which is where X does as it is written."""
+    return torch.as_strided(step(normalized(G)), (4, 6), (6, 1), 0) * 2
+
+
 def noise_between_steps(G: Tensor) -> tuple[Tensor, Tensor]:
     """The order of random numbers and of the operator's call cannot both be kept."""
     X = normalized(G)
@@ -264,6 +282,9 @@ LOOKALIKES: list[tuple[str, Body, tuple[Tensor, ...], str | None]] = [
     ("A written by a view", a_is_written_through_a_view, (G,), ELSE),
     ("into the input", into_the_parameter, (G,), "it writes into memory that others see"),
     ("into a view", into_what_a_view_sees, (G,), "reads what it writes in place"),
+    ("entries of identities", entries_of_identities, (matrix(4, 2, 3),), ELSE),
+    ("a 1 is repeated", a_one_is_repeated, (G,), ELSE),
+    ("as_strided", read_by_strides, (G,), "as_strided reads memory that X lies in"),
     ("a random number between", noise_between_steps, (G,), "a change of mode or a random number"),
 ]
 
