@@ -37,6 +37,7 @@ from moonfx.guards import Values, checked
 from moonfx.iterations import IterationRow, rows_of
 from moonfx.passes import given_masks
 from moonfx.passes.context import Context
+from moonfx.passes.memory import Memory
 from moonfx.passes.order import run_passes
 from moonfx.passes.parameter_use import Found, uses_in
 from moonfx.passes.values import GraphCall, Run
@@ -61,8 +62,8 @@ class Record:
         rows: its attentions.
         failure: why it could not be captured.
         parameters: those that it reads.
-        of_optimizer: whether it is an optimizer's step: it holds its parameters itself, or
-            Newton-Schulz iterations.
+        of_optimizer: whether it is an optimizer's step: it holds its parameters itself, or has
+            Newton-Schulz iterations and writes to parameters that it is given.
         iterations: those.
         run: of a model's graph, what it computed before the passes; `uses` reads it and lets it go.
     """
@@ -184,6 +185,8 @@ class Backend:
         given_masks.mark(captured, example_inputs)
         root = graph_root(gm, example_inputs, self.parameter_names)
         context = self.run_passes(captured, root, record)
+        if record.iterations and _writes_to_parameters(captured, example_inputs):
+            record.of_optimizer, record.run = True, None
         if context is None:
             return gm, {}
         name_invoked_bodies(captured, retraced=True)
@@ -253,7 +256,6 @@ class Backend:
         record.failure = "; ".join(context.failures) or None
         record.rows += map(row_of, context.sites)
         record.iterations = rows_of(context.iterations)
-        record.of_optimizer |= bool(record.iterations)
         return context if rewritten else None
 
     def policy_of(
@@ -288,6 +290,15 @@ class Backend:
     def unused(self) -> list[str]:
         """Keys of `layers` that fit no attention seen so far."""
         return [] if self.policies is None else self.policies.unused([n for n, _ in self.layers])
+
+
+def _writes_to_parameters(captured: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Whether a graph changes a parameter that it is given, itself or through a view."""
+    placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    pairs = zip(placeholders, example_inputs, strict=True)
+    given = [n for n, x in pairs if isinstance(x, torch.nn.Parameter)]
+    memory = Memory(captured.graph) if given else None
+    return memory is not None and any(memory.written_at(node) for node in given)
 
 
 def _key(site: AttentionSite) -> tuple[str, int]:

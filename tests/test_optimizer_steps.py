@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import moonfx
-from moonfx.backend import NothingRewritten
+from moonfx.backend import NothingRewritten, records_of
 from tests.passes.newton_schulz_cases import always
 
 SHAPES = ((6, 4), (4, 6), (4, 6), (5, 5))
@@ -239,6 +239,47 @@ def test_reports_of_a_model_and_of_its_optimizer_are_apart(monkeypatch: pytest.M
     assert (report.graphs, len(report.iterations)) == (1, 1)
     assert report.to_dict()["iterations"][0]["action"] == "rewritten"
     assert moonfx.report().graphs >= 2
+
+
+class Orthogonal(nn.Module):
+    """A model whose forward iterates on its own weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            X = self.linear.weight / self.linear.weight.norm()
+            A = X @ X.mT
+            X = 2.0 * X + (-1.5 * A + 0.5 * A @ A) @ X
+        y: Tensor = self.linear(x) @ X
+        return y
+
+
+def test_a_model_that_holds_an_iteration_is_no_optimizer() -> None:
+    model = Orthogonal()
+    options = {"compiler": "eager", "on_miss": "ignore"}
+    torch.compile(model, backend="moonfx", options=options)(torch.randn(3, 6))
+    report = moonfx.report(model)
+    assert (report.graphs, len(report.iterations)) == (1, 1)
+    assert len(records_of(model.parameters())) == 1
+    with pytest.raises(ValueError, match="step must be compiled .* that of this Muon is not"):
+        moonfx.report(torch.optim.Muon(model.parameters()))
+
+
+def test_a_function_that_iterates_and_writes_to_its_parameter_is_an_optimizer_s_step() -> None:
+    def step(p: Tensor, gradient: Tensor) -> None:
+        X = gradient / gradient.norm()
+        A = X @ X.mT
+        p.sub_(2.0 * X + (-1.5 * A + 0.5 * A @ A) @ X)
+
+    p = parameters()[0]
+    options = {"compiler": "eager", "on_miss": "ignore"}
+    with torch.no_grad():
+        torch.compile(step, backend="moonfx", options=options)(p, torch.randn_like(p))
+    assert len(moonfx.report(torch.optim.Muon([p])).iterations) == 1
+    assert records_of([p]) == []
 
 
 @pytest.mark.slow
