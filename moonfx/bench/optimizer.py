@@ -187,25 +187,27 @@ def to_dict(name: str, found: dict[str, Contender], report: moonfx.Report | None
         "model": name,
         "seconds": {c: one.seconds for c, one in found.items()},
         "compile_seconds": {c: one.compile_seconds for c, one in found.items()},
+        "of_eager": {c: 1 / r for c in found if (r := over(found, "eager", c))},
         "of_inductor": {c: 1 / r for c in found if (r := over(found, "inductor", c))},
         "report": report.to_dict() if report is not None else None,
     }
 
 
 def table(found: dict[str, Contender]) -> str:
-    rows = []
-    for name, one in found.items():
-        ratio = over(found, "inductor", name)
-        rows.append(
-            [
-                name,
-                f"{one.best * 1e3:.1f}",
-                "-" if ratio is None else f"{1 / ratio:.2f}",
-                f"{one.compile_seconds:.1f}" if name in ("inductor", "moonfx") else "-",
-            ]
-        )
-    titles = ["step", "ms", "of Inductor's time", "compile s"]
-    return tabulate(rows, titles, disable_numparse=True, colalign=["left", *["right"] * 3])
+    rows = [
+        [
+            name,
+            f"{one.best * 1e3:.1f}",
+            *(
+                f"{1 / ratio:.2f}" if (ratio := over(found, whole, name)) else "-"
+                for whole in ("eager", "inductor")
+            ),
+            f"{one.compile_seconds:.1f}" if name in ("inductor", "moonfx") else "-",
+        ]
+        for name, one in found.items()
+    ]
+    titles = ["step", "ms", "of eager's time", "of Inductor's time", "compile s"]
+    return tabulate(rows, titles, disable_numparse=True, colalign=["left", *["right"] * 4])
 
 
 if __name__ == "__main__":
