@@ -277,6 +277,10 @@ def _plain(tracer: Any, x: torch.Tensor) -> bool:
     return known and type(x) is FakeTensor and x.constant is None
 
 
+# What Dynamo makes of tensor.data.
+_DATA = torch._C._autograd._get_data_attr
+
+
 class _Retrace(fx.Interpreter):
     """Runs a graph under make_fx, keeping higher-order operators as single nodes.
 
@@ -334,6 +338,10 @@ class _Retrace(fx.Interpreter):
             return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Of p.data make_fx does not see where it comes from. Unlike it, p.detach() tells autograd
+        # of what is written, as optimizers do that write to p itself; a model might mind.
+        if target is _DATA and any(args[0] is x for x in self.held.values()):
+            return args[0].detach()
         # make_fx records these two as they are called; only the context manager also obeys them.
         if target is torch.amp.autocast_mode._enter_autocast:
             region = torch.autocast(*args)

@@ -241,6 +241,30 @@ def test_reports_of_a_model_and_of_its_optimizer_are_apart(monkeypatch: pytest.M
     assert moonfx.report().graphs >= 2
 
 
+class ByData(torch.optim.SGD):
+    """Writes to p.data, as Moonlight's does."""
+
+    def step(self) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            X = p.grad / p.grad.norm()
+            A = X @ X.mT if p.shape[0] <= p.shape[1] else X.mT @ X
+            B = -1.5 * A + 0.5 * A @ A
+            X = 2.0 * X + (B @ X if p.shape[0] <= p.shape[1] else X @ B)
+            p.data.mul_(0.9)
+            p.data.add_(X, alpha=-0.1)
+
+
+def test_what_is_written_to_the_data_of_a_parameter_is_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    always(monkeypatch)
+    eager, ours, optimizer = steps(lambda made: ByData(made, lr=0.1), torch.float32, 2)
+    for a, b in zip(eager, ours, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    report = moonfx.report(optimizer)
+    assert (report.failures, {r.action for r in report.iterations}) == ([], {"rewritten"})
+
+
 class Orthogonal(nn.Module):
     """A model whose forward iterates on its own weight."""
 
