@@ -277,8 +277,8 @@ def _plain(tracer: Any, x: torch.Tensor) -> bool:
     return known and type(x) is FakeTensor and x.constant is None
 
 
-# What Dynamo makes of tensor.data.
-_DATA = torch._C._autograd._get_data_attr
+# What Dynamo makes of tensor.data, where this torch has it.
+_DATA = getattr(torch._C._autograd, "_get_data_attr", None)
 
 
 class _Retrace(fx.Interpreter):

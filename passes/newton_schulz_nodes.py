@@ -109,8 +109,9 @@ def _einsum(node: fx.Node, get: Get) -> Terms:
 
 def _mul(node: fx.Node, get: Get) -> Terms:
     left, right = node.args[:2]
-    if all(isinstance(x, fx.Node) and _is_tensor(x) for x in (left, right)):
-        small = [x for x in (left, right) if _size(x) == 1]
+    tensors = [x for x in (left, right) if isinstance(x, fx.Node) and _is_tensor(x)]
+    if len(tensors) == 2:
+        small = [x for x in tensors if _size(x) == 1]
         why = "a coefficient is a tensor, and not a number of the graph"
         raise Unclear(why if small else "two matrices are multiplied entry by entry")
     if isinstance(left, fx.Node) and _is_tensor(left):
