@@ -13,10 +13,11 @@ READY := .venv/ready
 test: lint types
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=15 -m "not sweep"
 
-# What `make test` takes a part of: the other form of every architecture of transformers, the GPU
-# kernels in bfloat16, and compiled for every chip and shape class (about an hour on two cores).
+# What `make test` takes a part of: the other form of every architecture of transformers, SmolLM2's
+# generation and gradients, the GPU kernels in bfloat16, and compiled for every chip and shape class
+# (more than an hour on two cores).
 sweep: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) -m sweep tests/test_architectures.py tests/kernels
+	$(BIN)/python -m pytest -n $(JOBS) -m sweep
 
 # What needs a GPU; elsewhere each test says so.
 gpu: $(READY)

