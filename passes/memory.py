@@ -58,14 +58,18 @@ def is_opaque(node: fx.Node) -> bool:
 
 
 def is_barrier(node: fx.Node) -> bool:
-    """Whether a node keeps its place among all others: a change of mode, a random number."""
+    """Whether a node keeps its place among all others: an autocast, an assertion."""
     if is_opaque(node):
         return True
     schema = getattr(node.target, "_schema", None)
-    if schema is None:
+    if schema is None or is_random(node):
         return False
-    drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return drawn or (node.is_impure() and not schema.is_mutable)
+    return node.is_impure() and not schema.is_mutable
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers, each of which depends on how many were drawn before."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 class Memory:

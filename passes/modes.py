@@ -28,13 +28,18 @@ _ENTER = ("_enter_autocast", "_enter_inference_mode")
 _EXIT = ("_exit_autocast", "_exit_inference_mode")
 
 
+def switches_gradients(node: fx.Node) -> bool:
+    """Whether a node switches gradients on or off, and does nothing else."""
+    return getattr(node.target, "__name__", "") == "_set_grad_enabled"
+
+
 def modes(graph: fx.Graph, start: Mode) -> dict[fx.Node, Mode]:
     """The mode of each node, where the graph is entered with `start`."""
     found: dict[fx.Node, Mode] = {}
     now = start
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-        if name == "_set_grad_enabled":
+        if switches_gradients(node):
             now = replace(now, gradients=bool(node.args[0]))
         elif name in _ENTER:
             now = replace(now, autocast=(*now.autocast, node))

@@ -24,7 +24,7 @@ from moonfx.passes.context import Context
 from moonfx.passes.memory import Memory
 from moonfx.passes.newton_schulz_chain import Chain, chains
 from moonfx.passes.newton_schulz_step import find_steps
-from moonfx.passes.nodes import insert
+from moonfx.passes.nodes import insert, short
 from moonfx.site import NewtonSchulzSite, Reject
 
 aten = torch.ops.aten
@@ -52,7 +52,8 @@ def run(graph: fx.Graph, context: Context) -> int:
             site_of[id(chain)].action = "rewritten" if form else "left"
         if form:
             chosen.append((members, form))
-    _bring_together([members for members, _ in chosen], graph, memory)
+    if chosen:
+        _bring_together([members for members, _ in chosen], graph, memory, context)
     first = 1 + max((site.call or 0 for site in context.iterations), default=0)
     for number, (members, form) in enumerate(chosen, first):
         _replace(members, form)
@@ -98,24 +99,32 @@ def _buckets(
     legal: list[Chain], graph: fx.Graph, memory: Memory, sites: dict[int, NewtonSchulzSite]
 ) -> list[list[Chain]]:
     """What may be computed by one call each; declines what cannot stand in one place."""
-    before = reorder.predecessors(graph, memory)
+    before, order = reorder.predecessors(graph, memory), reorder.movable(graph)
     groups = {node: i for i, chain in enumerate(legal) for node in chain.body}
-    depths = reorder.depths(list(graph.nodes), before, groups)
+    depths = reorder.depths(order, before, groups)
     found: dict[Hashable, list[Chain]] = {}
     for i, chain in enumerate(legal):
         if i not in depths:
-            reject = Reject("a change of mode or a random number between its steps", chain.output)
-            sites[id(chain)].reject = chain.reject = reject
+            sites[id(chain)].reject = chain.reject = _apart(chain, order, before)
             continue
         key = plan.key(chain, depths[i], memory.is_returned(chain.output))
         found.setdefault(key, []).append(chain)
     return list(itertools.chain.from_iterable(map(plan.calls, found.values())))
 
 
-def _bring_together(buckets: list[list[Chain]], graph: fx.Graph, memory: Memory) -> None:
+def _apart(chain: Chain, order: list[fx.Node], before: reorder.Edges) -> Reject:
+    """Why the steps of an iteration cannot stand side by side."""
+    node = reorder.between(order, before, chain.body) or chain.output
+    return Reject(f"{short(node)} keeps its place between its steps", node)
+
+
+def _bring_together(
+    buckets: list[list[Chain]], graph: fx.Graph, memory: Memory, context: Context
+) -> None:
     groups = {n: i for i, chains in enumerate(buckets) for chain in chains for n in chain.body}
-    before = reorder.predecessors(graph, memory)
-    reorder.apply(graph, reorder.schedule(list(graph.nodes), before, groups))
+    order = reorder.schedule(reorder.movable(graph), reorder.predecessors(graph, memory), groups)
+    reorder.apply(graph, order, lambda node: context.mode(node).gradients)
+    context.changed(graph)
 
 
 def _replace(members: list[Chain], form: str) -> None:

@@ -1,20 +1,33 @@
 """Brings groups of a graph's nodes together, each in one place, where that changes no result.
 
 before  a0 .. write(a1) .. b0 .. write(b1)        groups {a0, a1's reader}, {b0, ..}
-after   the groups' nodes stand side by side; all others where they stood, as far as they can
+after   the groups' nodes stand side by side, what only they read right before them, and all
+        others where they stood, as far as they can
 
 What must stay in order: a value before who reads it; a write to memory after every earlier read and
-before every later one; a change of mode or a random number before and after all that it was.
+before every later one; random numbers, and what processes do together, among themselves; an
+autocast, and whatever nothing is known of, before and after all that it was. Whether gradients are
+on is no place in the graph but belongs to each node: where neighbours differ in it, it is switched.
 """
 
 import heapq
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from torch import fx
 
-from moonfx.passes.memory import Memory, is_barrier
+from moonfx.passes.memory import Memory, is_barrier, is_random
+from moonfx.passes.modes import switches_gradients
 
 Edges = dict[fx.Node, set[fx.Node]]
+Group = dict[fx.Node, int]
+
+# Operators of several processes, each of which must call them in the same order.
+_TOGETHER = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor", "symm_mem")
+
+
+def movable(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that an order is an order of."""
+    return [node for node in graph.nodes if not switches_gradients(node)]
 
 
 def predecessors(graph: fx.Graph, memory: Memory) -> Edges:
@@ -22,9 +35,10 @@ def predecessors(graph: fx.Graph, memory: Memory) -> Edges:
     before: Edges = {}
     last_write: dict[fx.Node, fx.Node] = {}
     readers: dict[fx.Node, list[fx.Node]] = {}
+    turns: dict[str, fx.Node] = {}
     barrier: fx.Node | None = None
     since: list[fx.Node] = []
-    for node in graph.nodes:
+    for node in movable(graph):
         needed = set(node.all_input_nodes)
         touched = {memory.of(n) for n in node.all_input_nodes}
         written = {memory.of(n) for n in memory.writes(node)}
@@ -38,13 +52,23 @@ def predecessors(graph: fx.Graph, memory: Memory) -> Edges:
         if is_barrier(node) or node.op == "output":
             needed.update(since)
             barrier, since = node, []
+        elif turn := _turn(node):
+            needed.update([turns[turn]] if turn in turns else [])
+            turns[turn] = node
         since.append(node)
         needed.update([barrier] if barrier is not None else [])
         before[node] = needed - {node}
     return before
 
 
-def depths(order: Sequence[fx.Node], before: Edges, group: dict[fx.Node, int]) -> dict[int, int]:
+def _turn(node: fx.Node) -> str:
+    """What a node takes turns at with others of its kind, "" for none."""
+    if is_random(node):
+        return "random"
+    return "together" if getattr(node.target, "namespace", "") in _TOGETHER else ""
+
+
+def depths(order: Sequence[fx.Node], before: Edges, group: Group) -> dict[int, int]:
     """For each group, how many groups follow one another before it.
 
     Groups of one depth do not depend on one another, and may become one. Groups are found in the
@@ -62,50 +86,131 @@ def depths(order: Sequence[fx.Node], before: Edges, group: dict[fx.Node, int]) -
     return found
 
 
+def between(order: Sequence[fx.Node], before: Edges, members: set[fx.Node]) -> fx.Node | None:
+    """The first node that must run after some of a group and before others of it."""
+    last = max((i for i, node in enumerate(order) if node in members), default=-1)
+    after: set[fx.Node] = set()
+    for node in order[:last]:
+        if node not in members and not before[node].isdisjoint(after | members):
+            after.add(node)
+    needed: set[fx.Node] = set()
+    for node in reversed(order[: last + 1]):
+        if node in members or node in needed:
+            needed |= before[node]
+    return next((node for node in order if node in after and node in needed), None)
+
+
 def schedule(
-    order: Sequence[fx.Node], before: Edges, group: dict[fx.Node, int]
+    order: Sequence[fx.Node], before: Edges, group: Group
 ) -> list[fx.Node | list[fx.Node]]:
     """The nodes in an order that `before` allows, each group as one list.
 
-    Stays as near to the given order as it can, a group where its first member ends. What depends on
-    itself through a group is left out.
+    A group stands where its last member did, and what only groups read waits for the first of them:
+    so no more is alive at once than one group reads and makes. Others stay as near to the given
+    order as they can. What depends on itself through a group is left out.
     """
     items: dict[Hashable, list[fx.Node]] = {}
     for node in order:
         items.setdefault(_item(node, group), []).append(node)
-    position = {node: i for i, node in enumerate(order)}
+    needs: dict[Hashable, set[Hashable]] = {}
+    for item, nodes in items.items():
+        needs[item] = {_item(n, group) for node in nodes for n in before[node]} - {item}
+    feeders = _feeders(order, before, group)
+    place = {node: i for i, node in enumerate(order)}
+    fed: dict[Hashable, list[fx.Node]] = {}  # each group -> the feeders that it needs
     waiting: dict[Hashable, int] = {}
     after: dict[Hashable, list[Hashable]] = {}
+    heap: list[tuple[int, Hashable]] = []
     for item, nodes in items.items():
-        needed = {_item(n, group) for node in nodes for n in before[node]} - {item}
+        if item in feeders:
+            continue
+        needed = needs[item] - feeders
+        if isinstance(item, int):
+            needed, fed[item] = _through(needs[item], needs, feeders)
         waiting[item] = len(needed)
         for other in needed:
             after.setdefault(other, []).append(item)
-    ready = [(position[nodes[0]], item) for item, nodes in items.items() if not waiting[item]]
-    heap: list[tuple[int, int, Hashable]] = [(at, i, item) for i, (at, item) in enumerate(ready)]
+        if not needed:
+            heap.append((place[nodes[-1]], item))
     heapq.heapify(heap)
     done: list[fx.Node | list[fx.Node]] = []
-    count = len(heap)
+    placed: set[fx.Node] = set()
     while heap:
-        item = heapq.heappop(heap)[2]
-        nodes = items[item]
-        done.append(nodes if isinstance(item, int) else nodes[0])
+        item = heapq.heappop(heap)[1]
+        first = [n for n in sorted(fed.get(item, []), key=place.__getitem__) if n not in placed]
+        placed.update(first)
+        done += first
+        done.append(items[item] if isinstance(item, int) else items[item][0])
         for other in after.get(item, []):
             waiting[other] -= 1
             if not waiting[other]:
-                count += 1
-                heapq.heappush(heap, (position[items[other][0]], count, other))
+                heapq.heappush(heap, (place[items[other][-1]], other))
     return done
 
 
-def _item(node: fx.Node, group: dict[fx.Node, int]) -> Hashable:
+def _feeders(order: Sequence[fx.Node], before: Edges, group: Group) -> set[Hashable]:
+    """The nodes that must only run before groups, or before others of them."""
+    after: dict[fx.Node, list[fx.Node]] = {}
+    for node in order:
+        for other in before[node]:
+            after.setdefault(other, []).append(node)
+    found: set[Hashable] = set()
+    for node in reversed(order):
+        if node.op in ("placeholder", "output") or node in group:
+            continue
+        later = [n for n in after.get(node, []) if n.op != "output"]
+        if later and all(n in group or n in found for n in later):
+            found.add(node)
+    return found
+
+
+def _through(
+    first: set[Hashable], needs: dict[Hashable, set[Hashable]], feeders: set[Hashable]
+) -> tuple[set[Hashable], list[fx.Node]]:
+    """What is needed that is no feeder, by way of feeders, and these."""
+    others: set[Hashable] = set()
+    through: set[Hashable] = set()
+    stack = list(first)
+    while stack:
+        item = stack.pop()
+        if item not in feeders:
+            others.add(item)
+        elif item not in through:
+            through.add(item)
+            stack += needs[item]
+    return others, [n for n in through if isinstance(n, fx.Node)]
+
+
+def _item(node: fx.Node, group: Group) -> Hashable:
     return group.get(node, node)
 
 
-def apply(graph: fx.Graph, order: Sequence[fx.Node | list[fx.Node]]) -> None:
-    """Puts the graph's nodes into an order that has them all."""
+def apply(
+    graph: fx.Graph,
+    order: Sequence[fx.Node | list[fx.Node]],
+    gradients: Callable[[fx.Node], bool],
+) -> None:
+    """Puts a graph's nodes into an order that has them all.
+
+    Args:
+        gradients: whether they are on at a node, as the graph stands. A group, of which no node
+            records one, runs without where a node of it does.
+    """
+    first = next(iter(graph.nodes))
+    switches = [node for node in graph.nodes if switches_gradients(node)]
+    now = None if first in switches else gradients(first)
+    wanted = {node: gradients(node) for node in graph.nodes}
     (output,) = (n for n in graph.nodes if n.op == "output")
     for item in order:
-        for node in item if isinstance(item, list) else [item]:
+        nodes = item if isinstance(item, list) else [item]
+        want = all(wanted[node] for node in nodes)
+        if switches and nodes[0].op not in ("placeholder", "get_attr") and want != now:
+            with graph.inserting_before(output):
+                switch = graph.call_function(switches[0].target, (want,))
+            switch.meta.update(switches[0].meta)
+            now = want
+        for node in nodes:
             if node is not output:
                 output.prepend(node)
+    for switch in switches:
+        graph.erase_node(switch)

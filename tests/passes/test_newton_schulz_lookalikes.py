@@ -238,11 +238,12 @@ def read_by_strides(G: Tensor) -> Tensor:
     return torch.as_strided(step(normalized(G)), (4, 6), (6, 1), 0) * 2
 
 
-def noise_between_steps(G: Tensor) -> tuple[Tensor, Tensor]:
-    """The order of random numbers and of the operator's call cannot both be kept."""
+def autocast_between_steps(G: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of the autocast and of the operator's call cannot both be kept."""
     X = normalized(G)
     A = X @ X.mT
-    seen = torch.rand(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = G.sum()
     return a * X + (b * A + c * A @ A) @ X, seen
 
 
@@ -285,7 +286,7 @@ LOOKALIKES: list[tuple[str, Body, tuple[Tensor, ...], str | None]] = [
     ("entries of identities", entries_of_identities, (matrix(4, 2, 3),), ELSE),
     ("a 1 is repeated", a_one_is_repeated, (G,), ELSE),
     ("as_strided", read_by_strides, (G,), "as_strided reads memory that X lies in"),
-    ("a random number between", noise_between_steps, (G,), "a change of mode or a random number"),
+    ("an autocast between", autocast_between_steps, (G,), "_enter_autocast keeps its place"),
 ]
 
 

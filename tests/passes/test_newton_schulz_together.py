@@ -9,6 +9,7 @@ from torch import Tensor
 from moonfx.passes import newton_schulz_plan as plan
 from tests.passes.newton_schulz_cases import Rewritten, always, matrix
 from tests.passes.newton_schulz_forms import CHANGING, QUINTIC, gram_free, jordan, normalized
+from tests.passes.newton_schulz_programs import iterate, most_bytes_alive
 
 aten = torch.ops.aten
 
@@ -16,13 +17,6 @@ aten = torch.ops.aten
 @pytest.fixture(autouse=True)
 def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
     always(monkeypatch)
-
-
-def iterate(X: Tensor, coefficients: tuple[tuple[float, float, float], ...] = CHANGING) -> Tensor:
-    for a, b, c in coefficients:
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return X
 
 
 def update(parameters: list[Tensor], gradients: list[Tensor]) -> None:
@@ -138,6 +132,33 @@ def test_a_call_is_given_no_more_than_its_share_of_memory(monkeypatch: pytest.Mo
     assert [r.calls for r in rewritten.rows] == [3]
     sizes = [n.args[0].meta["val"].shape for n in rewritten.calls]  # type: ignore[union-attr]
     assert sizes == [(2, 4, 6), (2, 4, 6), (4, 6)]
+
+
+# Of a decoder's layer: queries, keys, values, output, gate, up and down.
+LAYER = ((16, 16), (4, 16), (4, 16), (16, 16), (56, 16), (56, 16), (16, 56))
+
+
+def test_no_more_is_alive_than_what_one_call_reads_and_makes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each call's matrices are made right before it, and what it makes is used right after it."""
+
+    def muon(*given: Tensor) -> None:
+        for p, momentum, g in zip(given[::3], given[1::3], given[2::3], strict=True):
+            momentum.lerp_(g, 0.05)
+            update = jordan(g.lerp(momentum, 0.95), steps=1)
+            p.mul_(0.9).add_(update.to(p.dtype), alpha=-0.1)
+
+    limit = 3 * 2 * 16 * 56  # three of the largest
+    monkeypatch.setattr(plan, "CALL_BYTES", limit)
+    given = [torch.ones(shape) for shape in LAYER * 4 for _ in range(3)]
+    rewritten = Rewritten(muon, *given)
+    assert [(r.shape, r.count, r.calls) for r in rewritten.rows] == [
+        ((16, 16), 8, 1),
+        ((4, 16), 8, 1),
+        ((16, 56), 12, 5),
+    ]
+    assert most_bytes_alive(rewritten.gm.graph) == 2 * limit  # what it reads, and what it makes
 
 
 def test_batches_of_matrices_are_joined_along_the_batch() -> None:
