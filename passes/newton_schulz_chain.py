@@ -12,11 +12,14 @@ from torch import fx
 from moonfx.capture import is_plain
 from moonfx.passes.context import Context
 from moonfx.passes.memory import Memory, Value
-from moonfx.passes.newton_schulz_nodes import TURNS
+from moonfx.passes.newton_schulz_identity import identity
+from moonfx.passes.newton_schulz_nodes import BUFFERS, VIEWS
 from moonfx.passes.newton_schulz_step import Coefficients, Step
 from moonfx.passes.newton_schulz_terms import quintic
 from moonfx.passes.nodes import short
 from moonfx.site import Reject
+
+aten = torch.ops.aten
 
 # What the operator takes.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -70,8 +73,8 @@ def _follow(source: Value, steps: dict[Value, Step], memory: Memory) -> Chain:
         if step.reject is not None:
             chain.reject = step.reject
             return chain
-        straight = [v for v, (_, turn) in step.results.items() if not turn]
-        result = next((v for v in step.results if v in steps), (straight or list(step.results))[0])
+        result = next((v for v in step.results if v in steps), None)
+        result = result or _last(source, step, memory)
         numbers, turn = step.results[result]
         chain.coefficients.append(numbers)
         chain.turned ^= turn
@@ -84,18 +87,39 @@ def _follow(source: Value, steps: dict[Value, Step], memory: Memory) -> Chain:
     return chain
 
 
+def _last(source: Value, step: Step, memory: Memory) -> Value:
+    """The result of a last step: X_k as X_0 is, or as near to it as there is one."""
+    dims = source.node.meta["val"].dim()
+
+    def unlike(result: Value) -> tuple[bool, bool]:
+        return result.node.meta["val"].dim() != dims, step.results[result][1]
+
+    last = min(step.results, key=unlike)
+    for copy in step.results:  # X.copy_(..) where nothing else reads what is copied
+        if copy.node.target is aten.copy_.default and list(last.node.users) == [copy.node]:
+            into: fx.Node = copy.node.args[0]  # type: ignore[assignment]
+            of_x = any(into is value.node for value in step.terms)
+            given = any(m.op != "call_function" for m in memory.members[memory.of(into)])
+            if not given and (of_x or list(into.users) == [copy.node]):
+                last = copy
+    return last
+
+
 def _escapes(
     chain: Chain, words: dict[fx.Node, tuple[int, set[str]]], memory: Memory
 ) -> Reject | None:
     """Why the nodes of a chain are not its own; drops views of X_0 from it that others read."""
-    for node in sorted(words, key=memory.position.__getitem__):
-        others = [user for user in node.users if user not in words]
+    _constants(chain, memory)
+    for node in sorted(words, key=memory.position.__getitem__, reverse=True):
+        number, made = words[node]
+        read = node is not chain.output and not chain.body.issuperset(node.users)
+        if read and made <= {"X", "T"} and node.target in VIEWS and number == 1:
+            chain.body.discard(node)
+    for node in sorted(chain.body & set(words), key=memory.position.__getitem__):
+        others = [user for user in node.users if user not in chain.body]
         if not others or node is chain.output:
             continue
         number, made = words[node]
-        if made <= {"X", "T"} and node.target in TURNS and number == 1:
-            chain.body.discard(node)
-            continue
         if quintic(dict.fromkeys(made, 1.0)):
             what = f"X after step {number}"
         else:
@@ -104,11 +128,28 @@ def _escapes(
     return None
 
 
+def _constants(chain: Chain, memory: Memory) -> None:
+    """Adds what is made for the chain alone: memory to write to, zeros, multiples of the identity.
+
+    Some of it is made of the size of what the chain's nodes make, and could not be without them.
+    """
+    stack = list(chain.body)
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node in chain.body or not chain.body.issuperset(node.users):
+                continue
+            if node.target in BUFFERS or identity(memory.result(node), memory) is not None:
+                chain.body.add(node)
+                stack.append(node)
+
+
 def _reject(chain: Chain, memory: Memory, context: Context) -> Reject | None:
     value, x = chain.value, chain.source.node.meta["val"]
     node = chain.output
     if not (is_plain(value) and is_plain(x)):
         return Reject("a tensor subclass", node)
+    if x.dim() != value.dim():
+        return Reject("X has another number of dims after the last step", node)
     if not all(type(n) is int for n in (*x.shape, *value.shape)):
         return Reject("sizes are not known when the graph is compiled", node)
     if x.dtype not in DTYPES:

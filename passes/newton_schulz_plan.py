@@ -6,7 +6,7 @@ from typing import Any
 
 from moonfx.ops import newton_schulz as operator
 from moonfx.passes.newton_schulz_chain import Chain
-from moonfx.passes.newton_schulz_nodes import ADDING, PRODUCTS
+from moonfx.passes.newton_schulz_products import ADDING, PRODUCTS
 
 # Of the matrices that one call is given.
 CALL_BYTES = 256 << 20

@@ -12,26 +12,17 @@ import heapq
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from moonfx.passes.memory import Memory, Value
-from moonfx.passes.newton_schulz_nodes import (
-    ADDING,
-    CASTS,
-    PRODUCTS,
-    TABLE,
-    TURNS,
-    TooLong,
-    Unclear,
-    read_by,
-    terms_of,
-)
+from moonfx.passes.newton_schulz_gram import gram_source, same_as
+from moonfx.passes.newton_schulz_identity import identity
+from moonfx.passes.newton_schulz_nodes import RESHAPES, is_arithmetic, read_by, terms_of
+from moonfx.passes.newton_schulz_products import PRODUCTS
+from moonfx.passes.newton_schulz_reading import TooLong, Unclear
 from moonfx.passes.newton_schulz_terms import Terms, quintic, sides, transposed
-from moonfx.passes.nodes import short
+from moonfx.passes.nodes import shape
 from moonfx.site import Reject
-
-aten = torch.ops.aten
 
 Coefficients = tuple[float, float, float]
 
@@ -45,6 +36,7 @@ class Step:
 
     Args:
         source: X.
+        given: X, and what it is a view or copy of: {"X": 1.0}, or {"T": 1.0} for its transpose.
         results: the nodes that are a quintic of X, in the graph's order -> its coefficients, and
             whether it is the transpose of one.
         terms: what each node that is a polynomial of X is, by value.
@@ -52,60 +44,23 @@ class Step:
     """
 
     source: Value
+    given: dict[Value, Terms]
     results: dict[Value, tuple[Coefficients, bool]] = field(default_factory=dict)
     terms: dict[Value, Terms] = field(default_factory=dict)
     reject: Reject | None = None
 
     def body(self, result: Value, memory: Memory) -> set[fx.Node]:
-        """The nodes between X and a result, the result's among them and X's not."""
+        """The nodes between what is given and a result, the result's among them."""
         found: set[fx.Node] = set()
-        stack = [result.node]
+        stack = [result]
         while stack:
-            node = stack.pop()
-            if node in found or node is self.source.node:
+            value = stack.pop()
+            if value in self.given or value.node in found:
                 continue
-            found.add(node)
-            reads = [memory.read(node, n) for n in read_by(node)]
-            stack += [v.node for v in reads if v in self.terms and v.node not in found]
+            found.add(value.node)
+            reads = (memory.read(value.node, n) for n in read_by(value.node))
+            stack += [v for v in reads if v in self.terms]
         return found
-
-
-def gram_source(node: fx.Node, memory: Memory) -> Value | None:
-    """X of a node X X^T or X^T X, else None."""
-    if node.target is aten.linear.default:
-        left, right = (memory.read(node, n) for n in node.args[:2])  # type: ignore[arg-type]
-        return left if left == right and is_matrix(left, memory) else None
-    operands: Any = node.args[:2]
-    if node.target is aten.einsum.default:
-        operands = node.args[1]
-    elif node.target in ADDING:
-        operands = node.args[1:3]
-    elif node.target not in PRODUCTS:
-        return None
-    if len(operands) != 2 or not all(isinstance(n, fx.Node) for n in operands):
-        return None
-    left, right = (memory.read(node, n) for n in operands)
-    found = None
-    if left in (turned(right, memory), right if node.target is aten.einsum.default else None):
-        found = left
-    elif turned(left, memory) == right:
-        found = right
-    return found if found is not None and is_matrix(found, memory) else None
-
-
-def turned(value: Value, memory: Memory) -> Value | None:
-    """What a value is the transpose of, None if it is not written as one."""
-    if value.node.target not in TURNS or memory.result(value.node) != value:
-        return None
-    return memory.read(value.node, value.node.args[0])  # type: ignore[arg-type]
-
-
-def is_matrix(value: Value, memory: Memory) -> bool:
-    """Whether a value is a floating point matrix or a batch of them, as its node made it."""
-    tensor = value.node.meta.get("val")
-    if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2:
-        return False
-    return tensor.dtype.is_floating_point and memory.result(value.node) == value
 
 
 def find_steps(graph: fx.Graph, memory: Memory) -> dict[Value, Step]:
@@ -119,15 +74,14 @@ def find_steps(graph: fx.Graph, memory: Memory) -> dict[Value, Step]:
             step = _step(source, memory)
             if step is not None:
                 found[source] = step
-    return found
+    inside = {v for step in found.values() for v in step.terms.keys() - step.given.keys()}
+    inside -= {v for step in found.values() for v in step.results}  # A of A A^T, and no X
+    return {s: step for s, step in found.items() if step.results or s not in inside}
 
 
 def _step(source: Value, memory: Memory) -> Step | None:
-    step = Step(source, terms={source: {"X": 1.0}})
-    base = turned(source, memory)
-    if base is not None and base == memory.result(base.node):
-        step.terms[base] = {"T": 1.0}
-    shape = source.node.meta["val"].shape
+    given = {v: {"T" if turned else "X": 1.0} for v, turned in same_as(source, memory)}
+    step = Step(source, given, terms=dict(given))
     spoiled: dict[Value, Reject] = {}
     beyond: set[Value] = set()  # of a higher degree: what follows the step
     squared = False
@@ -140,15 +94,15 @@ def _step(source: Value, memory: Memory) -> Step | None:
                 seen.add(user)
                 heapq.heappush(heap, (memory.position[user], user))
 
-    for value in list(step.terms):
+    for value in given:
         follow(value)
     while heap and len(seen) < LIMIT:
         node = heapq.heappop(heap)[1]
-        if node is source.node or _identity(memory.result(node), memory) is not None:
+        value = memory.result(node)
+        if value in given or identity(value, memory) is not None:
             continue  # written like X, and not made of it
         reads = [memory.read(node, n) for n in read_by(node)]
         bad = next((spoiled[v] for v in reads if v in spoiled), None)
-        value = memory.result(node)
         if beyond.intersection(reads):
             beyond.add(value)
             follow(value)
@@ -156,14 +110,16 @@ def _step(source: Value, memory: Memory) -> Step | None:
 
         def get(operand: Any, node: fx.Node = node) -> Terms:
             read = memory.read(node, operand)
-            return step.terms.get(read) or _identity(read, memory) or step.terms[read]
+            if read in step.terms:
+                return step.terms[read]
+            constant = identity(read, memory)
+            return constant if constant is not None else step.terms[read]
 
         try:
             if bad is not None:
                 raise Unclear(bad.reason)
             terms = terms_of(node, get)
-            if not _fits(terms, node.meta["val"].shape, shape):
-                raise Unclear("a matrix is broadcast or reshaped inside the step")
+            _check(node, terms, [v for v in reads if v in step.terms], source)
         except TooLong:
             if not step.results:
                 beyond.add(value)
@@ -171,7 +127,7 @@ def _step(source: Value, memory: Memory) -> Step | None:
             continue
         except (KeyError, Unclear) as why:
             reason = str(why) if isinstance(why, Unclear) else "something else than X comes in"
-            if _matters(node, step, reads):
+            if is_arithmetic(node) and not all(_is_x(step, v) for v in reads):
                 squared |= node.target in PRODUCTS and not any(_is_x(step, v) for v in reads)
                 spoiled[value] = bad or Reject(reason, node)
                 follow(value)
@@ -187,53 +143,27 @@ def _step(source: Value, memory: Memory) -> Step | None:
     return step if step.results or step.reject is not None else None
 
 
-def _identity(value: Value, memory: Memory) -> Terms | None:
-    """The polynomial of a multiple of the identity matrix, None for anything else."""
-    node = value.node
-    if node.op != "call_function" or memory.result(node) != value:
-        return None
-    if node.target is aten.eye.default:
-        return {"": 1.0}
-    if node.target in CASTS:  # of ones and zeros: exact in any dtype
-        exact = _identity(memory.read(node, node.args[0]), memory)  # type: ignore[arg-type]
-        return exact if exact == {"": 1.0} else None
-    if node.target not in TABLE or len(read_by(node)) != 1:
-        return None
-    (operand,) = read_by(node)
-    if node.meta["val"].shape[-2:] != operand.meta["val"].shape[-2:]:
-        return None  # a view of its entries as other matrices, or one of them repeated
+def _check(node: fx.Node, terms: Terms, reads: list[Value], source: Value) -> None:
+    """Checks that a node is as large as what it computes, and of no more matrices than X is.
 
-    def get(operand: Any) -> Terms:
-        found = _identity(memory.read(node, operand), memory)
-        if found is None:
-            raise KeyError("not made of the identity")
-        return found
-
-    try:
-        return terms_of(node, get)
-    except (KeyError, TooLong, Unclear):
-        return None
-
-
-def _fits(terms: Terms, shape: torch.Size, of_x: torch.Size) -> bool:
-    """Whether a polynomial of X has the shape that its words say."""
-    sizes = {"m": of_x[-2], "n": of_x[-1], "": shape[-1]}
-    batched = tuple(shape[:-2]) == tuple(of_x[:-2])
+    The matrices of a batch stay in their order: a view may number them otherwise, and all operands
+    of other operators must then number them as it does.
+    """
+    x, made = shape(source.node), shape(node)
+    sizes = {"m": x[-2], "n": x[-1]}
     expected = sides(terms) - {("", "")}
-    return batched and all((sizes[r], sizes[c]) == tuple(shape[-2:]) for r, c in expected)
+    alike = all([sizes[r], sizes[c]] == made[-2:] for r, c in expected)
+    views = node.target in RESHAPES
+    if not alike or not (views or all(_batch(v.node) == _batch(node) for v in reads)):
+        raise Unclear("a matrix is broadcast or reshaped inside the step")
 
 
-# Operators that a step holds by mistake or for a purpose of its own; all others say that the graph
-# is something else.
-_ARITHMETIC = {str(target).split(".")[1].rstrip("_") for target in TABLE} | {
-    *("addcmul", "addcdiv", "where", "dropout", "native_dropout", "pow", "sqrt", "clamp", "tanh"),
-    *("round", "dot", "bernoulli", "sign"),
-}
-
-
-def _matters(node: fx.Node, step: Step, reads: list[Value]) -> bool:
-    """Whether a node that is no polynomial may be part of a step: arithmetic on more than X."""
-    return short(node).rstrip("_") in _ARITHMETIC and not all(_is_x(step, v) for v in reads)
+def _batch(node: fx.Node) -> list[Any]:
+    """The sizes of a batch, without leading 1s."""
+    sizes: list[Any] = shape(node)[:-2]
+    while sizes and sizes[0] == 1:
+        sizes = sizes[1:]
+    return sizes
 
 
 def _is_x(step: Step, value: Value) -> bool:
@@ -243,13 +173,20 @@ def _is_x(step: Step, value: Value) -> bool:
 def _why_not(step: Step, spoiled: list[Reject], squared: bool) -> Reject | None:
     """Why something that looks like a step is none; None if it does not look like one."""
     node = step.source.node
-    odd = [set(terms) for terms in step.terms.values()]
+    odd = [{w for w, x in terms.items() if x != 0.0} for terms in step.terms.values()]
+    cubic = any({"X", "XTX"} == words or {"T", "TXT"} == words for words in odd)
     if spoiled and squared:
         return spoiled[0]
     if squared and any({"X", "XTXTX"} == words or {"T", "TXTXT"} == words for words in odd):
         return Reject("a step without the term b A X", node)
+    if cubic and (not squared or _in_full(step)):
+        return Reject("a cubic step: the operator's has A^2", node)
     if squared:
         return Reject("a X + (b A + c A^2) X is not formed of A = X X^T", node)
-    if any({"X", "XTX"} == words or {"T", "TXT"} == words for words in odd):
-        return Reject("a cubic step: the operator's has A^2", node)
     return None
+
+
+def _in_full(step: Step) -> bool:
+    """Whether all three terms of a step are written, some with a coefficient of 0."""
+    whole = ({"X", "XTX", "XTXTX"}, {"T", "TXT", "TXTXT"})
+    return any(set(terms) in whole for terms in step.terms.values())
