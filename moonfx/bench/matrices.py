@@ -22,13 +22,22 @@ def gpt(layers: int, hidden: int) -> Shapes:
     return dict.fromkeys(shapes, layers)
 
 
+RATIOS = (1, 2, 4, 8, 16)
+TALL = 4
+ENTRIES = 1 << 24  # of all matrices of a shape in the sweep: 64 MiB in float32
+
+
 def sweep(least: int = 64, most: int = 2048) -> Shapes:
-    """Short sides from `least` to `most` by factors of two, each at ratios 1 to 16 up to `most`."""
+    """Short sides from `least` to `most` by factors of two, each at RATIOS, and tall at one.
+
+    So the sides go up to 16 * `most`; that shapes whose long side is at most `most` are among them
+    is all that a narrower reading of such a range asks. Four of each, fewer of the largest.
+    """
     sides = [least]
     while 2 * sides[-1] <= most:
         sides.append(2 * sides[-1])
-    ratios = (1, 2, 4, 8, 16)
-    return {(m, r * m): 4 for m in sides for r in ratios if r * m <= most}
+    shapes = [(m, r * m) for m in sides for r in RATIOS] + [(TALL * m, m) for m in sides]
+    return {(m, n): max(1, min(4, ENTRIES // (m * n))) for m, n in shapes}
 
 
 MODELS: dict[str, Shapes] = {
