@@ -10,6 +10,7 @@ can keep its place (`reorder`).
 """
 
 import itertools
+import math
 import operator
 from collections.abc import Hashable
 from typing import Any
@@ -147,26 +148,37 @@ def _replace(members: list[Chain], form: str) -> None:
 
 
 def _call(members: list[Chain], form: str, before: fx.Node) -> list[fx.Node]:
-    def write(target: Any, *args: Any, like: fx.Node = members[0].output) -> fx.Node:
-        return insert(target, args, before, like)
+    """X_k of each member, in its own shape and strides, by one call of the operator."""
 
+    def write(target: Any, *args: Any) -> fx.Node:
+        return insert(target, args, before, members[0].output)
+
+    m, n = plan.common_sides(members)
+    batches = [tuple(chain.value.shape[:-2]) for chain in members]
+    single = not any(batches)
     operands = []
-    for chain in members:
+    for chain, batch in zip(members, batches, strict=True):
         x = chain.source.node
-        operands.append(write(aten.mT.default, x) if chain.turned != chain.column else x)
-    *batch, m, n = members[0].value.shape if not members[0].column else plan.shape(members[0])
-    if len(batch) > 1:
-        operands = [write(aten.reshape.default, x, [-1, m, n]) for x in operands]
+        if chain.turned ^ chain.column ^ (plan.sides(chain) != (m, n)):
+            x = write(aten.mT.default, x)
+        if not single and len(batch) != 1:
+            x = write(aten.reshape.default, x, [-1, m, n])
+        operands.append(x)
     numbers = [float(x) for step in members[0].coefficients for x in step]
     if len(members) == 1:
         results = [write(OPERATOR, operands[0], numbers, form)]
     else:
-        whole = write(aten.cat.default if batch else aten.stack.default, operands)
+        whole = write(aten.stack.default if single else aten.cat.default, operands)
         out = write(OPERATOR, whole, numbers, form)
-        each = operands[0].meta["val"].shape[0]
-        parts = write(aten.split.Tensor, out, each) if batch else write(aten.unbind.int, out)
+        counts = [math.prod(batch) for batch in batches]
+        split = () if single else (counts,)
+        parts = write(aten.unbind.int if single else aten.split_with_sizes.default, out, *split)
         results = [write(operator.getitem, parts, i) for i in range(len(members))]
-    if len(batch) > 1:
-        results = [write(aten.reshape.default, x, [*batch, m, n]) for x in results]
-    columns = zip(members, results, strict=True)
-    return [write(aten.mT.default, x) if chain.column else x for chain, x in columns]
+    for i, (chain, batch) in enumerate(zip(members, batches, strict=True)):
+        if not single and len(batch) != 1:
+            results[i] = write(aten.reshape.default, results[i], [*batch, m, n])
+        if plan.sides(chain) != (m, n):
+            results[i] = write(aten.contiguous.default, write(aten.mT.default, results[i]))
+        if chain.column:
+            results[i] = write(aten.mT.default, results[i])
+    return results

@@ -9,7 +9,14 @@ from torch import Tensor
 from moonfx.passes import newton_schulz_plan as plan
 from tests.passes.newton_schulz_cases import Rewritten, always, matrix
 from tests.passes.newton_schulz_forms import CHANGING, QUINTIC, gram_free, jordan, normalized
-from tests.passes.newton_schulz_programs import iterate, most_bytes_alive
+from tests.passes.newton_schulz_programs import (
+    Program,
+    assert_computes_the_same,
+    iterate,
+    most_bytes_alive,
+)
+
+Shape = tuple[int, ...]
 
 aten = torch.ops.aten
 
@@ -161,13 +168,51 @@ def test_no_more_is_alive_than_what_one_call_reads_and_makes(
     assert most_bytes_alive(rewritten.gm.graph) == 2 * limit  # what it reads, and what it makes
 
 
-def test_batches_of_matrices_are_joined_along_the_batch() -> None:
-    G, H = two(3, 6, 4)
-    rewritten = Rewritten(lambda G, H: (gram_free(G) * 2, gram_free(H) * 2), G, H)
-    (call,) = rewritten.calls
-    assert call.args[0].meta["val"].shape == (6, 6, 4)  # type: ignore[union-attr]
-    for a, b in zip((gram_free(G) * 2, gram_free(H) * 2), rewritten(G, H), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+def kept_by_rows(*given: Tensor) -> list[Tensor]:
+    """Tall matrices stay tall: whatever they are made of, X lies by rows."""
+    return [gram_free(g) * 2 for g in given]
+
+
+def turned_on_entry(*given: Tensor) -> list[Tensor]:
+    """Keller Jordan's: of a tall matrix X is a view, and lies by columns."""
+    return [jordan(g) * 2 for g in given]
+
+
+# name, program, shapes; of each call what it is given, where layouts share calls and where not
+SIZES: list[tuple[str, Program, list[Shape], list[Shape], list[Shape]]] = [
+    ("tall and wide", turned_on_entry, [(4, 6), (6, 4)], [(2, 4, 6)], [(4, 6), (6, 4)]),
+    ("tall and tall", turned_on_entry, [(6, 4), (6, 4)], [(2, 6, 4)], [(2, 6, 4)]),
+    ("square", turned_on_entry, [(4, 4), (4, 4)], [(2, 4, 4)], [(2, 4, 4)]),
+    ("by rows", kept_by_rows, [(6, 4), (4, 6)], [(2, 4, 6)], [(6, 4), (4, 6)]),
+    ("long sides differ", turned_on_entry, [(4, 6), (4, 8)], *[[(4, 6), (4, 8)]] * 2),
+    ("batches", kept_by_rows, [(3, 6, 4), (3, 6, 4)], *[[(6, 6, 4)]] * 2),
+    ("batches of two sizes", kept_by_rows, [(3, 6, 4), (2, 6, 4)], *[[(5, 6, 4)]] * 2),
+    ("a batch and a matrix", kept_by_rows, [(3, 6, 4), (6, 4)], *[[(4, 6, 4)]] * 2),
+    ("batches of batches", kept_by_rows, [(2, 3, 6, 4), (6, 4)], *[[(7, 6, 4)]] * 2),
+    ("a tall batch", turned_on_entry, [(3, 6, 4), (4, 6)], [(4, 4, 6)], [(3, 6, 4), (4, 6)]),
+]
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one layout", "as they lie"])
+@pytest.mark.parametrize(
+    ("name", "program", "shapes", "one", "two"), SIZES, ids=[r[0] for r in SIZES]
+)
+def test_matrices_of_equal_sides_share_a_call(
+    name: str,
+    program: Program,
+    shapes: list[Shape],
+    one: list[Shape],
+    two: list[Shape],
+    apart: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan, "LAYOUTS_APART", {"cpu"} if apart else set())
+    given = [matrix(*shape, seed=i) for i, shape in enumerate(shapes)]
+    rewritten = Rewritten(program, *given)
+    sizes = [tuple(n.args[0].meta["val"].shape) for n in rewritten.calls]  # type: ignore[union-attr]
+    assert sorted(sizes) == sorted(two if apart else one)
+    # Twice that of test_newton_schulz in bfloat16, as the results are.
+    assert_computes_the_same(program, rewritten, given, tolerance=0.12)
 
 
 def test_norms_taken_of_a_list_at_once_keep_iterations_together() -> None:
