@@ -55,13 +55,12 @@ def run(graph: fx.Graph, context: Context) -> int:
             chosen.append((members, form))
     if chosen:
         _bring_together([members for members, _ in chosen], graph, memory, context)
+        _replace(chosen, graph)
+        context.changed(graph)
     first = 1 + max((site.call or 0 for site in context.iterations), default=0)
     for number, (members, form) in enumerate(chosen, first):
-        _replace(members, form)
         for chain in members:
             site_of[id(chain)].form, site_of[id(chain)].call = form, number
-    if chosen:
-        context.changed(graph)
     return sum(len(members) for members, _ in chosen)
 
 
@@ -128,23 +127,29 @@ def _bring_together(
     context.changed(graph)
 
 
-def _replace(members: list[Chain], form: str) -> None:
-    """Writes the call before the last of its members' nodes, which are then gone."""
-    order = {node: i for i, node in enumerate(members[0].output.graph.nodes)}
-    body = sorted((n for chain in members for n in chain.body), key=order.__getitem__)
-    last = body[-1]
+def _replace(chosen: list[tuple[list[Chain], str]], graph: fx.Graph) -> None:
+    """Writes each call before the last of its members' nodes, and then takes these out.
+
+    Where a call cannot be written, none is: the graph stays a whole one, other passes' work in it.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    written = []
     try:
-        results = _call(members, form, last)
-    except Exception:  # the graph stays a whole one: other passes' work is in it
-        node = last.prev
-        while node not in order:
-            node.graph.erase_node(node)
-            node = last.prev
+        for members, form in chosen:
+            last = max((n for chain in members for n in chain.body), key=order.__getitem__)
+            written.append(_call(members, form, last))
+    except Exception:
+        for node in reversed(list(graph.nodes)):
+            if node not in order:
+                graph.erase_node(node)
         raise
-    for chain, result in zip(members, results, strict=True):
-        chain.output.replace_all_uses_with(result)
-    for node in reversed(body):
-        node.graph.erase_node(node)
+    gone: list[fx.Node] = []
+    for (members, _), results in zip(chosen, written, strict=True):
+        for chain, result in zip(members, results, strict=True):
+            chain.output.replace_all_uses_with(result)
+            gone += chain.body
+    for node in sorted(gone, key=order.__getitem__, reverse=True):
+        graph.erase_node(node)
 
 
 def _call(members: list[Chain], form: str, before: fx.Node) -> list[fx.Node]:

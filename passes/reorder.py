@@ -200,6 +200,9 @@ def apply(
     switches = [node for node in graph.nodes if switches_gradients(node)]
     now = None if first in switches else gradients(first)
     wanted = {node: gradients(node) for node in graph.nodes}
+    count = sum(len(item) if isinstance(item, list) else 1 for item in order)
+    if count + len(switches) != len(wanted):
+        raise ValueError(f"an order of {count} nodes for a graph of {len(wanted)}")
     (output,) = (n for n in graph.nodes if n.op == "output")
     for item in order:
         nodes = item if isinstance(item, list) else [item]
