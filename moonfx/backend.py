@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,12 +18,15 @@ from torch import fx
 from torch.export import ExportedProgram
 
 import moonfx.ops  # noqa: F401  (registers the operators that the passes emit)
+from moonfx import steps
 from moonfx.capture import (
     COMPILERS,
     CaptureError,
+    break_after,
     capture,
     capture_exported,
     compile_graph,
+    compiled_frame,
     exported_again,
     graph_root,
     held_tensors,
@@ -32,6 +35,7 @@ from moonfx.capture import (
     is_piece,
     mode_options,
     name_invoked_bodies,
+    owner,
 )
 from moonfx.guards import Values, checked
 from moonfx.iterations import IterationRow, rows_of
@@ -60,11 +64,15 @@ class Record:
 
     Args:
         rows: its attentions.
-        failure: why it could not be captured.
+        failure: what runs as it was because something failed, and why.
         parameters: those that it reads.
-        of_optimizer: whether it is an optimizer's step: it holds its parameters itself, or has
+        of_optimizer: whether it is of an optimizer's step: it holds its parameters itself, or an
+            optimizer's method called it, and no module's; or, where neither did, it has
             Newton-Schulz iterations and writes to parameters that it is given.
         iterations: those.
+        optimizer: whose step it is, where that is known.
+        frame: a number for the code that it was compiled from.
+        broken: where and why a graph break cut it off from what follows.
         run: of a model's graph, what it computed before the passes; `uses` reads it and lets it go.
     """
 
@@ -75,6 +83,25 @@ class Record:
     iterations: list[IterationRow] = field(default_factory=list)
     run: Run | None = None
     found: dict[int, Found] = field(default_factory=dict)
+    optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+    frame: int | None = None
+    broken: str | None = None
+
+    @property
+    def code(self) -> Hashable:
+        """The same for graphs that the same code was compiled to, for the same parameters."""
+        same = id(self) if self.frame is None else self.frame
+        return same, id(self.optimizer), frozenset(map(id, self.parameters))
+
+    def of(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether it is known to be of this optimizer's step."""
+        return self.optimizer is not None and self.optimizer() is optimizer
+
+    @property
+    def is_used(self) -> bool:
+        """Whether what it is of still lives."""
+        refs = [*self.parameters, *([self.optimizer] if self.optimizer else [])]
+        return any(ref() is not None for ref in refs)
 
     def uses(self, names: dict[int, str]) -> dict[int, Found]:
         """What the graph uses each parameter that still lives for, by its id.
@@ -90,9 +117,10 @@ class Record:
 
 def report_on(records: Iterable[Record]) -> Report:
     """The report of some compiled graphs."""
-    report = Report()
+    report = Report(of_steps=True)
     for record in records:
-        report.add(record.rows, record.iterations)
+        report.of_steps &= record.of_optimizer
+        report.add(record.rows, record.iterations, record.code)
         report.failures += [record.failure] if record.failure else []
     return report
 
@@ -172,21 +200,31 @@ class Backend:
         held = held_tensors(gm).values()
         inputs = (x for x in (*example_inputs, *held) if isinstance(x, torch.nn.Parameter))
         parameters: list[weakref.ref[torch.Tensor]] = [weakref.ref(x) for x in inputs]
+        called_by = owner()
         record = Record([], None, parameters, of_optimizer=bool(held))
+        record.frame, record.broken = compiled_frame(), break_after(gm)
+        if isinstance(called_by, torch.optim.Optimizer):
+            record.optimizer, record.of_optimizer = weakref.ref(called_by), True
         self.records.append(record)
         try:
             captured = capture(gm, example_inputs)
         except CaptureError as error:
-            record.failure = str(error)
+            record.failure = f"not captured, runs as it was: {error}"
             log.warning("a graph could not be captured and runs as it was: %s", error)
             return gm, {}
+        if not held and _returns_gradients(captured):  # of a closure, which the step calls
+            record.optimizer, record.of_optimizer = None, False
         if parameters and not record.of_optimizer:
             self._remember(gm, captured, example_inputs, record)
         given_masks.mark(captured, example_inputs)
         root = graph_root(gm, example_inputs, self.parameter_names)
         context = self.run_passes(captured, root, record)
-        if record.iterations and _writes_to_parameters(captured, example_inputs):
-            record.of_optimizer, record.run = True, None
+        if called_by is None and record.iterations:
+            record.of_optimizer = record.of_optimizer or _writes_to_parameters(
+                captured, example_inputs
+            )
+        if record.of_optimizer:
+            record.run = None
         if context is None:
             return gm, {}
         name_invoked_bodies(captured, retraced=True)
@@ -250,10 +288,11 @@ class Backend:
         except Exception as error:
             if os.environ.get("MOONFX_VERIFY"):
                 raise
-            record.failure = f"{type(error).__name__}: {error}"
+            record.failure = f"a pass failed, runs as it was: {type(error).__name__}: {error}"
             log.exception("a pass failed, and the graph runs as it was; please report this")
             return None
-        record.failure = "; ".join(context.failures) or None
+        apart = [f"a pass failed, what the others did stays: {f}" for f in context.failures]
+        record.failure = "\n".join(apart) or None
         record.rows += map(row_of, context.sites)
         record.iterations = rows_of(context.iterations)
         return context if rewritten else None
@@ -290,6 +329,13 @@ class Backend:
     def unused(self) -> list[str]:
         """Keys of `layers` that fit no attention seen so far."""
         return [] if self.policies is None else self.policies.unused([n for n, _ in self.layers])
+
+
+def _returns_gradients(captured: fx.GraphModule) -> bool:
+    """Whether gradients flow through something that a graph returns."""
+    (output,) = (n for n in captured.graph.nodes if n.op == "output")
+    values = (n.meta.get("val") for n in output.all_input_nodes)
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _writes_to_parameters(captured: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
@@ -379,17 +425,28 @@ def compile(
     policies = Policies(default, **{flag: known[flag] for flag in FLAGS})
     backend = Backend(policies, known["compiler"], config=config)
     compiled = backend(gm, example_inputs)
-    _records[:] = [r for r in _records if any(p() is not None for p in r.parameters)]
+    _records[:] = [r for r in _records if r.is_used]
     _records.extend(backend.records)
-    report, what = backend.report, "a graph compiled by backend 'moonfx'"
-    if report.iterations and not report.rows:
-        if all(row.action == "declined" for row in report.iterations):
-            miss(known["on_miss"], report, what, f"no Newton-Schulz iteration of {what} is proved")
-    elif all(r.of_optimizer for r in backend.records) and not (report.rows or report.failures):
-        miss(known["on_miss"], report, what, f"{what} holds no Newton-Schulz iteration")
+    (record,) = backend.records
+    report, what = backend.report, f"{_what(record)} compiled by backend 'moonfx'"
+    if (record.of_optimizer or report.iterations) and not (report.rows or report.failures):
+        of_step = record.optimizer and record.optimizer()
+        earlier = (r for r in _records if of_step and r.of(of_step) and r is not record)
+        before = [(r.iterations, r.broken) for r in earlier]
+        inputs = [*example_inputs, *held_tensors(gm).values()]
+        problem = steps.problem(what, gm, inputs, record.iterations, before)
+        if problem is not None:
+            miss(known["on_miss"], report, what, problem)
+    elif record.of_optimizer and not report.rows:
+        miss(known["on_miss"], report, what, f"{what} runs as it was")
     elif not report.rewritten and (report.rows or report.failures or not is_piece(gm)):
         miss(known["on_miss"], report, what)
     return compiled
+
+
+def _what(record: Record) -> str:
+    optimizer = record.optimizer and record.optimizer()
+    return f"the step of {type(optimizer).__name__}" if optimizer else "a graph"
 
 
 def records_of(parameters: Iterable[torch.Tensor]) -> list[Record]:
@@ -399,20 +456,22 @@ def records_of(parameters: Iterable[torch.Tensor]) -> list[Record]:
     return [record for record in used if not record.of_optimizer]
 
 
-def report_of(parameters: Sequence[torch.Tensor] | None, of_optimizer: bool) -> Report | None:
-    """What backend "moonfx" did to the graphs that used any of these parameters.
+def report_of(parameters: Iterable[torch.Tensor] | None) -> Report | None:
+    """What backend "moonfx" did to the models' graphs that used any of these parameters.
 
     Args:
-        parameters: None for all graphs.
-        of_optimizer: whether the graphs of optimizers are meant, or those of models.
+        parameters: None for all graphs, optimizers' too.
     """
-    ids = {id(p) for p in parameters or []}
-    found = [
-        r
-        for r in _records
-        if parameters is None
-        or (r.of_optimizer == of_optimizer and any(id(p()) in ids for p in r.parameters))
-    ]
+    found = _records if parameters is None else records_of(parameters)
+    return report_on(found) if found else None
+
+
+def report_of_step(optimizer: torch.optim.Optimizer) -> Report | None:
+    """What backend "moonfx" did to an optimizer's step, or to one that it wraps."""
+    own = [r for r in _records if r.of(optimizer)]
+    ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    same = (r for r in _records if any(id(p()) in ids for p in r.parameters))
+    found = own or [r for r in same if r.of_optimizer]
     return report_on(found) if found else None
 
 

@@ -35,8 +35,9 @@ from torch._dynamo import trace_rules
 from torch._dynamo.code_context import code_context
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.external_utils import wrap_inline
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch._aot_autograd.frontend_utils import construct_fake_mode, process_inputs
-from torch._guards import detect_fake_mode
+from torch._guards import CompileContext, detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging import trace_structured
 from torch._logging._internal import LazyTraceHandler, trace_log
@@ -53,6 +54,7 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.optim.optimizer import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -110,7 +112,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         symbolic = shape_env is not None and bool(shape_env.var_to_range)
         dispatcher = enable_python_dispatcher() if symbolic else contextlib.nullcontext()
         with fx.traceback.preserve_node_meta(), fake_mode, dispatcher:
-            captured = _retrace(gm, fakes, {}, list(held))
+            captured = _retrace(gm, fakes, {}, list(held), isinstance(owner(), Optimizer))
     except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {error}") from error
     _hold(gm, captured, list(held))
@@ -155,7 +157,11 @@ def _hold(gm: fx.GraphModule, captured: fx.GraphModule, names: Sequence[str]) ->
 
 
 def _retrace(
-    gm: fx.GraphModule, fakes: Sequence[Any], written: Repeats, held: Sequence[str] = ()
+    gm: fx.GraphModule,
+    fakes: Sequence[Any],
+    written: Repeats,
+    held: Sequence[str] = (),
+    steps: bool = False,
 ) -> fx.GraphModule:
     """Traces the graph again.
 
@@ -163,9 +169,10 @@ def _retrace(
         fakes: its inputs, then the tensors that its module holds.
         written: what calls became so far, in this graph and in those around it.
         held: the names of the tensors that its module holds.
+        steps: whether it is of an optimizer's step.
     """
     gm = _with_transforms_apart(gm)
-    interpreter = _Retrace(gm, written)
+    interpreter = _Retrace(gm, written, steps)
 
     def run(*given: Any) -> Any:
         inputs = given[: len(given) - len(held)]
@@ -286,12 +293,14 @@ class _Retrace(fx.Interpreter):
 
     Args:
         written: what calls became so far, in this graph and in those around it.
+        steps: whether the graph is of an optimizer's step.
     """
 
-    def __init__(self, gm: fx.GraphModule, written: Repeats) -> None:
+    def __init__(self, gm: fx.GraphModule, written: Repeats, steps: bool = False) -> None:
         super().__init__(gm)
         self.inference: list[fx.Proxy] = []
         self.written = written
+        self.steps = steps
         self.held: dict[str, Any] = {}
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -340,8 +349,10 @@ class _Retrace(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Of p.data make_fx does not see where it comes from. Unlike it, p.detach() tells autograd
         # of what is written, as optimizers do that write to p itself; a model might mind.
-        if target is _DATA and any(args[0] is x for x in self.held.values()):
-            return args[0].detach()
+        if target is _DATA:
+            if self.steps or any(args[0] is x for x in self.held.values()):
+                return args[0].detach()
+            return self._as_is("call_function", target, args, kwargs)
         # make_fx records these two as they are called; only the context manager also obeys them.
         if target is torch.amp.autocast_mode._enter_autocast:
             region = torch.autocast(*args)
@@ -399,7 +410,7 @@ class _Retrace(fx.Interpreter):
         return super().call_method(target, args, kwargs)
 
     def _as_is(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Keeps a call on tensor subclasses (a quantized linear) as Dynamo wrote it.
+        """Keeps a call as Dynamo wrote it: on tensor subclasses (a quantized linear), of .data.
 
         The subclass would put operators on its inner tensors in its place, which are no inputs of
         the graph.
@@ -1111,6 +1122,62 @@ def is_piece(gm: fx.GraphModule) -> bool:
     frames = [frame.name for frame in getattr(reason, "user_stack", None) or []]
     resumed = any(name.startswith("torch_dynamo_resume_in") for name in frames)
     return resumed or bool(getattr(reason, "graph_break", False))
+
+
+def is_last_piece_of_step(gm: fx.GraphModule) -> bool:
+    """Whether this Dynamo graph is what remains of an optimizer's `step` after a graph break."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    frames = [frame.name for frame in getattr(reason, "user_stack", None) or []]
+    resumed = frames[:1] and frames[0].startswith("torch_dynamo_resume_in_step")
+    return bool(resumed) and not getattr(reason, "graph_break", False)
+
+
+def break_after(gm: fx.GraphModule) -> str | None:
+    """Where and why Dynamo cut this graph off from what follows it, None if it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if not getattr(reason, "graph_break", False):
+        return None
+    frames = list(getattr(reason, "user_stack", None) or [])
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: " if frames else ""
+    return where + str(getattr(reason, "reason", "")).split("\n")[0]
+
+
+def graph_breaks() -> list[str]:
+    """Why Dynamo broke graphs since it was last reset: the first line of each cause."""
+    causes = torch._dynamo.utils.counters["graph_break"]
+    return list(dict.fromkeys(str(cause).split("\n")[0] for cause in causes))
+
+
+def compiled_frame() -> int | None:
+    """A number for the code that Dynamo compiles now, the same when it compiles it anew."""
+    compiling = CompileContext.current_compile_id()
+    return None if compiling is None else compiling.frame_id
+
+
+def owner() -> Optimizer | torch.nn.Module | None:
+    """The optimizer or module whose method Dynamo compiles, or else the nearest that called it."""
+    for scope in _scopes():
+        arguments = scope.get("args")  # of a decorator around the method
+        first = arguments[:1] if isinstance(arguments, tuple) else ()
+        for each in (scope.get("self"), *first):
+            if isinstance(each, Optimizer):
+                return each
+            if isinstance(each, torch.nn.Module) and not isinstance(each, fx.GraphModule):
+                return each
+    return None
+
+
+def _scopes() -> Iterator[dict[str, Any]]:
+    """The variables of the function that Dynamo compiles, and of its callers from the inside out.
+
+    The function itself does not run yet; between it and its callers stand Dynamo's own frames.
+    """
+    with contextlib.suppress(AttributeError):  # nothing is compiled
+        yield InstructionTranslator.current_tx().output.local_scope
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame.f_locals
+        frame = frame.f_back
 
 
 Call = Callable[..., Any]

@@ -1,6 +1,8 @@
 """Rows of the report for Newton-Schulz iterations: found, how computed, and what that saves."""
 
+import itertools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,6 +91,32 @@ def _alone(site: NewtonSchulzSite) -> IterationRow:
     )
 
 
+def either(*compiled: Iterable[IterationRow]) -> list[IterationRow]:
+    """The rows of code that was compiled several times and runs as one of them: the larger ones."""
+    found: dict[IterationRow, IterationRow] = {}
+    for row in itertools.chain(*compiled):
+        known = found.setdefault(_kind(row), row)
+        found[_kind(row)] = max(known, row, key=operator.attrgetter("count"))
+    return list(found.values())
+
+
+def both(pieces: Iterable[Iterable[IterationRow]]) -> list[IterationRow]:
+    """The rows of the pieces of one step, those alike added up."""
+    found: dict[IterationRow, IterationRow] = {}
+    for row in itertools.chain(*pieces):
+        known = found.get(_kind(row), _kind(row))
+        sums = {name: getattr(known, name) + getattr(row, name) for name in _COUNTED}
+        found[_kind(row)] = replace(row, **sums)
+    return list(found.values())
+
+
+_COUNTED = ("count", "calls", "flops_before", "flops_after")
+
+
+def _kind(row: IterationRow) -> IterationRow:
+    return replace(row, **dict.fromkeys(_COUNTED, 0))
+
+
 def table(rows: Sequence[IterationRow]) -> str:
     columns: dict[str, list[Any]] = {
         "line": [r.line for r in rows],
@@ -106,14 +134,22 @@ def table(rows: Sequence[IterationRow]) -> str:
     return tabulate(columns, headers="keys", maxcolwidths=widths, disable_numparse=True)
 
 
-def footer(rows: Sequence[IterationRow], graphs: int) -> str:
+def footer(rows: Sequence[IterationRow], graphs: int, pieces: int) -> str:
+    """What was found, and what became of it.
+
+    Args:
+        graphs: how many were compiled.
+        pieces: how many of them are not of code that was compiled before.
+    """
+
     def count(action: str) -> int:
         return sum(r.count for r in rows if r.action == action)
 
     before, after = (sum(getattr(r, f"flops_{x}") for r in rows) for x in ("before", "after"))
+    anew = f", compiled {graphs} times" if graphs > pieces else ""
     saved = f"; their products cost {after / before:.2f}x the FLOPs written" if before else ""
     return (
-        f"{sum(r.count for r in rows)} Newton-Schulz iterations in {graphs} graph(s): "
+        f"{sum(r.count for r in rows)} Newton-Schulz iterations in {pieces} graph(s){anew}: "
         f"{count('rewritten')} rewritten to {sum(r.calls for r in rows)} calls, {count('left')} "
         f"left as written, {count('declined')} declined{saved}"
     )

@@ -4,7 +4,7 @@ As text, dict and JSON.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -93,14 +93,18 @@ class Report:
             compiled several times (prefill, decode) counts once for each different outcome, with
             the longest lengths traced.
         graphs: how many graphs were compiled.
-        iterations: the Newton-Schulz iterations of optimizers' graphs, those alike in one row.
-        failures: graphs that could not be captured and run as they were, with the cause.
+        iterations: the Newton-Schulz iterations of optimizers' graphs, those alike in one row, as
+            one step runs them: those of code that was compiled anew count once.
+        of_steps: whether all graphs are of optimizers' steps.
+        failures: what runs as it was because something failed, and why: whole sentences.
     """
 
     rows: list[Row] = field(default_factory=list)
     graphs: int = 0
     failures: list[str] = field(default_factory=list)
     iterations: list[IterationRow] = field(default_factory=list)
+    of_steps: bool = False
+    _of_code: dict[Hashable, list[IterationRow]] = field(default_factory=dict, repr=False)
 
     @property
     def sites(self) -> list[Row]:
@@ -114,10 +118,19 @@ class Report:
     def declined(self) -> list[Row]:
         return [r for r in self.rows if r.action == "declined"]
 
-    def add(self, rows: Iterable[Row], alike: Iterable[IterationRow] = ()) -> None:
-        """Adds the rows of one more graph, its iterations `alike`."""
+    def add(
+        self, rows: Iterable[Row], alike: Iterable[IterationRow] = (), code: Hashable = None
+    ) -> None:
+        """Adds the rows of one more graph.
+
+        Args:
+            alike: its iterations.
+            code: the same for graphs that the same code was compiled to, for the same parameters.
+        """
         self.graphs += 1
-        self.iterations += [row for row in alike if row not in self.iterations]
+        known = self._of_code.get(code, [])
+        self._of_code[code] = iterations.either(known, alike)
+        self.iterations = iterations.both(self._of_code.values())
         seen: dict[tuple[Any, ...], int] = {}
         for row in rows:
             outcome = _outcome(row)
@@ -158,9 +171,10 @@ class Report:
             f"{len(self.rows)} attention sites in {self.graphs} graph(s): "
             f"{len(self.rewritten)} sparse, {len(self.declined)} declined, {kept} kept dense"
         ]
-        if self.iterations:
+        if self.iterations or (self.of_steps and self.graphs):
             lines = lines if self.rows else []
-            lines.append(iterations.footer(self.iterations, self.graphs))
+            pieces = len(self._of_code) or self.graphs
+            lines.append(iterations.footer(self.iterations, self.graphs, pieces))
         saved = self.savings()
         if saved["dense"]:
             lines.append(f"dense: N <= block*topk at the traced length N = {saved['keys']}")
@@ -169,8 +183,7 @@ class Report:
                 f"at N = {saved['keys']}: {saved['attended_share']:.1%} of key tokens attended, "
                 f"FLOP-ideal speedup of these attentions {saved['ideal_speedup']:.2f}x"
             )
-        lines += [f"not captured, runs as it was: {f}" for f in self.failures]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.failures])
 
     def __str__(self) -> str:
         columns: dict[str, list[Any]] = {

@@ -21,6 +21,7 @@ from moonfx.backend import (
     miss,
     records_of,
     report_of,
+    report_of_step,
 )
 from moonfx.capture import (
     COMPILERS,
@@ -37,6 +38,7 @@ from moonfx.capture import (
 from moonfx.exported import explain_exported, report_exported, sparsify_exported
 from moonfx.policy import LayerPolicy, Layers, Policies
 from moonfx.report import Report
+from moonfx.steps import skipped
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 Model = TypeVar("Model", bound=torch.nn.Module | ExportedProgram)
@@ -268,7 +270,7 @@ def report(
         ValueError: if moonfx knows nothing of the model or optimizer.
     """
     if model is None:
-        return report_of(None, of_optimizer=False) or Report()
+        return report_of(None) or Report()
     if isinstance(model, torch.optim.Optimizer):
         return _report_optimizer(model)
     if isinstance(model, ExportedProgram):
@@ -280,7 +282,7 @@ def report(
             own.failures.append("the model was compiled anew after sparsify, and runs that")
         return own
     known = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
-    found = report_of(known, of_optimizer=False)
+    found = report_of(known)
     if found is None:
         inside = _sparse_inside(model) if isinstance(model, torch.nn.Module) else []
         hint = f", but {', '.join(inside)} within it is: ask for its report" if inside else ""
@@ -292,12 +294,12 @@ def report(
 
 
 def _report_optimizer(optimizer: torch.optim.Optimizer) -> Report:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    found = report_of(parameters, of_optimizer=True)
+    found = report_of_step(optimizer)
     if found is None:
         raise ValueError(
             "the optimizer's step must be compiled with torch.compile(optimizer.step, "
             f"backend='moonfx') and called once; that of this {type(optimizer).__name__} is not"
+            f"{skipped()}"
         )
     return found
 

@@ -1,0 +1,92 @@
+"""What a compiled optimizer's step that nothing was made faster in should tell its owner."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from moonfx.capture import graph_breaks, is_last_piece_of_step, is_piece
+from moonfx.iterations import IterationRow
+
+NONE = (
+    "{what} holds no Newton-Schulz iteration, and of an optimizer nothing else is made faster: "
+    "leave it to another backend, or set on_miss='ignore'"
+)
+DECLINED = "no Newton-Schulz iteration of {what} is proved: {reason} ({line}){hint}"
+# The beginning of a reason -> what its reader can do.
+HINTS = {
+    "sizes are not known": (
+        "; torch.compile(..., dynamic=False) makes a graph for each size, and a step without "
+        "graph breaks is one graph with all sizes"
+    ),
+    "gradients flow": "; decorate the step with torch.no_grad()",
+}
+SHARDED = (
+    "{what} holds no Newton-Schulz iteration of plain tensors: its parameters are sharded "
+    "({how}), and what runs on shards stays as it was. Have the optimizer iterate on whole "
+    "matrices, as one does that gathers them (full_tensor(), or to_local() of replicated ones)"
+)
+BROKEN = (
+    "{what} came in pieces, and none holds a Newton-Schulz iteration; it was broken at {breaks}. "
+    "What stands between the pieces ran as it was, or on the backend of a torch.compile of its "
+    "own: mend the breaks"
+)
+SKIPPED = (
+    "; if it was, Dynamo left it out, as it does a step with a graph break inside a loop or a "
+    "with block, and a function under a torch.compile of its own ran on that one's backend. "
+    "Dynamo's graph breaks so far, whose places TORCH_LOGS=graph_breaks prints: {breaks}"
+)
+
+
+def problem(
+    what: str,
+    gm: fx.GraphModule,
+    inputs: Iterable[Any],
+    rows: Sequence[IterationRow],
+    before: Sequence[tuple[Sequence[IterationRow], str | None]],
+) -> str | None:
+    """What to say of one graph of an optimizer's step, None if there is nothing to say.
+
+    Args:
+        what: the step, in words.
+        gm: its graph as Dynamo gave it.
+        inputs: the tensors that it is given or holds.
+        rows: its iterations.
+        before: of each graph of the same step compiled before it: its iterations, and where and why
+            it was broken off.
+    """
+    if rows:
+        first = rows[0]
+        if any(row.action != "declined" for row in rows):
+            return None
+        hint = next((HINTS[why] for why in HINTS if first.reason.startswith(why)), "")
+        return DECLINED.format(what=what, reason=first.reason, line=first.line, hint=hint)
+    sharded = sharding(inputs)
+    if sharded is not None:
+        return SHARDED.format(what=what, how=sharded)
+    if not is_piece(gm):
+        return NONE.format(what=what)
+    if is_last_piece_of_step(gm) and not any(rows for rows, _ in before):
+        breaks = dict.fromkeys(broken for _, broken in before if broken)
+        return BROKEN.format(what=what, breaks="; ".join(breaks))
+    return None
+
+
+def sharding(tensors: Iterable[Any]) -> str | None:
+    """How the first sharded tensor lies on its devices, None if there is none."""
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed.tensor import DTensor, Replicate
+
+    for tensor in tensors:
+        placements = tensor.placements if isinstance(tensor, DTensor) else ()
+        if any(not isinstance(p, Replicate) for p in placements):
+            return f"DTensor, {', '.join(map(str, placements))}"
+    return None
+
+
+def skipped() -> str:
+    """What may have happened to a step that no graph is known of."""
+    breaks = graph_breaks()
+    return SKIPPED.format(breaks="; ".join(breaks)) if breaks else ""
