@@ -36,13 +36,14 @@ from moonfx.capture import (
     mode_options,
     name_invoked_bodies,
     owner,
+    returns_gradients,
 )
 from moonfx.guards import Values, checked
 from moonfx.iterations import IterationRow, rows_of
 from moonfx.passes import given_masks
 from moonfx.passes.context import Context
 from moonfx.passes.memory import Memory
-from moonfx.passes.order import run_passes
+from moonfx.passes.order import WITHOUT_ATTENTION, Passes, run_passes
 from moonfx.passes.parameter_use import Found, uses_in
 from moonfx.passes.values import GraphCall, Run
 from moonfx.policy import LayerPolicy, Policies, check_flag
@@ -212,13 +213,16 @@ class Backend:
             record.failure = f"not captured, runs as it was: {error}"
             log.warning("a graph could not be captured and runs as it was: %s", error)
             return gm, {}
-        if not held and _returns_gradients(captured):  # of a closure, which the step calls
+        if not held and returns_gradients(gm):  # of a closure, which the step calls
             record.optimizer, record.of_optimizer = None, False
         if parameters and not record.of_optimizer:
             self._remember(gm, captured, example_inputs, record)
         given_masks.mark(captured, example_inputs)
         root = graph_root(gm, example_inputs, self.parameter_names)
         context = self.run_passes(captured, root, record)
+        if record.failure is not None and context is None:  # of a graph that may be half rewritten
+            captured = capture(gm, example_inputs)
+            context = self.run_passes(captured, root, record, WITHOUT_ATTENTION)
         if called_by is None and record.iterations:
             record.of_optimizer = record.of_optimizer or _writes_to_parameters(
                 captured, example_inputs
@@ -271,10 +275,16 @@ class Backend:
         return exported_again(exported)
 
     def run_passes(
-        self, captured: fx.GraphModule, root: str | None, record: Record
+        self,
+        captured: fx.GraphModule,
+        root: str | None,
+        record: Record,
+        *passes: Passes,
     ) -> Context | None:
-        """Runs the passes on a captured graph and records what they found.
+        """Runs passes on a captured graph and records what they found.
 
+        Args:
+            passes: a tuple of them, if not all of them.
         Returns:
             None if nothing was rewritten.
         """
@@ -282,17 +292,18 @@ class Backend:
         flags = self.policies.causal_only, self.policies.recompute_routing
         context = Context(captured, self.policy_of, self.names, root, *flags)
         try:
-            rewritten = run_passes(context)
+            rewritten = run_passes(context, *passes)
         except DenseLastUnknown:
             raise
         except Exception as error:
             if os.environ.get("MOONFX_VERIFY"):
                 raise
-            record.failure = f"a pass failed, runs as it was: {type(error).__name__}: {error}"
-            log.exception("a pass failed, and the graph runs as it was; please report this")
+            failure = f"a pass failed, attentions stay: {type(error).__name__}: {error}"
+            record.failure = record.failure or failure
+            log.exception("a pass failed, and the graph's attentions stay; please report this")
             return None
         apart = [f"a pass failed, what the others did stays: {f}" for f in context.failures]
-        record.failure = "\n".join(apart) or None
+        record.failure = "\n".join(filter(None, [record.failure, *apart])) or None
         record.rows += map(row_of, context.sites)
         record.iterations = rows_of(context.iterations)
         return context if rewritten else None
@@ -329,13 +340,6 @@ class Backend:
     def unused(self) -> list[str]:
         """Keys of `layers` that fit no attention seen so far."""
         return [] if self.policies is None else self.policies.unused([n for n, _ in self.layers])
-
-
-def _returns_gradients(captured: fx.GraphModule) -> bool:
-    """Whether gradients flow through something that a graph returns."""
-    (output,) = (n for n in captured.graph.nodes if n.op == "output")
-    values = (n.meta.get("val") for n in output.all_input_nodes)
-    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _writes_to_parameters(captured: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:

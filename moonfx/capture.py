@@ -1124,6 +1124,13 @@ def is_piece(gm: fx.GraphModule) -> bool:
     return resumed or bool(getattr(reason, "graph_break", False))
 
 
+def returns_gradients(gm: fx.GraphModule) -> bool:
+    """Whether gradients flow through something that a Dynamo graph returns."""
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    values = (n.meta.get("example_value") for n in output.all_input_nodes)
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+
+
 def is_last_piece_of_step(gm: fx.GraphModule) -> bool:
     """Whether this Dynamo graph is what remains of an optimizer's `step` after a graph break."""
     reason = getattr(gm, "compile_subgraph_reason", None)

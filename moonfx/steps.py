@@ -22,10 +22,11 @@ HINTS = {
     ),
     "gradients flow": "; decorate the step with torch.no_grad()",
 }
-SHARDED = (
-    "{what} holds no Newton-Schulz iteration of plain tensors: its parameters are sharded "
-    "({how}), and what runs on shards stays as it was. Have the optimizer iterate on whole "
-    "matrices, as one does that gathers them (full_tensor(), or to_local() of replicated ones)"
+DISTRIBUTED = (
+    "{what} holds no Newton-Schulz iteration of plain tensors: its parameters are sharded or "
+    "replicated over devices (DTensor, {how}), and what runs on DTensors stays as it was. An "
+    "optimizer that gathers whole matrices and iterates on those (full_tensor(), or to_local() "
+    "where they are replicated) is made faster"
 )
 BROKEN = (
     "{what} came in pieces, and none holds a Newton-Schulz iteration; it was broken at {breaks}. "
@@ -33,8 +34,8 @@ BROKEN = (
     "own: mend the breaks"
 )
 SKIPPED = (
-    "; if it was, Dynamo left it out, as it does a step with a graph break inside a loop or a "
-    "with block, and a function under a torch.compile of its own ran on that one's backend. "
+    "; if it was, Dynamo left it out, as it may leave out a step with a graph break, and what is "
+    "under a torch.compile of its own ran on that one's backend. "
     "Dynamo's graph breaks so far, whose places TORCH_LOGS=graph_breaks prints: {breaks}"
 )
 
@@ -62,9 +63,9 @@ def problem(
             return None
         hint = next((HINTS[why] for why in HINTS if first.reason.startswith(why)), "")
         return DECLINED.format(what=what, reason=first.reason, line=first.line, hint=hint)
-    sharded = sharding(inputs)
-    if sharded is not None:
-        return SHARDED.format(what=what, how=sharded)
+    how = placements(inputs)
+    if how is not None:
+        return DISTRIBUTED.format(what=what, how=how)
     if not is_piece(gm):
         return NONE.format(what=what)
     if is_last_piece_of_step(gm) and not any(rows for rows, _ in before):
@@ -73,16 +74,15 @@ def problem(
     return None
 
 
-def sharding(tensors: Iterable[Any]) -> str | None:
-    """How the first sharded tensor lies on its devices, None if there is none."""
+def placements(tensors: Iterable[Any]) -> str | None:
+    """How the first DTensor lies on its devices, None if there is none."""
     if not torch.distributed.is_available():
         return None
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor
 
     for tensor in tensors:
-        placements = tensor.placements if isinstance(tensor, DTensor) else ()
-        if any(not isinstance(p, Replicate) for p in placements):
-            return f"DTensor, {', '.join(map(str, placements))}"
+        if isinstance(tensor, DTensor):
+            return ", ".join(map(str, tensor.placements))
     return None
 
 

@@ -23,6 +23,7 @@ log = logging.getLogger("moonfx.passes")
 sites_log = logging.getLogger("moonfx.sites")
 
 Pass = Callable[[fx.Graph, Context], int]
+Passes = tuple[tuple[str, Pass], ...]
 
 
 def _apart(name: str, run: Pass) -> Pass:
@@ -46,26 +47,29 @@ def _apart(name: str, run: Pass) -> Pass:
     return guarded
 
 
-PASSES: tuple[tuple[str, Pass], ...] = (
+PASSES: Passes = (
     ("find_attention", find_attention.run),
     ("classify_mask", classify_mask.run),
     ("sparsify_attention", sparsify_attention.run),
     ("newton_schulz", _apart("newton_schulz", newton_schulz.run)),
     ("remove_dead", remove_dead.run),
 )
+# What is left to do where a pass for attentions fails.
+WITHOUT_ATTENTION = tuple(p for p in PASSES if p[0] in ("newton_schulz", "remove_dead"))
 
 
-def run_passes(context: Context, *, check: bool | None = None) -> int:
-    """Runs PASSES on the captured graph and the bodies inside it.
+def run_passes(context: Context, passes: Passes = PASSES, *, check: bool | None = None) -> int:
+    """Runs passes on the captured graph and the bodies inside it.
 
     Args:
+        passes: in their order.
         check: run `verify` after each pass; None is "if MOONFX_VERIFY is set".
     Returns:
         How many sites became sparse, and how many Newton-Schulz iterations an operator.
     """
     check = bool(os.environ.get("MOONFX_VERIFY")) if check is None else check
     dump = Dump(context.gm)
-    for number, (name, run) in enumerate(PASSES, 1):
+    for number, (name, run) in enumerate(passes, 1):
         dump.write(f"{number:02}_{name}_before", context.sites)
         start = time.perf_counter()
         count = sum(run(gm.graph, context) for gm in list(context.graphs()))
