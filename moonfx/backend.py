@@ -101,8 +101,8 @@ class Record:
     @property
     def is_used(self) -> bool:
         """Whether what it is of still lives."""
-        refs = [*self.parameters, *([self.optimizer] if self.optimizer else [])]
-        return any(ref() is not None for ref in refs)
+        of_optimizer = self.optimizer is not None and self.optimizer() is not None
+        return of_optimizer or any(p() is not None for p in self.parameters)
 
     def uses(self, names: dict[int, str]) -> dict[int, Found]:
         """What the graph uses each parameter that still lives for, by its id.
