@@ -24,6 +24,7 @@ from moonfx.passes import reorder
 from moonfx.passes.context import Context
 from moonfx.passes.memory import Memory
 from moonfx.passes.newton_schulz_chain import Chain, chains
+from moonfx.passes.newton_schulz_foreach import Rows
 from moonfx.passes.newton_schulz_step import find_steps
 from moonfx.passes.nodes import insert, short
 from moonfx.site import NewtonSchulzSite, Reject
@@ -36,8 +37,14 @@ def run(graph: fx.Graph, context: Context) -> int:
     """Returns how many iterations it replaced."""
     calls = [node for node in graph.nodes if node.target is OPERATOR]
     context.iterations += [_already(call, context) for call in calls]
-    memory = Memory(graph, apart=context.call_of(graph) is None)
+    outer = context.call_of(graph) is None
+    memory = Memory(graph, outer)
+    if rows := Rows(graph, memory):
+        memory = Memory(graph, outer)
     found = chains(find_steps(graph, memory), memory, context)
+    if rows:
+        _join(rows, found)
+        memory = Memory(graph, outer)
     if not found:
         return 0
     sites = [_site(chain, context) for chain in found]
@@ -57,11 +64,20 @@ def run(graph: fx.Graph, context: Context) -> int:
         _bring_together([members for members, _ in chosen], graph, memory, context)
         _replace(chosen, graph)
         context.changed(graph)
+    else:
+        rows.join(set())
     first = 1 + max((site.call or 0 for site in context.iterations), default=0)
     for number, (members, form) in enumerate(chosen, first):
         for chain in members:
             site_of[id(chain)].form, site_of[id(chain)].call = form, number
     return sum(len(members) for members, _ in chosen)
+
+
+def _join(rows: Rows, found: list[Chain]) -> None:
+    """Puts the rows of lists together again that are in no iteration that may be replaced."""
+    rows.join({node for chain in found if chain.reject is None for node in chain.body})
+    for chain in found:
+        chain.source = chain.source._replace(node=rows.now(chain.source.node))
 
 
 def _site(chain: Chain, context: Context) -> NewtonSchulzSite:

@@ -18,7 +18,7 @@ _TURNING = {aten.linear.default, aten.inner.default, aten.inner.out}
 
 def gram_source(node: fx.Node, memory: Memory) -> Value | None:
     """X of a node X X^T or X^T X, else None."""
-    found = _operands(node)
+    found = factors(node)
     if found is None or not all(isinstance(n, fx.Node) for n in found[0]):
         return None
     (left, right), turns = found
@@ -29,7 +29,7 @@ def gram_source(node: fx.Node, memory: Memory) -> Value | None:
     return None
 
 
-def _operands(node: fx.Node) -> tuple[list[Any], set[bool]] | None:
+def factors(node: fx.Node) -> tuple[list[Any], set[bool]] | None:
     """Two matrices that a node multiplies, and whether one must be the other's transpose."""
     if node.target in _TURNING:
         return list(node.args[:2]), {False}

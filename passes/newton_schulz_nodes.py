@@ -1,5 +1,6 @@
 """What one node makes of polynomials in X: the table of operators that a step may be written in."""
 
+from operator import getitem
 from typing import Any
 
 import torch
@@ -215,5 +216,7 @@ def is_arithmetic(node: fx.Node) -> bool:
 
 
 def _plain(node: fx.Node) -> str:
-    """The operator's name, whether it works in place or on a list."""
+    """The operator's name, whether it works in place or on a list, of a row of it too."""
+    if node.target is getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
     return short(node).removeprefix("_foreach_").rstrip("_")
