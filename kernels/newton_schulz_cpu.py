@@ -6,6 +6,7 @@ neither on the others of its batch nor on the number of threads.
 """
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -38,16 +39,16 @@ def newton_schulz(X: Tensor, coefficients: Coefficients, runs: Sequence[int]) ->
     library = cpu.load()
     library.moonfx_newton_schulz.restype = ctypes.c_int64
     dtype = cpu.compute_dtype(library, X.dtype)
-    tall = X.stride(1) == 1 and X.stride(2) != 1
-    given = X.detach().to(dtype)
+    rows = X.stride()[1:]
+    given = X if X.dtype == dtype else X.detach().to(dtype)
     if 1 not in given.stride()[1:]:
         given = given.contiguous()
     B, m, n = given.shape
-    out = torch.empty((B, n, m) if tall else (B, m, n), dtype=dtype)
-    out = out.mT if tall else out
-    numbers = [number for step in coefficients for number in step]
-    flat = (ctypes.c_double * len(numbers))(*numbers)
-    lengths = (ctypes.c_int64 * len(runs))(*runs)
+    if rows[0] == 1 and rows[1] != 1:
+        out = torch.empty((B, n, m), dtype=dtype).mT
+    else:
+        out = torch.empty((B, m, n), dtype=dtype)
+    flat, lengths = constants(tuple(coefficients), tuple(runs))
     arguments = Arguments(
         *(given.data_ptr(), out.data_ptr(), ctypes.addressof(flat), ctypes.addressof(lengths)),
         *(B, m, n, len(runs), torch.get_num_threads()),
@@ -56,4 +57,13 @@ def newton_schulz(X: Tensor, coefficients: Coefficients, runs: Sequence[int]) ->
     native = ctypes.c_int64(dtype == torch.bfloat16)
     if library.moonfx_newton_schulz(ctypes.byref(arguments), native) < 0:
         raise MemoryError(f"no memory for the scratch of Newton-Schulz on {tuple(X.shape)}")
-    return out.to(X.dtype)
+    return out if X.dtype == dtype else out.to(X.dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def constants(
+    coefficients: tuple[tuple[float, float, float], ...], runs: tuple[int, ...]
+) -> tuple[ctypes.Array[ctypes.c_double], ctypes.Array[ctypes.c_int64]]:
+    """Of a call, as the library reads them; an optimizer's are the same at every step."""
+    numbers = [number for step in coefficients for number in step]
+    return (ctypes.c_double * len(numbers))(*numbers), (ctypes.c_int64 * len(runs))(*runs)

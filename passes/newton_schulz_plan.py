@@ -65,7 +65,7 @@ def form_of(members: list[Chain]) -> tuple[str, str]:
     m, n = value.shape[-2:]
     count = sum(math.prod(chain.value.shape[:-2]) for chain in members)
     size = (value.device, value.dtype, count, m, n, len(numbers))
-    form, why = operator.newton_schulz_form(*size, numbers)
+    form, why = operator.newton_schulz_form(*size, numbers, len(members))
     if is_as_written(form, members):
         return "", f"plain products, one after another, are what was written ({why})"
     return form, why

@@ -15,6 +15,7 @@ are computed as their transpose. It has no derivative.
 Where there is no kernel (no C++ compiler; float64) all of them are computed as the plain one.
 """
 
+import functools
 import importlib
 import math
 from collections.abc import Sequence
@@ -29,7 +30,14 @@ from moonfx.kernels import newton_schulz_cpu, newton_schulz_runs
 from moonfx.kernels.reference_newton_schulz import Coefficients
 from moonfx.ops.checks import dtype_name, shape
 from moonfx.ops.dispatch import triton_kernels
-from moonfx.ops.newton_schulz_cost import FORMS, MUON, best_form, kernel_runs
+from moonfx.ops.newton_schulz_cost import (
+    FORMS,
+    MUON,
+    best_form,
+    kernel_runs,
+    plain_flops,
+    worth_a_call,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -42,13 +50,24 @@ def newton_schulz_form(
     n: int,
     steps: int,
     coefficients: Coefficients | None = None,
+    calls: int = 1,
 ) -> tuple[str, str]:
-    """The form that "auto" takes for [batch, m, n] (either side may be the short one), and why.
+    """What to compute [batch, m, n] in (either side may be the short one), and why.
+
+    It is the form that "auto" takes, or "plain" where calling the operator at all is slower than
+    the torch operations that it would replace.
 
     Args:
         coefficients: those of each step, on which the length of runs depends; by default Muon's.
+        calls: in how many products each of a step's three is written: 1 where the batch is
+            multiplied at once, `batch` where it is a loop over matrices.
     """
-    return best_form(device, dtype, batch, min(m, n), max(m, n), coefficients or [MUON] * steps)
+    size = (dtype, batch, min(m, n), max(m, n), coefficients or [MUON] * steps)
+    form, why = best_form(device, *size)
+    if form == "plain" or device.type != "cpu":
+        return form, why
+    reason = worth_a_call(form, *size, calls)
+    return (form, why) if reason is None else ("plain", reason)
 
 
 def newton_schulz_flops(
@@ -62,7 +81,7 @@ def newton_schulz_flops(
     """Of one matrix in a form that is not "auto"; a multiplication and an addition are two."""
     m, n = min(m, n), max(m, n)
     if form == "plain" or not m:
-        return steps * (4 * m * m * n + 2 * m**3)
+        return plain_flops(m, n, steps)
     return newton_schulz_runs.flops(
         m, n, runs_of(form, coefficients or [MUON] * steps, dtype, m, n)
     )
@@ -76,13 +95,28 @@ def runs_of(
     return (1,) * len(coefficients)
 
 
-def check(X: Tensor, coefficients: Sequence[float], form: str) -> None:
-    """Raises TypeError or ValueError before any work, naming the argument at fault."""
+Steps = tuple[tuple[float, float, float], ...]
+
+
+def check(X: Tensor, coefficients: Sequence[float], form: str) -> Steps:
+    """The coefficients step by step.
+
+    Raises:
+        TypeError, ValueError: before any work, naming the argument at fault.
+    """
     if X.dim() not in (2, 3):
         raise ValueError(f"X must be [m, n] or [batch, m, n], got {X.dim()} dims: {shape(X)}")
     if X.dtype not in DTYPES:
         names = ", ".join(dtype_name(dtype) for dtype in DTYPES)
         raise TypeError(f"X must be one of {names}, got {dtype_name(X.dtype)}")
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")
+    return per_step(tuple(coefficients))
+
+
+@functools.lru_cache(maxsize=256)
+def per_step(coefficients: tuple[float, ...]) -> Steps:
+    """They are read once, for an optimizer gives the same ones at every step."""
     if not coefficients or len(coefficients) % 3:
         raise ValueError(
             "coefficients must be a, b, c of each step one after another, 3 or 6 or 9 ... numbers, "
@@ -91,27 +125,22 @@ def check(X: Tensor, coefficients: Sequence[float], form: str) -> None:
     for number in coefficients:
         if not math.isfinite(number):
             raise ValueError(f"coefficients must be finite, got {number}")
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")
-
-
-def per_step(coefficients: Sequence[float]) -> Coefficients:
     numbers = iter(coefficients)
-    return list(zip(numbers, numbers, numbers, strict=True))
+    return tuple(zip(numbers, numbers, numbers, strict=True))
 
 
 @torch.library.custom_op("moonfx::newton_schulz", mutates_args=())
 def newton_schulz(X: Tensor, coefficients: Sequence[float], form: str = "auto") -> Tensor:
-    check(X, coefficients, form)
+    steps = check(X, coefficients, form)
     if not X.numel():
         return X.new_empty(X.shape)
     if torch.is_autocast_enabled(X.device.type):  # it would cast the products of float32
         with torch.autocast(X.device.type, enabled=False):
-            return by_short_side(X, per_step(coefficients), form)
-    return by_short_side(X, per_step(coefficients), form)
+            return by_short_side(X, steps, form)
+    return by_short_side(X, steps, form)
 
 
-def by_short_side(X: Tensor, steps: Coefficients, form: str) -> Tensor:
+def by_short_side(X: Tensor, steps: Steps, form: str) -> Tensor:
     batch = X.unsqueeze(0) if X.dim() == 2 else X
     tall = X.shape[-2] > X.shape[-1]
     out = run(batch.mT if tall else batch, steps, form)
@@ -119,15 +148,15 @@ def by_short_side(X: Tensor, steps: Coefficients, form: str) -> Tensor:
     return out.squeeze(0) if X.dim() == 2 else out
 
 
-def run(X: Tensor, steps: Coefficients, form: str) -> Tensor:
+def run(X: Tensor, steps: Steps, form: str) -> Tensor:
     """The steps of [b, m, n], m <= n."""
     B, m, n = X.shape
-    if form == "plain" or not kernel_runs(X.device, X.dtype):
-        return by_torch.plain(X, steps)
+    if form != "plain" and not kernel_runs(X.device, X.dtype):
+        form = "plain"
     if form == "auto":
         form, _ = best_form(X.device, X.dtype, B, m, n, steps)
-        if form == "plain":
-            return by_torch.plain(X, steps)
+    if form == "plain":
+        return by_torch.plain(X, steps)
     runs = runs_of(form, steps, X.dtype, m, n)
     if triton_kernels(X.device) is not None:
         on_gpu = importlib.import_module("moonfx.kernels.gpu_newton_schulz")  # it needs Triton
@@ -157,5 +186,5 @@ def flops(X: Tensor, coefficients: Sequence[float], form: str = "auto", **named:
     """Of the form asked for; those of the plain one for "auto", which differs by device."""
     *batch, m, n = X.shape
     form = "plain" if form == "auto" else form
-    steps = per_step(coefficients)
+    steps = per_step(tuple(coefficients))
     return math.prod(batch) * newton_schulz_flops(m, n, len(steps), form, X.dtype, steps)

@@ -2,8 +2,8 @@
 
 On a CPU the C++ kernel multiplies as fast as torch.mm (bfloat16 205 against 210 GFLOP/s, float32
 103 against 100; 576 x 576 x 576 on one thread of an AMD EPYC with AVX512-BF16, torch 2.13), so that
-the form with the fewest FLOPs is the fastest. Where a processor has matrix units that torch.mm uses
-and the kernel does not (AMX), torch.mm is.
+the form with the fewest FLOPs is the fastest, where it saves more than the operator's call costs.
+Where a processor has matrix units that torch.mm uses and the kernel does not (AMX), torch.mm is.
 
 On a GPU nothing has been measured yet, so only what is clear is taken: the Triton kernel for 16-bit
 numbers, from a short side of 256 and where its tiles fill the chip, and runs of steps from a ratio
@@ -29,22 +29,58 @@ WORTH = 0.95
 SHORTEST, RATIO, TILE, FILLED = 256, 3, 128, 64
 
 
+# On a CPU, in microseconds: a call of the operator; one of torch.mm, or of oneDNN, which multiplies
+# bfloat16 beyond 16 x 16 x 16; what the kernel does for a matrix of any size; and at each visit for
+# an entry of X, which is near while three copies of X fit the second-level cache. FLOPs are counted
+# at a rate that few processors exceed, in every thread, so that what they save is more. The kernel
+# multiplies whole registers, of 16 columns at most.
+CALL, PRODUCT, ONEDNN, MATRIX = 30.0, 2.0, 15.0, 2.5
+NEAR, FAR, CACHE, LANES = 1e-3, 4e-3, 1 << 20, 16
+RATE = {torch.bfloat16: 200e3, torch.float32: 100e3, torch.float16: 100e3}
+
+
 def best_form(
     device: torch.device, dtype: torch.dtype, batch: int, m: int, n: int, steps: Coefficients
 ) -> tuple[str, str]:
-    """The form, and why, for [batch, m, n] with m <= n."""
+    """The operator's fastest form, and why, for [batch, m, n] with m <= n."""
     if not batch * m * n:
         return "plain", "there is nothing to compute"
     if (reason := no_kernel(device, dtype)) is not None:
         return "plain", reason
     if dtype == torch.bfloat16 and has_matrix_units():
         return "plain", "torch.mm has this processor's matrix units (AMX) for bfloat16"
+    steps = tuple(steps)
     if device.type == "cpu":
         return fewest_flops(dtype, m, n, steps)
     return on_gpu(dtype, batch, m, n, steps)
 
 
-def on_gpu(dtype: torch.dtype, batch: int, m: int, n: int, steps: Coefficients) -> tuple[str, str]:
+def worth_a_call(
+    form: str, dtype: torch.dtype, batch: int, m: int, n: int, steps: Coefficients, calls: int
+) -> str | None:
+    """Why the operator on a CPU would not be faster than the products it replaces; None if it is.
+
+    Args:
+        calls: in how many products each of a step's three is written.
+    """
+    runs = newton_schulz_runs.choose(steps, dtype, m, n) if form == "gram" else (1,) * len(steps)
+    whole = (-(-m // LANES) * LANES, -(-n // LANES) * LANES)
+    threads, product = torch.get_num_threads(), PRODUCT
+    if dtype == torch.bfloat16 and m * m * n > 16**3:
+        product = ONEDNN
+    rate = RATE[dtype] * threads / batch
+    written = len(steps) * 3 * calls * product + plain_flops(m, n, len(steps)) / rate
+    entry = NEAR if 3 * m * n * dtype.itemsize <= CACHE else FAR
+    kernel = CALL + batch * (MATRIX + len(runs) * entry * m * n / threads)
+    kernel += newton_schulz_runs.flops(*whole, runs) / rate
+    if kernel <= written:
+        return None
+    return f"a call costs more than it saves: about {kernel:.0f} us, for {written:.0f} us"
+
+
+def on_gpu(
+    dtype: torch.dtype, batch: int, m: int, n: int, steps: tuple[tuple[float, float, float], ...]
+) -> tuple[str, str]:
     if dtype == torch.float32:
         return "plain", "float32 is left to cuBLAS (the kernel's products are not measured)"
     if m < SHORTEST:
@@ -60,9 +96,12 @@ def on_gpu(dtype: torch.dtype, batch: int, m: int, n: int, steps: Coefficients) 
     return form, why
 
 
-def fewest_flops(dtype: torch.dtype, m: int, n: int, steps: Coefficients) -> tuple[str, str]:
+@functools.lru_cache(maxsize=1024)
+def fewest_flops(
+    dtype: torch.dtype, m: int, n: int, steps: tuple[tuple[float, float, float], ...]
+) -> tuple[str, str]:
     """Of the symmetric forms: "symmetric" or "gram", and what it saves."""
-    plain = len(steps) * (4 * m * m * n + 2 * m**3)
+    plain = plain_flops(m, n, len(steps))
     runs = newton_schulz_runs.choose(steps, dtype, m, n)
     alone = newton_schulz_runs.flops(m, n, (1,) * len(steps))
     together = newton_schulz_runs.flops(m, n, runs)
@@ -70,6 +109,10 @@ def fewest_flops(dtype: torch.dtype, m: int, n: int, steps: Coefficients) -> tup
         return "symmetric", f"{alone / plain:.2f} of the FLOPs: half of X X^T and of A^2"
     said = " + ".join(map(str, runs))
     return "gram", f"{together / plain:.2f} of the FLOPs: {said} steps between visits of X"
+
+
+def plain_flops(m: int, n: int, steps: int) -> int:
+    return steps * (4 * m * m * n + 2 * m**3)
 
 
 KERNELS = {"cpu": ("CPU", "C++"), "cuda": ("GPU", "Triton")}

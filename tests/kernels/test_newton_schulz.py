@@ -214,6 +214,59 @@ def test_the_form_with_the_fewest_flops_is_taken(
     )
 
 
+SMALL = [
+    # dtype, matrices, m, n, steps, calls, form
+    (torch.float32, 1, 64, 64, 5, 1, "symmetric"),
+    (torch.bfloat16, 1, 64, 64, 5, 1, "symmetric"),
+    (torch.float32, 1, 64, 1024, 5, 1, "gram"),
+    (torch.float32, 8, 64, 64, 5, 1, "symmetric"),
+    # One call of the operator is as long as fifteen of torch.mm.
+    (torch.float32, 1, 32, 32, 1, 1, "plain"),
+    (torch.float32, 1, 64, 64, 1, 1, "plain"),
+    (torch.float32, 1, 160, 160, 1, 1, "symmetric"),
+    # Of a batch of products there are no more calls than of one, but the kernel has eight matrices.
+    (torch.float32, 8, 4, 4, 5, 8, "symmetric"),
+    (torch.float32, 8, 4, 4, 5, 1, "plain"),
+    (torch.bfloat16, 8, 4, 4, 5, 1, "plain"),
+    # oneDNN, which multiplies bfloat16 beyond 16 x 16 x 16, takes longer to call.
+    (torch.bfloat16, 1, 16, 16, 2, 1, "plain"),
+    (torch.bfloat16, 1, 24, 24, 2, 1, "symmetric"),
+    # A single row is one register of columns wide, most of it padding.
+    (torch.float32, 1, 1, 4096, 5, 1, "plain"),
+    # X, visited at every step, comes from the third-level cache.
+    (torch.float32, 1, 200, 3200, 1, 1, "plain"),
+    (torch.float32, 1, 200, 3200, 5, 1, "gram"),
+]
+
+
+@needs_kernel
+@pytest.mark.parametrize(("dtype", "batch", "m", "n", "steps", "calls", "form"), SMALL)
+def test_what_a_call_would_make_slower_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    batch: int,
+    m: int,
+    n: int,
+    steps: int,
+    calls: int,
+    form: str,
+) -> None:
+    monkeypatch.setattr(newton_schulz_cost, "has_matrix_units", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    found, why = newton_schulz_form(CPU, dtype, batch, m, n, steps, None, calls)
+    assert found == form
+    assert ("costs more than it saves" in why) == (form == "plain")
+
+
+@needs_kernel
+def test_more_threads_leave_more_to_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = []
+    for threads in (1, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # noqa: B023
+        forms.append(newton_schulz_form(CPU, torch.float32, 1, 160, 160, 1)[0])
+    assert forms == ["symmetric", "plain"]
+
+
 @needs_kernel
 def test_bfloat16_is_left_to_matrix_units_that_only_torch_uses(
     monkeypatch: pytest.MonkeyPatch,
