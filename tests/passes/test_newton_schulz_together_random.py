@@ -86,9 +86,13 @@ class Depths:
             self.read[self.memory[x]] = max(self.read[self.memory[x]], own)
         return own
 
+    def before_writing(self, tensor: int) -> int:
+        where = self.memory[tensor]
+        return max(self.written[where], self.read[where])
+
     def writes(self, tensor: int, depth: int = 0) -> None:
         where = self.memory[tensor]
-        self.written[where] = max(self.written[where], self.read[where], depth)
+        self.written[where] = max(self.before_writing(tensor), depth)
         self.read[where] = 0
 
     def makes(self, depth: int) -> None:
@@ -110,7 +114,7 @@ def calls_needed(written: list[Line]) -> tuple[int, int]:
                     depth += 1
                 now.writes(line.y, depth) if line.kind == "update" else now.makes(depth)
             case "write":
-                now.writes(line.y, now.reads(line.x))
+                now.writes(line.y, now.reads(line.x, least=now.before_writing(line.y)))
             case "draw":
                 now.drawn = now.reads(line.x, least=now.drawn)
                 now.writes(line.y, now.drawn)
