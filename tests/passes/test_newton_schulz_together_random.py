@@ -56,7 +56,7 @@ def program(written: list[Line]) -> Program:
                     case "write":
                         y.add_(x, alpha=0.3)
                     case "draw":
-                        y.add_(torch.dropout(x, 0.3, True), alpha=0.3)
+                        y.add_(torch.normal(x, 0.1), alpha=0.3)
                     case "view":
                         pool.append(x.view(x.shape))
                     case "new":
