@@ -124,7 +124,7 @@ _COUNTED = ("count", "calls", "shared", "flops_before", "flops_after")
 
 
 def _kind(row: IterationRow) -> IterationRow:
-    return replace(row, **dict.fromkeys(_COUNTED, 0))
+    return replace(row, count=0, calls=0, shared=0, flops_before=0, flops_after=0)
 
 
 def table(rows: Sequence[IterationRow]) -> str:
