@@ -1,0 +1,101 @@
+"""Whole steps of everyone's Muon under torch.compile(step, backend="moonfx").
+
+What is found in each, exactly; that three steps compute what they did; how often they compile.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moonfx
+import moonfx.backend
+from tests import muon_steps as written
+from tests.passes.newton_schulz_cases import always
+
+Make = Callable[..., torch.optim.Optimizer]
+Rows = list[tuple[tuple[int, ...], int, int]]
+
+SHAPES = ((6, 4), (4, 6), (4, 6), (5, 5), (5, 5))
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator multiplies what was written, one product after another: equal bit for bit."""
+    always(monkeypatch, "plain")
+    monkeypatch.setattr("moonfx.passes.newton_schulz_plan.is_as_written", lambda *call: False)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One entry for each graph that is compiled."""
+    found: list[None] = []
+    rewrite = moonfx.backend.Backend.rewrite
+
+    def count(self: Any, *args: Any) -> Any:
+        found.append(None)
+        return rewrite(self, *args)
+
+    monkeypatch.setattr(moonfx.backend.Backend, "rewrite", count)
+    return found
+
+
+def parameters(shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+
+
+def three_steps(make: Make, lr: Any, compile_it: bool) -> tuple[list[Tensor], Any]:
+    """Parameters and states after three steps, the learning rate halved after each."""
+    made = parameters()
+    optimizer = make(made, lr=lr.clone() if isinstance(lr, Tensor) else lr)
+    options = {"compiler": "eager", "on_miss": "raise"}
+    step = optimizer.step
+    step = torch.compile(step, backend="moonfx", options=options) if compile_it else step
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for p in made:
+            p.grad = torch.randn(p.shape, generator=generator)
+        step()
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.5
+    states = [optimizer.state[p][k] for p in made for k in sorted(optimizer.state[p])]
+    return [*(p.detach() for p in made), *(x for x in states if isinstance(x, Tensor))], optimizer
+
+
+EACH: Rows = [((4, 6), 3, 1), ((5, 5), 2, 1)]
+# Name, optimizer, iterations found (size, how many, calls), graphs compiled: the first step makes
+# the states and is another graph than those after it; a count of steps in a number is one more.
+CASES: list[tuple[str, Make, Rows, int]] = [
+    ("with Adam", written.WithAdam, [((4, 6), 3, 2), ((5, 5), 1, 1)], 3),
+    ("by data", written.ByData, [((4, 6), 3, 2), ((5, 5), 2, 1)], 2),
+    ("megabatch", written.Megabatch, [((1, 4, 6), 1, 1), ((2, 4, 6), 1, 1), ((2, 5, 5), 1, 1)], 2),
+    ("into buffers", written.IntoBuffers, EACH, 2),
+    ("foreach", written.Foreach, [((3, 4, 6), 1, 1), ((2, 5, 5), 1, 1)], 2),
+    ("own", written.Own, [((6, 4), 1, 1), ((4, 6), 2, 1), ((5, 5), 2, 1)], 2),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "rows", "count"), CASES, ids=[c[0] for c in CASES])
+def test_everyone_s_step_is_found_whole_and_computes_the_same(
+    exact: None, graphs: list[None], name: str, make: Make, rows: Rows, count: int
+) -> None:
+    with torch.compiler.set_stance("force_eager"):  # what has a torch.compile of its own, too
+        eager, _ = three_steps(make, 0.02, compile_it=False)
+    ours, optimizer = three_steps(make, 0.02, compile_it=True)
+    report = moonfx.report(optimizer)
+    assert report.failures == []
+    assert [(r.shape, r.count, r.calls) for r in report.iterations] == rows
+    assert {r.action for r in report.iterations} == {"rewritten"}
+    assert len(graphs) == count
+    for a, b in zip(eager, ours, strict=True):  # (c A) A in float32 is c (A A), but for rounding
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
