@@ -99,3 +99,95 @@ def test_everyone_s_step_is_found_whole_and_computes_the_same(
     assert len(graphs) == count
     for a, b in zip(eager, ours, strict=True):  # (c A) A in float32 is c (A A), but for rounding
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def six_steps(optimizer: torch.optim.Optimizer, compile_it: bool) -> list[Tensor]:
+    """The parameters after six steps on one schedule."""
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    options = {"compiler": "eager"}
+    step: Any = optimizer.step
+    step = torch.compile(step, backend="moonfx", options=options) if compile_it else step
+    made = [p for group in optimizer.param_groups for p in group["params"]]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        for p in made:
+            p.grad = torch.randn(p.shape, generator=generator)
+        step()
+        schedule.step()
+    return [p.detach() for p in made]
+
+
+class OnlyMuon(written.WithAdam):
+    """Without the group for Adam, whose count of steps is a number."""
+
+    def __init__(self, made: list[nn.Parameter], lr: Any, with_states: bool) -> None:
+        super().__init__([*made, made[0].new_zeros(1).requires_grad_()], lr=lr)  # type: ignore[list-item]
+        del self.param_groups[1]
+        for p in made if with_states else []:
+            self.state[p]["buffer"] = torch.zeros_like(p)
+
+
+# A number that changes becomes a symbol in the second graph; states are made in the first.
+SCHEDULES: list[tuple[str, Any, bool, int]] = [
+    ("a number", 0.02, False, 2),
+    ("a number, states made before", 0.02, True, 2),
+    ("a tensor", torch.tensor(0.02), False, 2),
+    ("a tensor, states made before", torch.tensor(0.02), True, 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "with_states", "count"), SCHEDULES, ids=[s[0] for s in SCHEDULES]
+)
+def test_a_scheduler_over_six_steps_costs_few_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+    graphs: list[None],
+    name: str,
+    lr: Any,
+    with_states: bool,
+    count: int,
+) -> None:
+    always(monkeypatch)
+    results = []
+    for compile_it in (False, True):
+        given = lr.clone() if isinstance(lr, Tensor) else lr
+        optimizer = OnlyMuon(parameters(((4, 6), (4, 6))), given, with_states)
+        results.append(six_steps(optimizer, compile_it))
+    for a, b in zip(*results, strict=True):  # symmetric products: sums in another order
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    assert len(graphs) == count
+    report = moonfx.report(optimizer)
+    assert [(r.count, r.calls) for r in report.iterations] == [(2, 1)]
+    times = f", compiled {count} times" if count > 1 else ""
+    assert f"2 Newton-Schulz iterations in 1 graph(s){times}: 2 rewritten" in str(report)
+
+
+@pytest.mark.parametrize("make", [written.ByData, written.Own], ids=["by data", "own"])
+def test_a_step_with_a_closure_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch, make: Make
+) -> None:
+    """The closure's backward is no part of the graph; what follows it is."""
+    always(monkeypatch)
+    results = []
+    for compile_it in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=False))
+        made = list(model.parameters())
+        own = {"run": written.iterate} if make is written.ByData else {}
+        optimizer = make(made, lr=0.02, **own)
+        options = {"compiler": "eager", "on_miss": "ignore"}
+        step: Any = optimizer.step
+        step = torch.compile(step, backend="moonfx", options=options) if compile_it else step
+
+        def closure(model: nn.Module = model, of: Any = optimizer) -> Tensor:
+            of.zero_grad()
+            loss: Tensor = model(torch.ones(2, 4)).square().mean()
+            loss.backward()
+            return loss
+
+        losses = [step(closure).detach() for _ in range(2)]
+        results.append([*losses, *(p.detach() for p in made)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    rows = moonfx.report(optimizer).iterations
+    assert (sum(r.count for r in rows), {r.action for r in rows}) == (2, {"rewritten"})
