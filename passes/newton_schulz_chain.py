@@ -59,13 +59,28 @@ def chains(steps: dict[Value, Step], memory: Memory, context: Context) -> list[C
     found = []
     for source in steps:
         if source not in later:
-            chain = _follow(source, steps, memory)
-            chain.reject = chain.reject or _reject(chain, memory, context)
+            chain = _proved(source, steps, memory, context, True)
+            if chain.reject is not None:
+                second = _proved(source, steps, memory, context, False)
+                chain = second if second.reject is None else chain
             found.append(chain)
     return found
 
 
-def _follow(source: Value, steps: dict[Value, Step], memory: Memory) -> Chain:
+def _proved(
+    source: Value, steps: dict[Value, Step], memory: Memory, context: Context, copied: bool
+) -> Chain:
+    """An iteration, and whether it may be replaced.
+
+    Args:
+        copied: X_k is what the last step is copied to; or else that copy is another's.
+    """
+    chain = _follow(source, steps, memory, copied)
+    chain.reject = chain.reject or _reject(chain, memory, context)
+    return chain
+
+
+def _follow(source: Value, steps: dict[Value, Step], memory: Memory, copied: bool) -> Chain:
     chain = Chain(source, source.node)
     words: dict[fx.Node, tuple[int, set[str]]] = {}
     step: Step | None = steps[source]
@@ -74,7 +89,7 @@ def _follow(source: Value, steps: dict[Value, Step], memory: Memory) -> Chain:
             chain.reject = step.reject
             return chain
         result = next((v for v in step.results if v in steps), None)
-        result = result or _last(source, step, memory)
+        result = result or _last(source, step, copied)
         numbers, turn = step.results[result]
         chain.coefficients.append(numbers)
         chain.turned ^= turn
@@ -82,12 +97,13 @@ def _follow(source: Value, steps: dict[Value, Step], memory: Memory) -> Chain:
         for node in step.body(result, memory):
             words[node] = len(chain.coefficients), set(step.terms[memory.result(node)])
         step = steps.get(result)
+    chain.source = _of_rank(chain.value.dim(), steps[source], memory)
     chain.body = set(words)
     chain.reject = _escapes(chain, words, memory)
     return chain
 
 
-def _last(source: Value, step: Step, memory: Memory) -> Value:
+def _last(source: Value, step: Step, copied: bool) -> Value:
     """The result of a last step: X_k as X_0 is, or as near to it as there is one."""
     dims = source.node.meta["val"].dim()
 
@@ -95,14 +111,17 @@ def _last(source: Value, step: Step, memory: Memory) -> Value:
         return result.node.meta["val"].dim() != dims, step.results[result][1]
 
     last = min(step.results, key=unlike)
-    for copy in step.results:  # X.copy_(..) where nothing else reads what is copied
+    for copy in step.results if copied else ():
         if copy.node.target is aten.copy_.default and list(last.node.users) == [copy.node]:
-            into: fx.Node = copy.node.args[0]  # type: ignore[assignment]
-            of_x = any(into is value.node for value in step.terms)
-            given = any(m.op != "call_function" for m in memory.members[memory.of(into)])
-            if not given and (of_x or list(into.users) == [copy.node]):
-                last = copy
+            last = copy
     return last
+
+
+def _of_rank(dims: int, step: Step, memory: Memory) -> Value:
+    """X_0, or what it is a view of, with as many dims as X_k if there is one."""
+    root = memory.of(step.source.node)
+    views = (v for v, terms in step.given.items() if "X" in terms and memory.of(v.node) is root)
+    return next((v for v in views if v.node.meta["val"].dim() == dims), step.source)
 
 
 def _escapes(
