@@ -218,7 +218,9 @@ def test_iterations_that_are_all_declined_are_a_miss() -> None:
     made = parameters()
     for p in made:
         p.grad = torch.randn_like(p)
-    with pytest.raises(Exception, match="of the step of Cubic .* is proved: a cubic step") as caught:
+    with pytest.raises(
+        Exception, match="of the step of Cubic .* is proved: a cubic step"
+    ) as caught:
         compiled(Cubic(made), on_miss="raise")()
     assert isinstance(caught.value, NothingRewritten) or "NothingRewritten" in str(caught.value)
 
