@@ -1104,6 +1104,15 @@ def empty_results(gm: fx.GraphModule) -> Callable[..., Any] | None:
     return run
 
 
+@contextlib.contextmanager
+def empty_inductor_caches() -> Iterator[None]:
+    """Inductor compiles what it compiled before, whether a file or this process remembers it."""
+    from torch._inductor.utils import fresh_cache
+
+    with fresh_cache():
+        yield
+
+
 def mode_options(mode: str | None) -> dict[str, Any]:
     """Inductor's options for a mode of torch.compile."""
     if mode is None or mode == "default":

@@ -1,6 +1,7 @@
 """The benchmarks of Newton-Schulz and of optimizer steps: on tiny sizes, what they say adds up."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from moonfx.bench.contenders import Absent
 from moonfx.bench.matrices import MODELS, fewer, sweep
 from moonfx.bench.verdict import Judged, judge
 from moonfx.bench.written import WrittenMuon
+from moonfx.capture import empty_inductor_caches
 
 CPU = torch.device("cpu")
 
@@ -172,6 +174,7 @@ WRONG: list[tuple[Any, list[str], str]] = [
     (newton_schulz, ["--at-most", "0"], "--at-most must be positive, got 0"),
     (newton_schulz, ["--at-most", "nan"], "--at-most must be positive, got nan"),
     (optimizer, ["--count", "0"], "--count must be at least 1, got 0"),
+    (optimizer, ["--compiles", "0"], "--compiles must be at least 1, got 0"),
     (optimizer, ["--only", "adam"], "invalid choice: 'adam'"),
     (optimizer, ["--each", "--only", "moonfx"], "--only must name both"),
     (optimizer, ["--device", "bogus"], "must be cpu, or a GPU that torch can use, got 'bogus'"),
@@ -193,7 +196,7 @@ def test_what_memory_cannot_hold_is_left_out_and_said(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "free_bytes", lambda device: 1000)
-    monkeypatch.setattr(step_contenders, "ready", lambda device: None)
+    monkeypatch.setattr(step_contenders, "ready", lambda device, names: None)
     said = printed(capsys, "newton-schulz", *SHAPES, "--dtype", "float32")
     assert said["results"] == []
     assert "2 of 8x16 float32: needs about" in said["left_out"][0]
@@ -213,7 +216,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_contenders, "VOCABULARY", 16)
     monkeypatch.setattr(step_contenders, "GAINS", 2)
     monkeypatch.setattr(step_contenders, "BACKENDS", {"inductor": "eager", "moonfx": "moonfx"})
-    monkeypatch.setattr(step_contenders, "ready", lambda device: None)
+    monkeypatch.setattr(step_contenders, "ready", lambda device, names: None)
 
 
 def test_an_optimizer_s_step_is_timed_eager_compiled_and_converted(
@@ -259,6 +262,23 @@ def test_no_turn_of_a_step_compiles(tiny: None, monkeypatch: pytest.MonkeyPatch)
     options = optimizer.parse([*QUICK, "--only", *step_contenders.COMPILED])
     steps.measure("tiny", {(8, 16): 1}, "float32", "bfloat16", options, apart=False)
     assert before == compiled == ["inductor", "moonfx"]
+
+    compiled.clear()
+    options = optimizer.parse([*QUICK, "--only", *step_contenders.COMPILED, "--compiles", "2"])
+    steps.measure("tiny", {(8, 16): 1}, "float32", "bfloat16", options, apart=False)
+    assert compiled == ["inductor", "moonfx"] * 2
+
+
+def test_a_compilation_finds_nothing_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on disk nor in the process, which keeps the kernels that it has loaded."""
+    from torch._inductor.codecache import CppCodeCache
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
+    monkeypatch.setitem(CppCodeCache.cache, "a kernel", lambda: None)
+    with empty_inductor_caches():
+        assert "a kernel" not in CppCodeCache.cache
+        assert list(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).glob("*")) == []
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before"
 
 
 def test_contenders_that_memory_cannot_hold_at_once_are_measured_one_after_another(

@@ -43,8 +43,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The words, checked; so many threads are set as they say."""
     options = parser.parse_args(argv)
-    for name in ("count", "steps", "repeats", "threads"):
-        given = getattr(options, name)
+    for name in ("count", "steps", "repeats", "threads", "compiles"):
+        given = getattr(options, name, None)
         if given is not None and given < 1:
             parser.error(f"--{name} must be at least 1, got {given}")
     for name in ("patience", "at_most"):

@@ -9,10 +9,10 @@ gram-newton-schulz, dion    their Muon, as it runs by itself, where they are ins
 All step the same parameters with the same gradients, and take turns; the best turn counts. Where
 memory does not allow that they are measured one after another, and the output says so. "FLOP-ideal"
 is the share of eager's time if Newton-Schulz's FLOPs were all there is to a step. Compile time is
-what the first two steps take beyond two later ones, with an empty Inductor cache for each
-contender, after Inductor has compiled something else and moonfx's C++ kernel is built. --rest adds
-an embedding and the gains of norms, stepped by torch.optim.AdamW (compiled the same way; by
-Inductor for others).
+what the first two steps take beyond two later ones, with empty Inductor caches for each contender,
+after each has compiled a small step, which loads what any compilation needs. --rest adds an
+embedding and the gains of norms, stepped by torch.optim.AdamW (compiled the same way; by Inductor
+for others).
 
 --each makes a step of each shape: --model sweep --each is the sweep, short sides from 64 to 2048 at
 ratios 1 to 16, and tall at 4. It ends with a verdict, as does any run with --at-most: exit status 1
@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         models = {f"{m}x{n}": {(m, n): k} for s in models.values() for (m, n), k in s.items()}
     kinds = list(itertools.product(options.iterate, options.dtype))
     cases = [(n, s, dtype, iterate) for iterate, dtype in kinds for n, s in models.items()]
-    if "inductor" in options.only:
-        step_contenders.ready(device)
+    step_contenders.ready(device, tuple(name for name in COMPILED if name in options.only))
     done: list[Measured] = []
     left_out = []
     for name, shapes, dtype, iterate in tqdm(cases, unit="step", leave=False, disable=None):
@@ -97,6 +96,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="RATIO",
         help=f"fail where moonfx takes longer than so many times Inductor's step "
         f"(--each: {verdict.ALLOWED})",
+    )
+    parser.add_argument(
+        "--compiles",
+        type=int,
+        default=1,
+        help="compilations of each; the best counts (%(default)s)",
     )
     parser.add_argument("--rest", action="store_true", help="with what AdamW steps")
     parser.add_argument(

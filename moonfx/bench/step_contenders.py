@@ -6,11 +6,9 @@ All step the same parameters with the same gradients, and have a momentum each.
 import argparse
 import contextlib
 import functools
-import os
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +21,7 @@ from moonfx.bench.cases import DTYPES
 from moonfx.bench.contenders import Absent
 from moonfx.bench.matrices import Shapes
 from moonfx.bench.written import WrittenMuon
+from moonfx.capture import empty_inductor_caches
 from moonfx.ops.newton_schulz import newton_schulz_flops
 from moonfx.ops.newton_schulz_cost import MUON
 
@@ -103,7 +102,7 @@ class Setting:
         """A contender, compiled and with its states; raises Absent."""
         contender = self.build(name)
         guard = others.or_absent() if name in others.NAMES else contextlib.nullcontext()
-        with guard, empty_cache(), warnings.catch_warnings():
+        with guard, empty_inductor_caches(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             start = time.perf_counter()
             contender.run()
@@ -168,25 +167,15 @@ def needed_bytes(shapes: Shapes, options: argparse.Namespace, dtype: str, moment
 
 
 @functools.cache
-def ready(device: torch.device) -> None:
-    """Has Inductor load what its first compilation loads, and builds the operator's kernel."""
-    with empty_cache():
-        torch.compile(lambda x: (x @ x).sin())(torch.ones(8, 8, device=device))
+def ready(device: torch.device, names: tuple[str, ...]) -> None:
+    """Loads all that a compilation by those loads, and builds the operator's kernel.
+
+    The first compilation in a process takes seconds longer than the same one does later.
+    """
     for dtype in (torch.bfloat16, torch.float32):
         matrix = torch.ones(8, 8, device=device, dtype=dtype)
         torch.ops.moonfx.newton_schulz(matrix, list(MUON), "symmetric")
-
-
-@contextlib.contextmanager
-def empty_cache() -> Iterator[None]:
-    """Has Inductor compile what it compiled before."""
-    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        try:
-            yield
-        finally:
-            if before is None:
-                os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
-            else:
-                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+    options = argparse.Namespace(steps=1, rest=False)
+    setting = Setting.make({(8, 16): 2}, "float32", "bfloat16", options, device)
+    for name in names:
+        setting.first_steps(name)
