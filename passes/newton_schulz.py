@@ -139,7 +139,7 @@ def _bring_together(
 ) -> None:
     groups = {n: i for i, chains in enumerate(buckets) for chain in chains for n in chain.body}
     order = reorder.schedule(reorder.movable(graph), reorder.predecessors(graph, memory), groups)
-    reorder.apply(graph, order, lambda node: context.mode(node).gradients)
+    reorder.apply(graph, order, context.mode(next(iter(graph.nodes))).gradients)
     context.changed(graph)
 
 

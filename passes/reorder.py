@@ -11,7 +11,7 @@ on is no place in the graph but belongs to each node: where neighbours differ in
 """
 
 import heapq
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 from torch import fx
 
@@ -185,31 +185,28 @@ def _item(node: fx.Node, group: Group) -> Hashable:
     return group.get(node, node)
 
 
-def apply(
-    graph: fx.Graph,
-    order: Sequence[fx.Node | list[fx.Node]],
-    gradients: Callable[[fx.Node], bool],
-) -> None:
+def apply(graph: fx.Graph, order: Sequence[fx.Node | list[fx.Node]], start: bool) -> None:
     """Puts a graph's nodes into an order that has them all.
 
+    A group, of which no node records a gradient, runs without where a node of it does.
+
     Args:
-        gradients: whether they are on at a node, as the graph stands. A group, of which no node
-            records one, runs without where a node of it does.
+        start: whether gradients are on where the graph is entered.
     """
-    first = next(iter(graph.nodes))
+    wanted = _switched(graph)
     switches = [node for node in graph.nodes if switches_gradients(node)]
-    now = None if first in switches else gradients(first)
-    wanted = {node: gradients(node) for node in graph.nodes}
     count = sum(len(item) if isinstance(item, list) else 1 for item in order)
-    if count + len(switches) != len(wanted):
+    if count != len(wanted):
         raise ValueError(f"an order of {count} nodes for a graph of {len(wanted)}")
     (output,) = (n for n in graph.nodes if n.op == "output")
+    now: bool | None = None
     for item in order:
         nodes = item if isinstance(item, list) else [item]
-        want = all(wanted[node] for node in nodes)
-        if switches and nodes[0].op not in ("placeholder", "get_attr") and want != now:
+        want = min((wanted[node] for node in nodes), key=(False, None, True).index)
+        if want is not now and nodes[0].op not in ("placeholder", "get_attr"):
             with graph.inserting_before(output):
-                switch = graph.call_function(switches[0].target, (want,))
+                value = start if want is None else want
+                switch = graph.call_function(switches[0].target, (value,))
             switch.meta.update(switches[0].meta)
             now = want
         for node in nodes:
@@ -217,3 +214,15 @@ def apply(
                 output.prepend(node)
     for switch in switches:
         graph.erase_node(switch)
+
+
+def _switched(graph: fx.Graph) -> dict[fx.Node, bool | None]:
+    """Each node but the switches -> what gradients were switched to last, None for not yet."""
+    found: dict[fx.Node, bool | None] = {}
+    now = None
+    for node in graph.nodes:
+        if switches_gradients(node):
+            now = bool(node.args[0])
+        else:
+            found[node] = now
+    return found

@@ -154,3 +154,37 @@ def test_steps_with_gradients_do_not_join_those_without() -> None:
     ]
     assert rewritten.reasons[1] == "gradients flow through it, and the operator has none"
     assert_computes_the_same(program, rewritten, given, gradients=True)
+
+
+def test_what_processes_do_together_keeps_its_order() -> None:
+    """Others may run another graph: they would wait for one another for ever."""
+    all_reduce = torch.ops._c10d_functional.all_reduce.default
+
+    def program(*given: Tensor) -> list[Tensor]:
+        first = all_reduce(iterate(normalized(given[0])) * 1, "sum", "0")
+        second = all_reduce(given[1] * 2, "sum", "0")
+        return [first, second, iterate(normalized(given[2])) * 2]
+
+    rewritten = Rewritten(program, *[matrix(4, 6, seed=i) for i in range(3)])
+    assert len(rewritten.calls) == 1
+    (output,) = (n for n in rewritten.gm.graph.nodes if n.op == "output")
+    order = [n for n in rewritten.gm.graph.nodes if n.target is all_reduce]
+    assert order == output.args[0][:2]  # type: ignore[index]
+
+
+def test_the_mode_that_a_step_leaves_behind_stays() -> None:
+    def program(*given: Tensor) -> list[Tensor]:
+        out = []
+        for p, g in pairs(given):
+            torch.set_grad_enabled(False)
+            out.append(p - iterate(normalized(g)))
+            torch.set_grad_enabled(True)
+        torch.set_grad_enabled(False)
+        return out
+
+    given = [matrix(4, 6, seed=i) for i in range(4)]
+    rewritten = Rewritten(program, *given, gradients=True)
+    assert len(rewritten.calls) == 1
+    with torch.enable_grad():
+        rewritten(*given)
+        assert not torch.is_grad_enabled()
