@@ -21,6 +21,9 @@ HINTS = {
         "graph breaks is one graph with all sizes"
     ),
     "gradients flow": "; decorate the step with torch.no_grad()",
+    "a X + (b A + c A^2) X is not formed": (
+        "; an iteration on A itself, the Gram form, is another algorithm and stays as it was"
+    ),
 }
 DISTRIBUTED = (
     "{what} holds no Newton-Schulz iteration of plain tensors: its parameters are sharded or "

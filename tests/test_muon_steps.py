@@ -128,17 +128,15 @@ class OnlyMuon(written.WithAdam):
 
 
 # A number that changes becomes a symbol in the second graph; states are made in the first.
-SCHEDULES: list[tuple[str, Any, bool, int]] = [
-    ("a number", 0.02, False, 2),
-    ("a number, states made before", 0.02, True, 2),
-    ("a tensor", torch.tensor(0.02), False, 2),
-    ("a tensor, states made before", torch.tensor(0.02), True, 1),
+SCHEDULES: list[Any] = [
+    pytest.param("a number", 0.02, False, 2),
+    pytest.param("a number, states made before", 0.02, True, 2, marks=pytest.mark.sweep),
+    pytest.param("a tensor", torch.tensor(0.02), False, 2, marks=pytest.mark.sweep),
+    pytest.param("a tensor, states made before", torch.tensor(0.02), True, 1),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "lr", "with_states", "count"), SCHEDULES, ids=[s[0] for s in SCHEDULES]
-)
+@pytest.mark.parametrize(("name", "lr", "with_states", "count"), SCHEDULES)
 def test_a_scheduler_over_six_steps_costs_few_graphs(
     monkeypatch: pytest.MonkeyPatch,
     graphs: list[None],
