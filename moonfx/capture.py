@@ -1172,14 +1172,26 @@ def compiled_frame() -> int | None:
 
 def owner() -> Optimizer | torch.nn.Module | None:
     """The optimizer or module whose method Dynamo compiles, or else the nearest that called it."""
-    for scope in _scopes():
-        arguments = scope.get("args")  # of a decorator around the method
-        first = arguments[:1] if isinstance(arguments, tuple) else ()
-        for each in (scope.get("self"), *first):
-            if isinstance(each, Optimizer):
-                return each
-            if isinstance(each, torch.nn.Module) and not isinstance(each, fx.GraphModule):
-                return each
+    return next(filter(None, map(_owner_in, _scopes())), None)
+
+
+def is_called_by_broken_step() -> bool:
+    """Whether Dynamo compiles a function by itself that an optimizer's step calls.
+
+    That is how it goes on with what a step calls whose graph is broken.
+    """
+    own = _owner_in(next(_scopes()))
+    return own is None and isinstance(owner(), Optimizer) and bool(graph_breaks())
+
+
+def _owner_in(scope: dict[str, Any]) -> Optimizer | torch.nn.Module | None:
+    arguments = scope.get("args")  # of a decorator around the method
+    first = arguments[:1] if isinstance(arguments, tuple) else ()
+    for each in (scope.get("self"), *first):
+        if isinstance(each, Optimizer):
+            return each
+        if isinstance(each, torch.nn.Module) and not isinstance(each, fx.GraphModule):
+            return each
     return None
 
 

@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.capture import graph_breaks, is_last_piece_of_step, is_piece
+from moonfx.capture import (
+    graph_breaks,
+    is_called_by_broken_step,
+    is_last_piece_of_step,
+    is_piece,
+)
 from moonfx.iterations import IterationRow
 
 NONE = (
@@ -69,7 +74,7 @@ def problem(
     how = placements(inputs)
     if how is not None:
         return DISTRIBUTED.format(what=what, how=how)
-    if not is_piece(gm):
+    if not is_piece(gm) and not is_called_by_broken_step():
         return NONE.format(what=what)
     if is_last_piece_of_step(gm) and not any(rows for rows, _ in before):
         breaks = dict.fromkeys(broken for _, broken in before if broken)

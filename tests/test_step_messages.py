@@ -150,6 +150,12 @@ def test_an_iteration_after_a_graph_break_is_no_miss_and_is_in_the_report() -> N
     assert "2 Newton-Schulz iterations in 2 graph(s): 2 rewritten" in str(report)
 
 
+def test_a_helper_of_a_broken_step_without_an_iteration_is_no_miss() -> None:
+    optimizer = InALoop(parameters(), lambda g: torch.sin(g) * 2)
+    compiled(optimizer.step, on_miss="raise")()
+    assert (moonfx.report(optimizer).graphs, moonfx.report(optimizer).iterations) == (2, [])
+
+
 def test_what_a_step_in_a_loop_of_graph_breaks_calls_is_in_its_report() -> None:
     """Dynamo compiles the function that the step calls, which holds no parameter."""
     optimizer = InALoop(parameters(), iterate)
