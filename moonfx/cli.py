@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `moonfx`; None reads them from the process.
 
     Returns:
-        The exit status: 0 done, 1 `doctor` found the core broken, 2 a wrong argument.
+        The exit status: 0 done, 1 `doctor` found the core broken or a benchmark's verdict is a
+        failure, 2 a wrong argument.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["bench"] and words[1:2] and words[1] in BENCHMARKS:

@@ -155,6 +155,7 @@ def test_the_verdict_names_the_worst_and_counts_what_was_left() -> None:
         "slower; 1 measured again; 1 left as written, 1.00x by definition"
     )
     assert judge(measured[:2], 1.03).passed
+    assert judge(measured[:1], 1.03, left_out=2).said("the loop", "").endswith("; 2 left out")
     assert not judge(measured, 1.03).passed
 
 
@@ -197,8 +198,10 @@ def test_what_memory_cannot_hold_is_left_out_and_said(
 ) -> None:
     monkeypatch.setattr(machine, "free_bytes", lambda device: 1000)
     monkeypatch.setattr(step_contenders, "ready", lambda device, names: None)
-    said = printed(capsys, "newton-schulz", *SHAPES, "--dtype", "float32")
+    words = ["--dtype", "float32", "--at-most", "9"]
+    said = printed(capsys, "newton-schulz", *SHAPES, *words, status=1)
     assert said["results"] == []
+    assert (said["verdict"]["passed"], said["verdict"]["left_out"]) == (False, 2)
     assert "2 of 8x16 float32: needs about" in said["left_out"][0]
     said = printed(capsys, "optimizer", *SHAPES)
     assert said["results"] == []

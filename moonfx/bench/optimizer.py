@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         apart = matrix_options.no_room(needed[1], device) is not None
         done.append(steps.measure(name, shapes, dtype, iterate, options, apart))
-    found = judged(done, options.at_most) if options.at_most else None
+    found = judged(done, options.at_most, len(left_out)) if options.at_most else None
     status = int(found is not None and not found.passed)
     if options.plot and done:
         draw(done, f"One optimizer step, {where['hardware']}", options)
@@ -124,13 +124,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def judged(done: Sequence[Measured], at_most: float) -> Verdict | None:
+def judged(done: Sequence[Measured], at_most: float, left_out: int) -> Verdict:
     found = [
         Judged(title(one), ratio, one.again, left_as_written(one))
         for one in done
         if (ratio := one.of("moonfx", "inductor")) is not None
     ]
-    return verdict.judge(found, at_most) if found else None
+    return verdict.judge(found, at_most, left_out)
 
 
 def to_dict(one: Measured) -> dict[str, Any]:
@@ -166,7 +166,8 @@ def draw(done: Sequence[Measured], heading: str, options: argparse.Namespace) ->
         if c in OURS
     }
     label = f"times as fast as {'under Inductor' if whole == 'inductor' else 'eager'}"
-    groups = [f"{one.name} {one.iterate}" for one in done]
+    several = len(options.dtype) > 1
+    groups = [f"{one.name} {one.iterate}" + f" of {one.dtype}" * several for one in done]
     bars.draw(heading, groups, heights, f"{label} (line: FLOP-ideal)", options.plot, ideals)
 
 

@@ -32,16 +32,23 @@ class Judged:
 
 @dataclass(frozen=True)
 class Verdict:
-    worst: Judged
+    """Of all measurements; it is no pass where nothing could be measured.
+
+    Args:
+        left_out: how many could not be.
+    """
+
+    worst: Judged | None
     at_most: float
     shapes: int
     failed: int
     measured_again: int
     as_written: int
+    left_out: int
 
     @property
     def passed(self) -> bool:
-        return not self.failed
+        return self.worst is not None and not self.failed
 
     def said(self, against: str, as_written: str) -> str:
         """One line.
@@ -49,6 +56,8 @@ class Verdict:
         Args:
             against: what "times" are of. as_written: what holds where nothing was rewritten.
         """
+        if self.worst is None:
+            return "verdict: FAIL: nothing was measured"
         parts = [
             f"verdict: {'pass' if self.passed else 'FAIL'}: at worst {self.worst.ratio:.3f}x the "
             f"time of {against}, on {self.worst.name} (allowed: {self.at_most:g}x)",
@@ -57,21 +66,23 @@ class Verdict:
         ]
         if self.as_written:
             parts.append(f"{self.as_written} left as written, {as_written}")
+        if self.left_out:
+            parts.append(f"{self.left_out} left out")
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "passed": self.passed}
 
 
-def judge(measured: Sequence[Judged], at_most: float) -> Verdict:
-    """Of at least one measurement."""
+def judge(measured: Sequence[Judged], at_most: float, left_out: int = 0) -> Verdict:
     return Verdict(
-        worst=max(measured, key=lambda one: one.ratio),
+        worst=max(measured, key=lambda one: one.ratio, default=None),
         at_most=at_most,
         shapes=len(measured),
         failed=sum(one.ratio > at_most for one in measured),
         measured_again=sum(one.again for one in measured),
         as_written=sum(one.as_written for one in measured),
+        left_out=left_out,
     )
 
 
