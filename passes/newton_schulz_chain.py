@@ -13,9 +13,10 @@ from moonfx.capture import is_plain
 from moonfx.passes.context import Context
 from moonfx.passes.memory import Memory, Value
 from moonfx.passes.newton_schulz_identity import identity
-from moonfx.passes.newton_schulz_nodes import BUFFERS, VIEWS
+from moonfx.passes.newton_schulz_nodes import BUFFERS
 from moonfx.passes.newton_schulz_step import Coefficients, Step
 from moonfx.passes.newton_schulz_terms import quintic
+from moonfx.passes.newton_schulz_views import VIEWS
 from moonfx.passes.nodes import short
 from moonfx.site import Reject
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from moonfx.passes.memory import Memory
 from moonfx.passes.newton_schulz_gram import factors
-from moonfx.passes.newton_schulz_nodes import VIEWS
+from moonfx.passes.newton_schulz_views import VIEWS
 
 aten = torch.ops.aten
 

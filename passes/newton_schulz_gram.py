@@ -6,9 +6,10 @@ import torch
 from torch import fx
 
 from moonfx.passes.memory import Memory, Value
-from moonfx.passes.newton_schulz_nodes import VIEWS, terms_of
+from moonfx.passes.newton_schulz_nodes import terms_of
 from moonfx.passes.newton_schulz_products import ADDING, PRODUCTS, path
 from moonfx.passes.newton_schulz_reading import Unclear
+from moonfx.passes.newton_schulz_views import VIEWS
 
 aten = torch.ops.aten
 

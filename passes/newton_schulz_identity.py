@@ -11,10 +11,11 @@ import torch
 from torch import fx
 
 from moonfx.passes.memory import Memory, Value
-from moonfx.passes.newton_schulz_nodes import CASTS, TABLE, VIEWS, read_by, terms_of
-from moonfx.passes.newton_schulz_reading import TooLong, Unclear
+from moonfx.passes.newton_schulz_nodes import TABLE, read_by, terms_of
+from moonfx.passes.newton_schulz_reading import TooLong, Unclear, shape
 from moonfx.passes.newton_schulz_terms import Terms
-from moonfx.passes.nodes import argument, shape, short
+from moonfx.passes.newton_schulz_views import CASTS, VIEWS
+from moonfx.passes.nodes import argument, short
 
 aten = torch.ops.aten
 

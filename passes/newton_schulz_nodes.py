@@ -13,13 +13,13 @@ from moonfx.passes.newton_schulz_reading import (
     Unclear,
     alike,
     is_tensor,
-    named,
     number,
     overloads,
     size,
 )
-from moonfx.passes.newton_schulz_terms import Terms, plus, scaled, transposed
-from moonfx.passes.nodes import argument, dtype, permutation, shape, short
+from moonfx.passes.newton_schulz_terms import Terms, plus, scaled
+from moonfx.passes.newton_schulz_views import OF_FIRST, VIEWS, same
+from moonfx.passes.nodes import argument, dtype, short
 
 aten = torch.ops.aten
 
@@ -69,71 +69,10 @@ def _lerp(node: fx.Node, get: Get) -> Terms:
     return plus(scaled(get(node.args[0]), 1.0 - weight), scaled(get(node.args[1]), weight))
 
 
-def _same(node: fx.Node, get: Get) -> Terms:
-    return get(node.args[0])
-
-
 def _copied(node: fx.Node, get: Get) -> Terms:
     alike(node, node.args[1])
     return get(node.args[1])
 
-
-def _reshaped(node: fx.Node, get: Get) -> Terms:
-    """The same entries in the same order: the same matrices, if rows and columns are."""
-    given, made = shape(node.args[0]), shape(node)  # type: ignore[arg-type]
-    if given[-2:] != made[-2:] or _count(given) != _count(made):
-        raise Unclear("a matrix is broadcast or reshaped inside the step")
-    return get(node.args[0])
-
-
-def _count(sizes: list[Any]) -> Any:
-    """How many matrices there are in a batch."""
-    found: Any = 1
-    for each in sizes[:-2]:
-        found = found * each
-    return found
-
-
-_CONJUGATES = (aten.mH.default, aten.matrix_H.default, aten.adjoint.default)
-
-
-def _turned(node: fx.Node, get: Get) -> Terms:
-    order = permutation(node)
-    if order is None and node.target in _CONJUGATES:
-        return transposed(get(node.args[0]))
-    rank = len(order or [])
-    if order is None or order[:-2] != list(range(rank - 2)):
-        raise Unclear("dims are permuted that are not the matrix's own")
-    return transposed(get(node.args[0])) if order[-1] != rank - 1 else get(node.args[0])
-
-
-# Views of a matrix as its transpose, or that may be.
-TURNS: dict[Any, Run] = {
-    **named("permute.default transpose.int t.default numpy_T.default matrix_H.default", _turned),
-    **named("mT.default mH.default adjoint.default", _turned),
-    **named("swapaxes.default swapdims.default movedim.int", _turned),
-}
-# Their result is the operand in another dtype or on another device.
-CASTS = named("to.dtype to.dtype_layout to.other to.device _to_copy.default", _same) | (
-    named("type_as.default", _same)
-)
-# Their result has the operand's entries in the operand's order.
-RESHAPES = {
-    **named("view.default reshape.default _unsafe_view.default view_as.default", _reshaped),
-    **named("reshape_as.default flatten.using_ints unflatten.int", _reshaped),
-    **named("unsqueeze.default squeeze.default squeeze.dim squeeze.dims", _reshaped),
-    **named("slice.Tensor select.int narrow.default", _reshaped),
-    **named("expand.default expand_as.default", _reshaped),
-}
-# All that stands for its operand, or the operand's transpose; none of them writes.
-VIEWS: dict[Any, Run] = {
-    **named("clone.default contiguous.default detach.default alias.default", _same),
-    **named("conj.default resolve_conj.default resolve_neg.default positive.default", _same),
-    **named("lift_fresh.default", _same),
-    **CASTS,
-    **RESHAPES,
-    **TURNS,
-}
 
 TABLE: dict[Any, Run] = {
     **products.TABLE,
@@ -145,7 +84,7 @@ TABLE: dict[Any, Run] = {
     **overloads("rsub.Tensor rsub.Scalar", _add(-1.0, swap=True)),
     **overloads("lerp.Scalar", _lerp),
     **VIEWS,
-    aten.detach_.default: _same,
+    aten.detach_.default: same,
     aten.copy_.default: _copied,
 }
 
@@ -161,7 +100,7 @@ def read_by(node: fx.Node) -> list[fx.Node]:
     """The operands whose entries a node reads; what is only written or asked its size is none."""
     if node.target in _SIZES:
         return []
-    if node.target in _OF_FIRST:
+    if node.target in OF_FIRST:
         return [n for n in node.args[:1] if isinstance(n, fx.Node)]
     if node.target is aten.copy_.default:
         return [n for n in node.args[1:2] if isinstance(n, fx.Node)]
@@ -178,11 +117,6 @@ BUFFERS = {
     *(aten.full_like.default, aten.new_full.default),
 }
 _SIZES = {*BUFFERS, aten.zero_.default, aten.fill_.Scalar}
-# The second operand says a size or a dtype.
-_OF_FIRST = {
-    *(aten.view_as.default, aten.reshape_as.default, aten.expand_as.default),
-    *(aten.to.other, aten.type_as.default),
-}
 
 
 def terms_of(node: fx.Node, get: Get) -> Terms:
@@ -196,7 +130,7 @@ def terms_of(node: fx.Node, get: Get) -> Terms:
     run = TABLE.get(node.target)
     if run is None:
         raise Unclear(NO_STEP.get(_plain(node), f"{short(node)} inside the step"))
-    matrices = [n for n in read_by(node) if is_tensor(n) and len(shape(n)) >= 2]
+    matrices = [n for n in read_by(node) if is_tensor(n) and n.meta["val"].dim() >= 2]
     kinds = {(dtype(n), n.meta["val"].device) for n in (*matrices, node)}
     if len(kinds) != 1:
         raise Unclear("the dtype changes inside the step, and with it what is rounded")

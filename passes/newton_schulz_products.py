@@ -9,9 +9,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.passes.newton_schulz_reading import Get, Run, Unclear, alike, number, overloads, times
+from moonfx.passes.newton_schulz_reading import (
+    Get,
+    Run,
+    Unclear,
+    alike,
+    number,
+    overloads,
+    shape,
+    times,
+)
 from moonfx.passes.newton_schulz_terms import Terms, plus, scaled, transposed
-from moonfx.passes.nodes import argument, shape
+from moonfx.passes.nodes import argument
 
 aten = torch.ops.aten
 

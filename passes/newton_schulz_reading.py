@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from moonfx.capture import expression
 from moonfx.passes.newton_schulz_terms import Terms, product
-from moonfx.passes.nodes import shape
 
 aten = torch.ops.aten
 
@@ -51,6 +51,14 @@ def size(node: fx.Node) -> int:
     value = node.meta.get("val")
     found = value.numel() if isinstance(value, torch.Tensor) else 0
     return found if isinstance(found, int) else 0
+
+
+def shape(node: fx.Node) -> list[Any]:
+    """The sizes of a tensor node, as `nodes.shape` has them, and quicker where they are numbers."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return []
+    return [n if type(n) is int else expression(n) for n in value.shape]
 
 
 def times(left: Terms, right: Terms) -> Terms:

@@ -17,11 +17,11 @@ from torch import fx
 from moonfx.passes.memory import Memory, Value
 from moonfx.passes.newton_schulz_gram import gram_source, same_as
 from moonfx.passes.newton_schulz_identity import identity
-from moonfx.passes.newton_schulz_nodes import RESHAPES, is_arithmetic, read_by, terms_of
+from moonfx.passes.newton_schulz_nodes import is_arithmetic, read_by, terms_of
 from moonfx.passes.newton_schulz_products import PRODUCTS
-from moonfx.passes.newton_schulz_reading import TooLong, Unclear
+from moonfx.passes.newton_schulz_reading import TooLong, Unclear, shape
 from moonfx.passes.newton_schulz_terms import Terms, quintic, sides, transposed
-from moonfx.passes.nodes import shape
+from moonfx.passes.newton_schulz_views import RESHAPES
 from moonfx.site import Reject
 
 Coefficients = tuple[float, float, float]
@@ -99,9 +99,10 @@ def _step(source: Value, memory: Memory) -> Step | None:
     while heap and len(seen) < LIMIT:
         node = heapq.heappop(heap)[1]
         value = memory.result(node)
-        if value in given or identity(value, memory) is not None:
-            continue  # written like X, and not made of it
         reads = [memory.read(node, n) for n in read_by(node)]
+        of_x = not step.terms.keys().isdisjoint(reads)
+        if value in given or (not of_x and identity(value, memory) is not None):
+            continue  # written like X, and not made of it
         bad = next((spoiled[v] for v in reads if v in spoiled), None)
         if beyond.intersection(reads):
             beyond.add(value)
