@@ -8,9 +8,11 @@ on or below the diagonal and stores it twice, the second time transposed: half o
 FLOPs. Sums are float32 and rounded once, behind alpha, beta and gamma. float32 is multiplied as
 gpu_tile.precision says.
 
-Grid: the tiles of a matrix's triangle, row by row, times the batch. Tiles are square, and as large
-as the accumulators' registers allow, for what a tile reads goes with its side and what it computes
-with the square of it; several stages of `depth` columns are in flight. X may lie by rows or by
+Grid: the tiles of a matrix's triangle, times the batch. Tiles are square, and as large as the
+accumulators' registers allow, for what a tile reads goes with its side and what it computes with
+the square of it; several stages of `depth` columns are in flight. They go by strips of GROUP rows,
+column by column, so that the programs of one wave share what they read: with 64 tiles a side 132
+programs read 31 rows of tiles at most, where they would read 64 row by row. X may lie by rows or by
 columns.
 
 No timing of it exists yet.
@@ -37,6 +39,7 @@ TILES = {
     (gpu_configs.INTERPRETER, 4): Config(32, 32, 4, 1),
 }
 FLOAT32 = Config(64, 32, 4, 3)
+GROUP = tl.constexpr(8)
 
 
 def tile_of(device: torch.device, dtype: torch.dtype) -> Config:
@@ -116,6 +119,7 @@ def symmetric(
         TERMS=0 if first is None else 1 if second is None else 2,
         SIDE=config.block_m,
         DEPTH=config.block_n,
+        WHOLE=depth % config.block_n == 0,
         PRECISION=precision(left.dtype),
     )
     return out
@@ -129,6 +133,22 @@ def corner(place):
     i = tl.where(i * (i + 1) // 2 > place, i - 1, i)
     i = tl.where((i + 1) * (i + 2) // 2 <= place, i + 1, i)
     return i, place - i * (i + 1) // 2
+
+
+@triton.jit
+def in_strips(place, tiles):
+    """Row and column of the place-th tile, by strips of GROUP rows: column by column, then the
+    strip's own triangle. A strip has the same places as its rows have row by row."""
+    i, _ = corner(place)
+    first = i // GROUP * GROUP
+    rows = tl.minimum(GROUP, tiles - first)
+    place -= first * (first + 1) // 2
+    below = place < first * rows
+    i, j = corner(tl.where(below, 0, place - first * rows))
+    return (
+        first + tl.where(below, place % rows, i),
+        tl.where(below, place // rows, first + j),
+    )
 
 
 @triton.jit
@@ -152,13 +172,13 @@ def symmetric_kernel(
     TERMS: tl.constexpr,
     SIDE: tl.constexpr,
     DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tiles = tl.cdiv(m, SIDE)
     each = tiles * (tiles + 1) // 2
     batch = (tl.program_id(0) // each).to(tl.int64)
-    place = tl.program_id(0) % each
-    i, j = corner(place)
+    i, j = in_strips(tl.program_id(0) % each, tiles)
 
     # A tile begins anywhere in 64 bits; within it 32 are enough, and take half the registers.
     side = tl.arange(0, SIDE)
@@ -170,7 +190,7 @@ def symmetric_kernel(
     y_at = right + (k[:, None] * right_column + side[None, :] * right_row)
     total = tl.zeros([SIDE, SIDE], tl.float32)
     for at in range(0, depth, DEPTH):
-        here = k < depth - at
+        here = k < (DEPTH if WHOLE else depth - at)
         x = tl.load(x_at, mask=(side < m - row)[:, None] & here[None, :], other=0.0)
         y = tl.load(y_at, mask=here[:, None] & (side < m - column)[None, :], other=0.0)
         total = product(x, y, total, PRECISION)
@@ -187,10 +207,13 @@ def symmetric_kernel(
     if TERMS >= 2:
         total += gamma * tl.load(second + below + at, mask=inside, other=0.0).to(tl.float32)
     result = total.to(out.dtype.element_ty)
-    # Of a tile on the diagonal too only the lower half counts, for A is to be exactly symmetric.
-    lower = row - column + side[:, None] >= side[None, :]
-    tl.store(out + below + at, result, mask=inside & lower)
-    above = base + column.to(tl.int64) * m + row
-    inside = (side < m - column)[:, None] & (side < m - row)[None, :]
-    upper = row - column + side[None, :] > side[:, None]
-    tl.store(out + above + at, tl.trans(result), mask=inside & upper)
+    mirrored = tl.trans(result)
+    if i == j:
+        # Of a tile on the diagonal too only the lower half counts: A is to be exactly symmetric.
+        result = tl.where(side[:, None] >= side[None, :], result, mirrored)
+    # Masks of whole rows and columns only: with one of single numbers each would be stored alone.
+    tl.store(out + below + at, result, mask=inside)
+    if i != j:
+        above = base + column.to(tl.int64) * m + row
+        inside = (side < m - column)[:, None] & (side < m - row)[None, :]
+        tl.store(out + above + at, mirrored, mask=inside)

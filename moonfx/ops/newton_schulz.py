@@ -36,6 +36,7 @@ from moonfx.ops.newton_schulz_cost import (
     best_form,
     kernel_runs,
     plain_flops,
+    runs_of,
     worth_a_call,
 )
 
@@ -85,14 +86,6 @@ def newton_schulz_flops(
     return newton_schulz_runs.flops(
         m, n, runs_of(form, coefficients or [MUON] * steps, dtype, m, n)
     )
-
-
-def runs_of(
-    form: str, coefficients: Coefficients, dtype: torch.dtype, m: int, n: int
-) -> tuple[int, ...]:
-    if form == "gram":
-        return newton_schulz_runs.choose(coefficients, dtype, m, n)
-    return (1,) * len(coefficients)
 
 
 Steps = tuple[tuple[float, float, float], ...]

@@ -6,8 +6,8 @@ the form with the fewest FLOPs is the fastest, where it saves more than the oper
 Where a processor has matrix units that torch.mm uses and the kernel does not (AMX), torch.mm is.
 
 On a GPU nothing has been measured yet, so only what is clear is taken: the Triton kernel for 16-bit
-numbers, from a short side of 256 and where its tiles fill the chip, and runs of steps from a ratio
-of sides of 3.
+numbers, from a short side of 256, where its tiles fill half of the chip and the arithmetic of waves
+(newton_schulz_waves.py) gives a gain; and runs of steps from a ratio of sides of 3.
 """
 
 import functools
@@ -17,6 +17,7 @@ import torch
 from moonfx.fallback import warn_slow
 from moonfx.kernels import cpu, cpu_build, newton_schulz_runs
 from moonfx.kernels.reference_newton_schulz import Coefficients
+from moonfx.ops import newton_schulz_waves
 from moonfx.ops.dispatch import find_triton_kernels, triton_kernels
 
 FORMS = ("auto", "plain", "symmetric", "gram")
@@ -24,11 +25,8 @@ MUON = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients, of every step
 
 # A form with runs must save this much of the symmetric form's FLOPs: it is a little less precise.
 WORTH = 0.95
-# On a GPU: the shortest side, the least ratio for runs, the side of a tile, and how many of them
-# are half a wave (an A100 has 108 multiprocessors, an H100 132).
-SHORTEST, RATIO, TILE, FILLED = 256, 3, 128, 64
-
-
+# On a GPU: the shortest side, the least ratio of sides for runs, and the least gain by waves.
+SHORTEST, RATIO, GAIN = 256, 3, 1.1
 # On a CPU, in microseconds: a call of the operator; one of torch.mm, or of oneDNN, which multiplies
 # bfloat16 beyond 16 x 16 x 16; what the kernel does for a matrix of any size; and at each visit for
 # an entry of X, which is near while three copies of X fit the second-level cache. FLOPs are counted
@@ -52,7 +50,12 @@ def best_form(
     steps = tuple(steps)
     if device.type == "cpu":
         return fewest_flops(dtype, m, n, steps)
-    return on_gpu(dtype, batch, m, n, steps)
+    return on_gpu(dtype, batch, m, n, steps, multiprocessors(device))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def worth_a_call(
@@ -63,7 +66,7 @@ def worth_a_call(
     Args:
         calls: in how many products each of a step's three is written.
     """
-    runs = newton_schulz_runs.choose(steps, dtype, m, n) if form == "gram" else (1,) * len(steps)
+    runs = runs_of(form, steps, dtype, m, n)
     whole = (-(-m // LANES) * LANES, -(-n // LANES) * LANES)
     threads, product = torch.get_num_threads(), PRODUCT
     if dtype == torch.bfloat16 and m * m * n > 16**3:
@@ -79,21 +82,38 @@ def worth_a_call(
 
 
 def on_gpu(
-    dtype: torch.dtype, batch: int, m: int, n: int, steps: tuple[tuple[float, float, float], ...]
+    dtype: torch.dtype,
+    batch: int,
+    m: int,
+    n: int,
+    steps: tuple[tuple[float, float, float], ...],
+    multiprocessors: int,
 ) -> tuple[str, str]:
     if dtype == torch.float32:
         return "plain", "float32 is left to cuBLAS (the kernel's products are not measured)"
     if m < SHORTEST:
         return "plain", f"the short side is below {SHORTEST} (not measured)"
-    tiles = -(-m // TILE)
-    programs = batch * tiles * (tiles + 1) // 2
-    if programs < FILLED:
-        return "plain", f"{programs} tiles of {TILE} x {TILE} do not fill a GPU (not measured)"
+    programs = newton_schulz_waves.triangle(batch, m)
+    chip = f"{multiprocessors} multiprocessors"
+    if 2 * programs < multiprocessors:
+        return "plain", f"{programs} tiles of 128 x 128 do not fill {chip} (not measured)"
     form, why = fewest_flops(dtype, m, n, steps)
     if form == "gram" and n < RATIO * m:
         form = "symmetric"
         why = f"the sides' ratio is below {RATIO}, for runs of steps (not measured)"
-    return form, why
+    gain = newton_schulz_waves.gain(batch, m, n, runs_of(form, steps, dtype, m, n), multiprocessors)
+    said = f"{gain:.2f} times as fast by the waves of tiles on {chip}, not measured"
+    if gain < GAIN:
+        return "plain", f"{form} would be {said}"
+    return form, f"{why}; {said}"
+
+
+def runs_of(
+    form: str, coefficients: Coefficients, dtype: torch.dtype, m: int, n: int
+) -> tuple[int, ...]:
+    if form == "gram":
+        return newton_schulz_runs.choose(coefficients, dtype, m, n)
+    return (1,) * len(coefficients)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moonfx.kernels import gpu_configs
 from moonfx.kernels import reference_newton_schulz as reference
-from moonfx.ops import dispatch, newton_schulz_cost
+from moonfx.ops import dispatch, newton_schulz_cost, newton_schulz_waves
 from moonfx.ops.newton_schulz import newton_schulz_form
 from tests.kernels.newton_schulz_cases import COEFFICIENTS, matrix
 from tests.kernels.test_gpu_aot import UNIT
@@ -73,6 +73,37 @@ def test_a_place_in_a_triangle_is_its_row_and_column(row: int) -> None:
     assert list(found) == list(expected)
 
 
+@triton.jit
+def _strips(rows, columns, tiles, SIZE: tl.constexpr):
+    place = tl.minimum(tl.arange(0, SIZE), tiles * (tiles + 1) // 2 - 1)
+    i, j = gpu_newton_schulz.in_strips(place, tiles)
+    tl.store(rows + tl.arange(0, SIZE), i)
+    tl.store(columns + tl.arange(0, SIZE), j)
+
+
+# tiles a side, rows of tiles that a wave of 132 programs reads at most, and row by row
+STRIPS = [(1, 1, 1), (5, 5, 5), (8, 8, 8), (19, 19, 19), (32, 28, 32), (64, 31, 64)]
+
+
+@pytest.mark.parametrize(("tiles", "read", "by_rows"), STRIPS)
+def test_strips_are_all_of_a_triangle_and_share_what_they_read(
+    tiles: int, read: int, by_rows: int
+) -> None:
+    count = tiles * (tiles + 1) // 2
+    size = triton.next_power_of_2(count)
+    rows, columns = torch.empty(2, size, dtype=torch.int32, device=DEVICE)
+    _strips[(1,)](rows, columns, tiles, SIZE=size)
+    found = list(zip(rows[:count].tolist(), columns[:count].tolist(), strict=True))
+    triangle = [(i, j) for i in range(tiles) for j in range(i + 1)]
+    assert sorted(found) == triangle
+
+    def most(order: list[tuple[int, int]]) -> int:
+        waves = [order[start : start + 132] for start in range(0, count, 132)]
+        return max(len(set(itertools.chain(*wave))) for wave in waves)
+
+    assert (most(found), most(triangle)) == (read, by_rows)
+
+
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_runs_of_steps_equal_the_singular_values_map(dtype: torch.dtype, by_columns: bool) -> None:
@@ -108,32 +139,52 @@ def test_the_operator_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FORMS = [
-    # dtype, batch, m, n, form, why
-    (torch.bfloat16, 48, 768, 768, "symmetric", "0.67 of the FLOPs"),
-    (torch.bfloat16, 12, 768, 3072, "gram", "0.52 of the FLOPs: 2 + 1 + 2 steps"),
-    (torch.float16, 1, 4096, 16384, "gram", "3 + 2 steps"),
-    (torch.bfloat16, 60, 576, 1536, "symmetric", "below 3, for runs of steps (not measured)"),
-    (torch.bfloat16, 60, 192, 576, "plain", "below 256 (not measured)"),
-    (torch.bfloat16, 1, 768, 768, "plain", "21 tiles of 128 x 128 do not fill a GPU"),
-    (torch.float32, 48, 768, 768, "plain", "float32 is left to cuBLAS"),
-    (torch.float64, 48, 768, 768, "plain", "float64 is computed by torch alone"),
+    # dtype, batch, m, n, multiprocessors, form, why
+    (torch.bfloat16, 48, 768, 768, 132, "symmetric", "0.67 of the FLOPs: half of X X^T and of A^2"),
+    (torch.bfloat16, 48, 768, 768, 132, "symmetric", "1.40 times as fast by the waves of tiles on"),
+    (torch.bfloat16, 12, 768, 3072, 132, "gram", "0.52 of the FLOPs: 2 + 1 + 2 steps"),
+    (torch.float16, 1, 4096, 16384, 132, "gram", "3 + 2 steps"),
+    (torch.bfloat16, 60, 576, 1536, 132, "symmetric", "below 3, for runs of steps (not measured)"),
+    # 136 tiles of a triangle are two waves of 132, as all 256 are; and 1.26 waves of 108.
+    (torch.bfloat16, 1, 2048, 2048, 132, "plain", "symmetric would be 1.00 times as fast"),
+    (torch.bfloat16, 1, 2048, 2048, 108, "symmetric", "1.29 times as fast"),
+    (torch.bfloat16, 2, 2048, 2048, 132, "symmetric", "1.20 times as fast"),
+    (torch.bfloat16, 4, 2048, 2048, 132, "symmetric", "1.33 times as fast"),
+    (torch.bfloat16, 1, 4096, 4096, 132, "symmetric", "1.50 times as fast"),
+    (torch.bfloat16, 48, 256, 256, 132, "plain", "symmetric would be 1.00 times as fast"),
+    (torch.bfloat16, 60, 192, 576, 132, "plain", "below 256 (not measured)"),
+    (torch.bfloat16, 1, 768, 768, 132, "plain", "21 tiles of 128 x 128 do not fill 132"),
+    (torch.float32, 48, 768, 768, 132, "plain", "float32 is left to cuBLAS"),
+    (torch.float64, 48, 768, 768, 132, "plain", "float64 is computed by torch alone"),
 ]
 
 
-@pytest.mark.parametrize(("dtype", "batch", "m", "n", "form", "why"), FORMS)
+@pytest.mark.parametrize(("dtype", "batch", "m", "n", "multiprocessors", "form", "why"), FORMS)
 def test_a_form_that_was_never_measured_is_taken_with_care(
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
     batch: int,
     m: int,
     n: int,
+    multiprocessors: int,
     form: str,
     why: str,
 ) -> None:
     monkeypatch.setattr(newton_schulz_cost, "triton_kernels", lambda device: gpu)
+    monkeypatch.setattr(newton_schulz_cost, "multiprocessors", lambda device: multiprocessors)
     found = newton_schulz_form(torch.device("cuda"), dtype, batch, n, m, 5)
     assert found[0] == form
     assert why in found[1]
+
+
+def test_the_waves_are_those_of_the_kernels_tiles() -> None:
+    sides = {
+        config.block_m
+        for (chip, size), config in gpu_newton_schulz.TILES.items()
+        if size == 2 and chip != gpu_configs.INTERPRETER
+    }
+    assert sides == {newton_schulz_waves.SIDE}
+    assert newton_schulz_waves.triangle(3, 513) == 3 * 15
 
 
 def test_a_gpu_without_triton_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +227,7 @@ def test_it_fits_its_chip_without_spills_and_uses_the_matrix_unit(
     assert len(rows) == count
     for row in rows:
         assert row["spills"] == 0, row
+        assert row["narrow_stores"] == 0, row
         assert row["shared"] <= gpu_configs.ARCHITECTURES[row["chip"]], row
         assert set(row["looped"]) == {UNIT[row["chip"]]}, row
 
