@@ -13,6 +13,24 @@ are computed as their transpose. It has no derivative.
     auto        the one that the cost model takes for the device, dtype and shape
 
 Where there is no kernel (no C++ compiler; float64) all of them are computed as the plain one.
+
+The error, in Frobenius norm and relative to U diag(p(s)) V^T in float64, is at most this, on
+Gaussian matrices, on spectra of 1 to 1e-6, of any rank, with a spike, and of norm 1 to 1.02. The
+plain form's own, e, depends on the coefficients (Muon's, quintic, cubic, Polar Express', ten
+steps'), and is larger where singular values vanish: rounding gives a matrix some in every
+direction, and a step multiplies them by `a`.
+
+                float32           float16            bfloat16
+    plain       2e-6 to 4e-5      2e-3 to 3e-2       1e-2 to 0.3
+      vanishing 4e-5 to 1e-2      1e-2 to 0.8        0.15 to 0.8
+    symmetric   2 e + 2**-21      1.25 e + 2**-12    1.25 e + 2**-9
+    gram        32 e + 2**-19     8 e + 2**-7        4 e + 2**-6
+
+On a CPU float16, and bfloat16 where there is no AVX512-BF16, are computed in float32 and rounded
+once. Polar Express' first step diverges from a singular value of 1 and more, in any form. NaN and
+infinity make their own matrix NaN, and zeros stay zeros.
+
+It is one node of an exported program, which needs moonfx imported where it is loaded.
 """
 
 import functools

@@ -55,6 +55,9 @@ def best_form(
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
+    """An H100's where there is no GPU to ask."""
+    if not torch.cuda.is_available():
+        return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 

@@ -5,6 +5,7 @@ rounding, one large value goes through cancelling sums at every step, and values
 axes have no other entries over which their rounding averages out.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -93,9 +94,48 @@ MATRICES: dict[str, Callable[[int, int], Tensor]] = {
 # one singular value, normalization leaves it to chance on which side it is.
 DIVERGENT = {("polar express", "rank 1"), ("polar express", "1 on the diagonal")}
 
+CASES = [
+    (name, kind)
+    for name, kind in itertools.product(COEFFICIENTS, MATRICES)
+    if (name, kind) not in DIVERGENT
+]
 
-def matrix(kind: str, m: int, n: int, dtype: torch.dtype) -> Tensor:
-    """Of Frobenius norm 1 before it is rounded to `dtype`."""
+# Of the plain form, relative to the Frobenius norm of what is expected. The first column is for
+# matrices whose largest values are most of them, the second for those that have none, or hardly
+# any, in some directions: rounding gives them some, and those grow.
+PLAIN = {
+    # coefficients  bfloat16      float32        float16
+    "muon": ((0.03, 0.3), (2e-6, 1e-4), (0.006, 0.05)),
+    "quintic": ((0.03, 0.3), (2e-6, 1e-4), (0.002, 0.05)),
+    "polar express": ((0.3, 0.4), (4e-5, 2e-4), (0.03, 0.1)),
+    "cubic": ((0.1, 0.15), (4e-6, 4e-5), (0.02, 0.01)),
+    "ten steps": ((0.01, 0.8), (2e-6, 1e-2), (0.002, 0.8)),
+}
+# Error allowed beyond the plain form's: times it, and added to it. A symmetric product differs in
+# the order of its sums; runs also round A where the plain form computes it from the rounded X.
+SYMMETRIC = {
+    torch.bfloat16: (1.25, 2**-9),
+    torch.float32: (2.0, 2**-21),
+    torch.float16: (1.25, 2**-12),
+}
+GRAM = {
+    torch.bfloat16: (4.0, 2**-6),
+    torch.float32: (32.0, 2**-19),
+    torch.float16: (8.0, 2**-7),
+}
+
+
+def tolerance(name: str, kind: str, dtype: torch.dtype) -> float:
+    """Of the plain form."""
+    return PLAIN[name][list(GRAM).index(dtype)][kind.startswith(("rank", "spectrum"))]
+
+
+def error(out: Tensor, expected: Tensor) -> float:
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def matrix(kind: str, m: int, n: int, dtype: torch.dtype, norm: float = 1.0) -> Tensor:
+    """Of that Frobenius norm before it is rounded to `dtype`."""
     torch.manual_seed(0)
     X = MATRICES[kind](m, n)
-    return (X / X.norm()).to(dtype)
+    return (X * (norm / X.norm())).to(dtype)

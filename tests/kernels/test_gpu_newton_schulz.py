@@ -12,11 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from moonfx.kernels import gpu_configs
+from moonfx.kernels import gpu_configs, newton_schulz_runs
+from moonfx.kernels import newton_schulz as by_torch
 from moonfx.kernels import reference_newton_schulz as reference
 from moonfx.ops import dispatch, newton_schulz_cost, newton_schulz_waves
 from moonfx.ops.newton_schulz import newton_schulz_form
-from tests.kernels.newton_schulz_cases import COEFFICIENTS, matrix
+from tests.kernels.newton_schulz_cases import (
+    CASES,
+    COEFFICIENTS,
+    GRAM,
+    SYMMETRIC,
+    error,
+    matrix,
+    tolerance,
+)
 from tests.kernels.test_gpu_aot import UNIT
 
 triton = pytest.importorskip("triton")
@@ -115,6 +124,45 @@ def test_runs_of_steps_equal_the_singular_values_map(dtype: torch.dtype, by_colu
     error = (out - expected).norm() / expected.norm()
     assert error <= {torch.float32: 2**-18, torch.float16: 2**-8}[dtype]
     assert out.stride(1 if by_columns else 2) == 1
+
+
+def as_it_says(
+    left: Tensor, right: Tensor, alpha: float = 1.0, *terms: tuple[Tensor, float]
+) -> Tensor:
+    """What `symmetric` computes: float32 sums, rounded once, and the lower half twice."""
+    total = alpha * (left.float() @ right.float().mT)
+    for term, factor in terms:
+        total += factor * term.float()
+    lower = total.to(left.dtype).tril()
+    return lower + lower.tril(-1).mT
+
+
+@pytest.mark.parametrize("dtype", GRAM, ids=str)
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_each_form_is_as_precise_as_it_says(
+    monkeypatch: pytest.MonkeyPatch, name: str, kind: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(gpu_newton_schulz, "symmetric", as_it_says)
+    steps = COEFFICIENTS[name]
+    X = matrix(kind, 48, 128, dtype)[None].to(DEVICE)
+    expected = reference.by_singular_values(X.double(), steps)
+    plain = error(by_torch.one(X[0], steps), expected[0])
+    assert plain <= tolerance(name, kind, dtype)
+    runs = newton_schulz_runs.choose(steps, dtype, 48, 128)
+    for lengths, (factor, more) in (((1,) * len(steps), SYMMETRIC[dtype]), (runs, GRAM[dtype])):
+        out = gpu_newton_schulz.newton_schulz(X, steps, lengths)
+        assert error(out, expected) <= factor * plain + more
+
+
+def test_runs_need_products_that_are_symmetric_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not symmetric grows from step to step, where rows are read for columns."""
+    steps, runs = COEFFICIENTS["quintic"], (2, 3)
+    X = matrix("gaussian", 48, 128, torch.float16)[None].to(DEVICE)
+    expected = reference.by_singular_values(X.double(), steps)
+    monkeypatch.setattr(gpu_newton_schulz, "symmetric", as_it_says)
+    mirrored = error(gpu_newton_schulz.newton_schulz(X, steps, runs), expected)
+    monkeypatch.setattr(Tensor, "tril", lambda x, diagonal=0: x if diagonal == 0 else 0 * x)
+    assert error(gpu_newton_schulz.newton_schulz(X, steps, runs), expected) > 4 * mirrored
 
 
 def test_the_operator_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,22 @@ def test_it_is_one_node_of_a_compiled_graph() -> None:
     assert graphs == [[OPERATOR]]
 
 
+def test_it_is_one_node_of_an_exported_program_for_any_batch() -> None:
+    class Steps(torch.nn.Module):
+        def forward(self, X: Tensor) -> Tensor:
+            out: Tensor = OPERATOR(X, MUON)
+            return out
+
+    batch = torch.export.Dim("batch", min=2)
+    X = gaussian((3, 24, 40), torch.float32)
+    program = torch.export.export(Steps(), (X,), dynamic_shapes=((batch, None, None),))
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert targets == [OPERATOR.default]
+    for size in (2, 5):
+        X = gaussian((size, 24, 40), torch.float32)
+        assert program.module()(X).equal(OPERATOR(X, MUON))
+
+
 @pytest.mark.parametrize("shape", [(8, 12), (3, 12, 8), (2, 8, 8)], ids=str)
 def test_flops_of_the_plain_form_are_those_of_its_products(shape: tuple[int, ...]) -> None:
     X = gaussian(shape, torch.float32)
