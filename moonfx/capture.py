@@ -1172,7 +1172,8 @@ def compiled_frame() -> int | None:
 
 def owner() -> Optimizer | torch.nn.Module | None:
     """The optimizer or module whose method Dynamo compiles, or else the nearest that called it."""
-    return next(filter(None, map(_owner_in, _scopes())), None)
+    found = (_owner_in(scope) for scope in _scopes())
+    return next((each for each in found if each is not None), None)
 
 
 def is_called_by_broken_step() -> bool:

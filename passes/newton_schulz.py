@@ -24,6 +24,7 @@ from moonfx.passes import reorder
 from moonfx.passes.context import Context
 from moonfx.passes.memory import Memory
 from moonfx.passes.newton_schulz_chain import Chain, chains
+from moonfx.passes.newton_schulz_diagonal import Diagonals
 from moonfx.passes.newton_schulz_foreach import Rows
 from moonfx.passes.newton_schulz_step import find_steps
 from moonfx.passes.nodes import insert, short
@@ -39,11 +40,13 @@ def run(graph: fx.Graph, context: Context) -> int:
     context.iterations += [_already(call, context) for call in calls]
     outer = context.call_of(graph) is None
     memory = Memory(graph, outer)
+    if diagonals := Diagonals(graph, memory):
+        memory = Memory(graph, outer)
     if rows := Rows(graph, memory):
         memory = Memory(graph, outer)
     found = chains(find_steps(graph, memory), memory, context)
-    if rows:
-        _join(rows, found)
+    if rows or diagonals:
+        _join(rows, diagonals, found)
         memory = Memory(graph, outer)
     if not found:
         return 0
@@ -66,6 +69,7 @@ def run(graph: fx.Graph, context: Context) -> int:
         context.changed(graph)
     else:
         rows.join(set())
+        diagonals.restore(set())
     first = 1 + max((site.call or 0 for site in context.iterations), default=0)
     for number, (members, form) in enumerate(chosen, first):
         for chain in members:
@@ -73,11 +77,14 @@ def run(graph: fx.Graph, context: Context) -> int:
     return sum(len(members) for members, _ in chosen)
 
 
-def _join(rows: Rows, found: list[Chain]) -> None:
-    """Puts the rows of lists together again that are in no iteration that may be replaced."""
-    rows.join({node for chain in found if chain.reject is None for node in chain.body})
+def _join(rows: Rows, diagonals: Diagonals, found: list[Chain]) -> None:
+    """Writes as it was what was taken apart and is in no iteration that may be replaced."""
+    kept = {node for chain in found if chain.reject is None for node in chain.body}
+    rows.join(kept)
+    diagonals.restore(kept)
     for chain in found:
-        chain.source = chain.source._replace(node=rows.now(chain.source.node))
+        now = diagonals.now(rows.now(chain.source.node))
+        chain.source = chain.source._replace(node=now)
 
 
 def _site(chain: Chain, context: Context) -> NewtonSchulzSite:
