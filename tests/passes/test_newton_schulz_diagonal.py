@@ -62,6 +62,25 @@ def variant(
     return run
 
 
+def test_a_gram_matrix_with_a_shifted_diagonal_is_the_polynomial_that_it_is_of() -> None:
+    """a X + (b S + c S^2) X with S = A + s I."""
+    a, b, c, s = 3.4445, -4.775, 2.0315, 0.125
+
+    def run(G: Tensor) -> Tensor:
+        X = normal(G)
+        S = X @ X.mT
+        S.diagonal().add_(s)
+        X = a * X + (b * S + c * S @ S) @ X
+        return X * 2
+
+    G = matrix(4, 6)
+    rewritten = Rewritten(run, G)
+    (row,) = rewritten.rows
+    expected = (a + b * s + c * s * s, b + 2 * c * s, c)
+    assert (row.action, row.coefficients[0]) == ("rewritten", pytest.approx(expected))
+    torch.testing.assert_close(rewritten(G), run(G), atol=1e-5, rtol=0)
+
+
 LOOKALIKES: list[tuple[str, Form]] = [
     ("above the diagonal", variant(lambda Y: Y.diagonal(1))),
     ("a row", variant(lambda Y: Y[0])),

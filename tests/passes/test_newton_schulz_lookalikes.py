@@ -202,7 +202,7 @@ def written_through_a_view(G: Tensor) -> Tensor:
 def a_is_written_through_a_view(G: Tensor) -> Tensor:
     X = normalized(G)
     A = X @ X.mT
-    A.diagonal().add_(1e-3)
+    A.diagonal(1).add_(1e-3)
     return a * X + (b * A + c * A @ A) @ X
 
 
