@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Hashable
-from typing import Any
 
 from moonfx.ops import newton_schulz as operator
+from moonfx.passes import newton_schulz_products
 from moonfx.passes.newton_schulz_chain import Chain
-from moonfx.passes.newton_schulz_products import ADDING, PRODUCTS
 
 # Of the matrices that one call is given. What is alive for it is three times as much at most: they,
 # what it makes, and what it needs on the way.
@@ -78,10 +77,4 @@ def is_as_written(form: str, members: list[Chain]) -> bool:
 
 def flops(chain: Chain) -> int:
     """Of the products that were written."""
-    total = 0
-    for node in chain.body:
-        read: Any = node.args
-        if node.target in PRODUCTS:
-            left = read[1] if node.target in ADDING else read[0]
-            total += 2 * node.meta["val"].numel() * left.meta["val"].shape[-1]
-    return total
+    return sum(map(newton_schulz_products.flops, chain.body))

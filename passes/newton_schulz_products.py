@@ -4,6 +4,7 @@ Einsum's equations are read as chains: in "ij,kj,kl->il" the operands lead from 
 and k, the second of them backwards, and so it is P Q^T R.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -117,6 +118,34 @@ def path(equation: str) -> list[tuple[int, bool]] | None:
     return found if at == out[-1] else None
 
 
+def flops(node: fx.Node) -> int:
+    """Of the products that a node makes, from left to right where they are several."""
+    given = _factors(node)
+    rows = given[0][0] if given else 0
+    return sum(2 * math.prod(shape(node)[:-2]) * rows * k * n for k, n in given[1:])
+
+
+def _factors(node: fx.Node) -> list[tuple[int, int]]:
+    """Rows and columns of the matrices that a node multiplies, in their order."""
+    operands: Any = node.args
+    if node.target in ADDING:
+        operands = operands[1:]
+    elif node.target in _POWERS:
+        return [tuple(shape(operands[0])[-2:])] * 2
+    elif node.target in _OF_LISTS:
+        return [tuple(shape(each)[-2:]) for each in operands[0]]
+    elif node.target in _EINSUMS:
+        order = path(operands[0]) or []
+        sizes = [(shape(operands[1][i])[-2:], backwards) for i, backwards in order]
+        return [(n, m) if backwards else (m, n) for (m, n), backwards in sizes]
+    elif node.target not in PRODUCTS and node.target not in _TENSORDOTS:
+        return []
+    left, right = (tuple(shape(each)[-2:]) for each in operands[:2])
+    if node.target in _TENSORDOTS:
+        left = left if operands[2][0] % 2 else left[::-1]
+    return [left, right if right[0] == left[1] and right[1] == shape(node)[-1] else right[::-1]]
+
+
 ADDING = overloads("addmm.default baddbmm.default", _addmm)
 PRODUCTS = {
     **ADDING,
@@ -124,10 +153,8 @@ PRODUCTS = {
     **overloads("linear.default", _linear),
     **overloads("inner.default", _inner),
 }
-TABLE: dict[Any, Run] = {
-    **PRODUCTS,
-    **overloads("tensordot.default", _tensordot),
-    **overloads("matrix_power.default linalg_matrix_power.default", _power),
-    **overloads("linalg_multi_dot.default chain_matmul.default", _multi_dot),
-    **overloads("einsum.default", _einsum),
-}
+_TENSORDOTS = overloads("tensordot.default", _tensordot)
+_POWERS = overloads("matrix_power.default linalg_matrix_power.default", _power)
+_OF_LISTS = overloads("linalg_multi_dot.default chain_matmul.default", _multi_dot)
+_EINSUMS = overloads("einsum.default", _einsum)
+TABLE: dict[Any, Run] = {**PRODUCTS, **_TENSORDOTS, **_POWERS, **_OF_LISTS, **_EINSUMS}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.passes.newton_schulz_cases import Rewritten, always, matrix
 from tests.passes.newton_schulz_forms import CHANGING, FORMS, QUINTIC, Form, normalized
@@ -62,6 +63,10 @@ def test_every_way_to_write_a_step_is_read(
     (row,) = rewritten.rows
     assert (row.count, row.calls, row.steps, row.action) == (1, 1, 3, "rewritten")
     torch.testing.assert_close(torch.tensor(row.coefficients), torch.tensor(CHANGING))
+    with FlopCounterMode(display=False) as counted:
+        form(G.clone())
+    if name != "zeros":  # addmm_, which torch does not count
+        assert row.flops_before == counted.get_total_flops()
     assert not PRODUCTS.intersection(rewritten.targets)
     torch.testing.assert_close(rewritten(G), expected, atol=2e-5, rtol=0)  # see above
 
