@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import moonfx
 from tests.passes.newton_schulz_cases import Rewritten, always, matrix
 from tests.passes.newton_schulz_forms import CHANGING, QUINTIC, normalized
+from tests.test_optimizer_steps import steps
 
 Body = Callable[..., list[Tensor]]
 GIVEN = [matrix(4, 6, seed=1), matrix(4, 6, seed=2), matrix(6, 4, seed=3)]
@@ -269,5 +271,42 @@ def test_writes_to_lists_of_inputs_are_declined_and_kept() -> None:
     eager, ours = ([g.clone() for g in given] for _ in range(2))
     into_the_inputs(*eager)
     rewritten(*ours)
+    for a, b in zip(eager, ours, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)  # see test_newton_schulz
+
+
+class OnLists(torch.optim.Optimizer):
+    """Muon with all its sums on lists, of matrices of any sizes."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        weights = self.param_groups[0]["params"]
+        gradients = [p.grad for p in weights]
+        for p in weights:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum"] for p in weights]
+        torch._foreach_lerp_(momenta, gradients, 0.1)
+        Xs = torch._foreach_lerp(gradients, momenta, 0.9)
+        torch._foreach_div_(Xs, torch._foreach_norm(Xs))
+        a, b, c = QUINTIC
+        for _ in range(3):
+            As = grams(Xs)
+            Bs = products(As, As)
+            torch._foreach_mul_(Bs, c)
+            torch._foreach_add_(Bs, As, alpha=b)
+            Ys = products(Bs, Xs)
+            torch._foreach_mul_(Xs, a)
+            torch._foreach_add_(Xs, Ys)
+        torch._foreach_mul_(weights, 0.99)
+        torch._foreach_add_(weights, Xs, alpha=-0.1)
+
+
+def test_a_compiled_step_on_lists_is_rewritten_and_computes_the_same() -> None:
+    torch._dynamo.reset()
+    eager, ours, optimizer = steps(lambda made: OnLists(made, {}), torch.float32, count=2)
+    rows = moonfx.report(optimizer).iterations
+    found = [(r.shape, r.count, r.calls, r.steps) for r in rows]
+    assert sorted(found) == [((4, 6), 2, 1, 3), ((5, 5), 1, 1, 3), ((6, 4), 1, 1, 3)]
     for a, b in zip(eager, ours, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0)  # see test_newton_schulz
