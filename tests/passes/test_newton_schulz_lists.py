@@ -210,6 +210,33 @@ def rows_that_read_one_another(*Gs: Tensor) -> list[Tensor]:
     return [a * X + B @ X, C * 1]
 
 
+def rows_swapped(*Gs: Tensor) -> list[Tensor]:
+    """Each X is given the other's B X."""
+    Xs, (a, b, c) = [normalized(G) for G in Gs], QUINTIC
+    As = grams(Xs)
+    Bs = torch._foreach_add(torch._foreach_mul(As, b), products(As, As), alpha=c)
+    return list(torch._foreach_add(torch._foreach_mul(Xs, a), products(list(Bs), Xs)[::-1]))
+
+
+def rows_of_a_written(*Gs: Tensor) -> list[Tensor]:
+    Xs = [normalized(G) for G in Gs]
+    return one(Xs, lambda As: torch._foreach_mul_([A[:2] for A in As], 2.0))
+
+
+def transposes_of_a_written(*Gs: Tensor) -> list[Tensor]:
+    """A^T is A, but that it is the same memory is not followed."""
+    Xs = [normalized(G) for G in Gs]
+    return one(Xs, lambda As: torch._foreach_mul_([A.mT for A in As], 2.0))
+
+
+def weights_in_tensors(*Gs: Tensor) -> list[Tensor]:
+    Xs, (a, b, c) = [normalized(G) for G in Gs], QUINTIC
+    As = grams(Xs)
+    weight = torch.full((), c / (b + c))
+    Bs = torch._foreach_lerp(As, products(As, As), [weight] * len(Xs))
+    return list(torch._foreach_add(torch._foreach_mul(Xs, a), products(list(Bs), Xs)))
+
+
 def into_the_inputs(*Gs: Tensor) -> list[Tensor]:
     a, b, c = QUINTIC
     As = grams(list(Gs))
@@ -235,6 +262,10 @@ LOOKALIKES: list[tuple[str, Body, list[str]]] = [
     ("clamped", a_clamped, ["_foreach_clamp_min_ inside the step"]),
     ("A seen", a_seen, ["A = X X^T of step 1 is also read by _foreach_norm"]),
     ("one tensor twice", one_tensor_twice, ["_foreach_mul_ inside the step"]),
+    ("rows swapped", rows_swapped, [ELSE]),
+    ("rows of A", rows_of_a_written, ["a matrix is broadcast or reshaped inside the step"]),
+    ("A^T", transposes_of_a_written, [ELSE]),
+    ("weights in tensors", weights_in_tensors, ["lerp inside the step"]),
     ("rows that read one another", rows_that_read_one_another, ["_foreach_add_ inside the step"]),
 ]
 
