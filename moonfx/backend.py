@@ -56,7 +56,7 @@ ON_MISS = ("warn", "raise", "ignore")
 
 
 class NothingRewritten(RuntimeError):
-    """No attention became sparse, no iteration faster, although on_miss="raise"."""
+    """No attention became sparse, no iteration is proved, although on_miss="raise"."""
 
 
 @dataclass
@@ -421,7 +421,8 @@ def compile(
         mode: a mode of Inductor, as torch.compile takes it.
         options: block, topk, sinks, causal_only, recompute_routing, on_miss and compiler as for
             moonfx.sparsify; "inductor": a dict of Inductor options. on_miss counts for a graph that
-            holds attention, or that is not a piece left by a graph break.
+            holds attention, or that is not a piece left by a graph break; of an optimizer's step,
+            for one of which no iteration is faster or left by the cost model (`steps`).
     """
     known = check_options(options)
     config = {**mode_options(mode), **(known["inductor"] or {})}

@@ -31,6 +31,7 @@ def fresh() -> Iterator[None]:
 
 def three_steps(make: Make, module: Any, compile_it: bool) -> tuple[list[Tensor], Any]:
     """What each parameter moved by, and the optimizer."""
+    torch.manual_seed(0)  # HeavyBall rounds at random
     generator = torch.Generator().manual_seed(0)
     made = [nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES]
     first = [p.detach().clone() for p in made]
@@ -66,6 +67,7 @@ NEEDS = {
     "muon": "muon-optimizer",
     "pytorch_optimizer": "pytorch-optimizer",
     "gram_newton_schulz": "gram-newton-schulz",
+    "heavyball": "heavyball",
     "optimuon": "optimuon",
     "timm.optim.muon": "timm and torchvision",
 }
@@ -102,6 +104,13 @@ PACKAGES: list[Any] = [
         gram,
         [((1, 8, 8), 1, 1, DONE)],
         id="gram-newton-schulz",
+        marks=pytest.mark.sweep,
+    ),
+    pytest.param(
+        "heavyball",
+        lambda module, made: module.Muon(made),
+        [((8, 12), 3, 1, DONE), ((8, 8), 1, 1, DONE)],
+        id="heavyball",
         marks=pytest.mark.sweep,
     ),
     pytest.param(
