@@ -72,7 +72,7 @@ def worth_a_call(
     runs = runs_of(form, steps, dtype, m, n)
     whole = (-(-m // LANES) * LANES, -(-n // LANES) * LANES)
     threads, product = torch.get_num_threads(), PRODUCT
-    if dtype == torch.bfloat16 and m * m * n > 16**3:
+    if dtype == torch.bfloat16 and m * m * n > 16**3 and multiplied_as_it_is(dtype):
         product = ONEDNN
     rate = RATE[dtype] * threads / batch
     written = len(steps) * 3 * calls * product + plain_flops(m, n, len(steps)) / rate
@@ -82,6 +82,11 @@ def worth_a_call(
     if kernel <= written:
         return None
     return f"a call costs more than it saves: about {kernel:.0f} us, for {written:.0f} us"
+
+
+def multiplied_as_it_is(dtype: torch.dtype) -> bool:
+    """By the CPU kernel; elsewhere torch may have no oneDNN for it either."""
+    return cpu.compute_dtype(cpu.load(), dtype) == dtype
 
 
 def on_gpu(

@@ -272,6 +272,7 @@ def test_what_a_call_would_make_slower_is_left(
     form: str,
 ) -> None:
     monkeypatch.setattr(newton_schulz_cost, "has_matrix_units", lambda: False)
+    monkeypatch.setattr(newton_schulz_cost, "multiplied_as_it_is", lambda dtype: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     found, why = newton_schulz_form(CPU, dtype, batch, m, n, steps, None, calls)
     assert found == form
