@@ -174,8 +174,7 @@ class Context:
         stack = [node]
         while stack:
             current = stack.pop()
-            kind = getattr(current.meta.get("val"), "dtype", None)
-            if current not in found and kind is not None and kind.is_floating_point:
+            if current not in found and _has_floats(current.meta.get("val")):
                 found.add(current)
                 stack += current.all_input_nodes
         return found
@@ -211,3 +210,10 @@ class Context:
     def decline(self, site: AttentionSite, reject: Reject) -> None:
         site.reject, site.action = reject, "declined"
         log.info("%s (%s): declined: %s", site.layer, site.line, reject)
+
+
+def _has_floats(value: object) -> bool:
+    """Whether a value is a floating point tensor, or several results of which one is."""
+    if isinstance(value, list | tuple):
+        return any(map(_has_floats, value))
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point

@@ -304,8 +304,16 @@ def test_a_lookalike_stays_as_it_was_written(
     assert all(reason in found for found in rewritten.reasons if reason is not None)
 
 
-def test_what_gradients_may_flow_through_is_declined() -> None:
-    rewritten = Rewritten(lambda G: step(normalized(G)), G, gradients=True)
+SOURCES: list[tuple[str, Body]] = [
+    ("a tensor", normalized),
+    ("a part of one", lambda G: normalized(G).split(2)[0]),
+    ("a row of a list", lambda G: torch._foreach_div([normalized(G), normalized(G)], 2.0)[1]),
+]
+
+
+@pytest.mark.parametrize(("name", "source"), SOURCES, ids=[s[0] for s in SOURCES])
+def test_what_gradients_may_flow_through_is_declined(name: str, source: Body) -> None:
+    rewritten = Rewritten(lambda G: step(source(G)), G, gradients=True)
     assert rewritten.reasons == ["gradients flow through it, and the operator has none"]
 
 
