@@ -184,11 +184,10 @@ def _call(members: list[Chain], form: str, before: fx.Node) -> list[fx.Node]:
     m, n = plan.common_sides(members)
     batches = [tuple(chain.value.shape[:-2]) for chain in members]
     single = not any(batches)
+    turned = [plan.turns(chain) ^ (plan.sides(chain) != (m, n)) for chain in members]
     operands = []
-    for chain, batch in zip(members, batches, strict=True):
-        x = chain.source.node
-        if chain.turned ^ chain.column ^ (plan.sides(chain) != (m, n)):
-            x = write(aten.mT.default, x)
+    for chain, batch, turn in zip(members, batches, turned, strict=True):
+        x = write(aten.mT.default, chain.source.node) if turn else chain.source.node
         if not single and len(batch) != 1:
             x = write(aten.reshape.default, x, [-1, m, n])
         operands.append(x)
@@ -202,10 +201,10 @@ def _call(members: list[Chain], form: str, before: fx.Node) -> list[fx.Node]:
         split = () if single else (counts,)
         parts = write(aten.unbind.int if single else aten.split_with_sizes.default, out, *split)
         results = [write(operator.getitem, parts, i) for i in range(len(members))]
-    for i, (chain, batch) in enumerate(zip(members, batches, strict=True)):
+    for i, (chain, batch, turn) in enumerate(zip(members, batches, turned, strict=True)):
         if not single and len(batch) != 1:
             results[i] = write(aten.reshape.default, results[i], [*batch, m, n])
-        if plan.sides(chain) != (m, n):
+        if chain.turned ^ turn ^ chain.column:  # X_k would lie otherwise than it did
             results[i] = write(aten.contiguous.default, write(aten.mT.default, results[i]))
         if chain.column:
             results[i] = write(aten.mT.default, results[i])

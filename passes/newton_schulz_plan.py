@@ -3,6 +3,8 @@
 import math
 from collections.abc import Hashable
 
+import torch
+
 from moonfx.ops import newton_schulz as operator
 from moonfx.passes import newton_schulz_products
 from moonfx.passes.newton_schulz_chain import Chain
@@ -10,10 +12,13 @@ from moonfx.passes.newton_schulz_chain import Chain
 # Of the matrices that one call is given. What is alive for it is three times as much at most: they,
 # what it makes, and what it needs on the way.
 CALL_BYTES = 256 << 20
-# Where matrices that lie by rows and by columns have calls of their own. To turn them costs a copy
-# in and one out: on a CPU under Inductor four and four of 256 x 1024 took 1.13x as long in one call
-# as in two, of 576 x 1536 1.03x (bfloat16, one thread). A GPU is filled by one call, not by two.
+# Where matrices that lie by rows and by columns have calls of their own, and above which size
+# everywhere. To turn them costs a copy in and one out: on a CPU under Inductor four and four of
+# 256 x 1024 took 1.13x as long in one call as in two, of 576 x 1536 1.03x (bfloat16, one thread).
+# And Inductor takes what is turned on its way into a stack to need no memory: it makes all such
+# stacks at once, and none is freed before its call. A GPU is filled by one call of small matrices.
 LAYOUTS_APART = {"cpu"}
+TURNED_BYTES = 2 << 20
 
 
 def key(chain: Chain, depth: int, alone: bool) -> Hashable:
@@ -27,15 +32,30 @@ def key(chain: Chain, depth: int, alone: bool) -> Hashable:
     numbers = tuple(chain.coefficients)
     mine = chain.output if alone else None
     lies = sides(chain)
-    if value.device.type not in LAYOUTS_APART:
+    if not _apart(value):
         lies = min(lies), max(lies)
     return value.device, value.dtype, lies, numbers, depth, mine
 
 
+def turns(chain: Chain) -> bool:
+    """Whether the operator is given the transpose of X_0.
+
+    Where layouts are apart, X_0 is read as it lies. Elsewhere X_k is written as it lay.
+    """
+    x = chain.source.node.meta["val"]
+    if _apart(x):
+        return not x.is_contiguous() and x.mT.is_contiguous()
+    return chain.turned ^ chain.column
+
+
+def _apart(x: torch.Tensor) -> bool:
+    return x.device.type in LAYOUTS_APART or x.numel() * x.element_size() > TURNED_BYTES
+
+
 def sides(chain: Chain) -> tuple[int, int]:
-    """How many rows X_k has in memory, and how long each is."""
-    m, n = chain.value.shape[-2:]
-    return (n, m) if chain.column else (m, n)
+    """Of what the operator is given."""
+    m, n = chain.source.node.meta["val"].shape[-2:]
+    return (n, m) if turns(chain) else (m, n)
 
 
 def common_sides(members: list[Chain]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moonfx.passes import newton_schulz_plan as plan
 from tests.passes.newton_schulz_cases import Rewritten, always, matrix
-from tests.passes.newton_schulz_forms import CHANGING, QUINTIC, gram_free, jordan, normalized
+from tests.passes.newton_schulz_forms import CHANGING, QUINTIC, gram_free, jordan, normalized, wide
 from tests.passes.newton_schulz_programs import (
     Program,
     assert_computes_the_same,
@@ -178,6 +178,18 @@ def turned_on_entry(*given: Tensor) -> list[Tensor]:
     return [jordan(g) * 2 for g in given]
 
 
+def as_torch_does(*given: Tensor) -> list[Tensor]:
+    """X_0 lies by columns where it is turned on entry, and X_k by rows."""
+    out = []
+    for g in given:
+        X = normalized(g if wide(g) else g.mT)
+        for a, b, c in CHANGING:
+            A = X @ X.mT
+            X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        out.append(X * 2)
+    return out
+
+
 # name, program, shapes; of each call what it is given, where layouts share calls and where not
 SIZES: list[tuple[str, Program, list[Shape], list[Shape], list[Shape]]] = [
     ("tall and wide", turned_on_entry, [(4, 6), (6, 4)], [(2, 4, 6)], [(4, 6), (6, 4)]),
@@ -189,11 +201,12 @@ SIZES: list[tuple[str, Program, list[Shape], list[Shape], list[Shape]]] = [
     ("batches of two sizes", kept_by_rows, [(3, 6, 4), (2, 6, 4)], *[[(5, 6, 4)]] * 2),
     ("a batch and a matrix", kept_by_rows, [(3, 6, 4), (6, 4)], *[[(4, 6, 4)]] * 2),
     ("batches of batches", kept_by_rows, [(2, 3, 6, 4), (6, 4)], *[[(7, 6, 4)]] * 2),
+    ("turned, and left so", as_torch_does, [(4, 6), (6, 4)], [(2, 4, 6)], [(4, 6), (6, 4)]),
     ("a tall batch", turned_on_entry, [(3, 6, 4), (4, 6)], [(4, 4, 6)], [(3, 6, 4), (4, 6)]),
 ]
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["one layout", "as they lie"])
+@pytest.mark.parametrize("kind", ["small on a GPU", "large on a GPU", "on a CPU"])
 @pytest.mark.parametrize(
     ("name", "program", "shapes", "one", "two"), SIZES, ids=[r[0] for r in SIZES]
 )
@@ -203,14 +216,17 @@ def test_matrices_of_equal_sides_share_a_call(
     shapes: list[Shape],
     one: list[Shape],
     two: list[Shape],
-    apart: bool,
+    kind: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plan, "LAYOUTS_APART", {"cpu"} if apart else set())
+    if kind != "on a CPU":
+        monkeypatch.setattr(plan, "LAYOUTS_APART", set())
+    if kind == "large on a GPU":
+        monkeypatch.setattr(plan, "TURNED_BYTES", 0)
     given = [matrix(*shape, seed=i) for i, shape in enumerate(shapes)]
     rewritten = Rewritten(program, *given)
     sizes = [tuple(n.args[0].meta["val"].shape) for n in rewritten.calls]  # type: ignore[union-attr]
-    assert sorted(sizes) == sorted(two if apart else one)
+    assert sorted(sizes) == sorted(one if kind == "small on a GPU" else two)
     # Twice that of test_newton_schulz in bfloat16, as the results are.
     assert_computes_the_same(program, rewritten, given, tolerance=0.12)
 
