@@ -14,6 +14,7 @@ from moonfx.passes import (
     newton_schulz,
     remove_dead,
     sparsify_attention,
+    symbolic_alpha,
     verify,
 )
 from moonfx.passes.context import Context
@@ -52,10 +53,13 @@ PASSES: Passes = (
     ("classify_mask", classify_mask.run),
     ("sparsify_attention", sparsify_attention.run),
     ("newton_schulz", _apart("newton_schulz", newton_schulz.run)),
+    ("symbolic_alpha", _apart("symbolic_alpha", symbolic_alpha.run)),
     ("remove_dead", remove_dead.run),
 )
 # What is left to do where a pass for attentions fails.
-WITHOUT_ATTENTION = tuple(p for p in PASSES if p[0] in ("newton_schulz", "remove_dead"))
+WITHOUT_ATTENTION = tuple(
+    p for p in PASSES if p[0] in ("newton_schulz", "symbolic_alpha", "remove_dead")
+)
 
 
 def run_passes(context: Context, passes: Passes = PASSES, *, check: bool | None = None) -> int:

@@ -160,6 +160,27 @@ def test_a_scheduler_over_six_steps_costs_few_graphs(
     assert f"2 Newton-Schulz iterations in 1 graph(s){times}: 2 rewritten" in str(report)
 
 
+def test_a_float_lr_that_changes_costs_no_graph_each_where_autograd_traces_too(
+    monkeypatch: pytest.MonkeyPatch, graphs: list[None]
+) -> None:
+    """AOTAutograd, and so Inductor, makes a constant of a symbol in alpha, and a guard on it."""
+    always(monkeypatch)
+    results = []
+    for compile_it in (False, True):
+        (p,) = parameters(((4, 6),))
+        optimizer = OnlyMuon([p], 0.02, True)
+        options = {"compiler": "aot_eager"}
+        step: Any = optimizer.step
+        step = torch.compile(step, backend="moonfx", options=options) if compile_it else step
+        for _ in range(4):
+            p.grad = torch.ones_like(p)
+            step()
+            optimizer.param_groups[0]["lr"] *= 0.5
+        results.append(p.detach())
+    assert len(graphs) == 2
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("make", [written.ByData, written.Own], ids=["by data", "own"])
 def test_a_step_with_a_closure_computes_the_same(
     monkeypatch: pytest.MonkeyPatch, make: Make
