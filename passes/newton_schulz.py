@@ -125,20 +125,33 @@ def _buckets(
     before, order = reorder.predecessors(graph, memory), reorder.movable(graph)
     groups = {node: i for i, chain in enumerate(legal) for node in chain.body}
     depths = reorder.depths(order, before, groups)
+    while len(depths) < len(set(groups.values())):
+        for i, reject in _blocked(legal, set(groups.values()) - depths.keys(), order, before):
+            sites[id(legal[i])].reject = legal[i].reject = reject
+            groups = {node: j for node, j in groups.items() if j != i}
+        depths = reorder.depths(order, before, groups)
     found: dict[Hashable, list[Chain]] = {}
     for i, chain in enumerate(legal):
-        if i not in depths:
-            sites[id(chain)].reject = chain.reject = _apart(chain, order, before)
-            continue
-        key = plan.key(chain, depths[i], memory.is_returned(chain.output))
-        found.setdefault(key, []).append(chain)
+        if i in depths:
+            key = plan.key(chain, depths[i], memory.is_returned(chain.output))
+            found.setdefault(key, []).append(chain)
     return list(itertools.chain.from_iterable(map(plan.calls, found.values())))
 
 
-def _apart(chain: Chain, order: list[fx.Node], before: reorder.Edges) -> Reject:
-    """Why the steps of an iteration cannot stand side by side."""
-    node = reorder.between(order, before, chain.body) or chain.output
-    return Reject(f"{short(node)} keeps its place between its steps", node)
+def _blocked(
+    legal: list[Chain], late: set[int], order: list[fx.Node], before: reorder.Edges
+) -> list[tuple[int, Reject]]:
+    """Which iterations' steps cannot stand side by side, and why; of all that cannot be ordered.
+
+    The others wait for these. Or else each can, and not with the next: the first is one too many.
+    """
+    nodes = {i: reorder.between(order, before, legal[i].body) for i in sorted(late)}
+    found = [(i, node) for i, node in nodes.items() if node is not None]
+    if found:
+        return [(i, Reject(f"{short(n)} keeps its place between its steps", n)) for i, n in found]
+    first = min(late)
+    why = "other iterations keep their place between its steps"
+    return [(first, Reject(why, legal[first].output))]
 
 
 def _bring_together(
@@ -161,6 +174,7 @@ def _replace(chosen: list[tuple[list[Chain], str]], graph: fx.Graph) -> None:
         for members, form in chosen:
             last = max((n for chain in members for n in chain.body), key=order.__getitem__)
             written.append(_call(members, form, last))
+        _check_alone([chain for members, _ in chosen for chain in members])
     except Exception:
         for node in reversed(list(graph.nodes)):
             if node not in order:
@@ -173,6 +187,16 @@ def _replace(chosen: list[tuple[list[Chain], str]], graph: fx.Graph) -> None:
             gone += chain.body
     for node in sorted(gone, key=order.__getitem__, reverse=True):
         graph.erase_node(node)
+
+
+def _check_alone(replaced: list[Chain]) -> None:
+    """Checks that nobody would miss the nodes of iterations but for their results."""
+    gone = {node for chain in replaced for node in chain.body}
+    if len(gone) != sum(len(chain.body) for chain in replaced):
+        raise RuntimeError("two iterations share nodes")
+    for node in gone - {chain.output for chain in replaced}:
+        if not gone.issuperset(node.users):
+            raise RuntimeError(f"{node} is read by others than its iteration")
 
 
 def _call(members: list[Chain], form: str, before: fx.Node) -> list[fx.Node]:
@@ -208,4 +232,6 @@ def _call(members: list[Chain], form: str, before: fx.Node) -> list[fx.Node]:
             results[i] = write(aten.contiguous.default, write(aten.mT.default, results[i]))
         if chain.column:
             results[i] = write(aten.mT.default, results[i])
+        if chain.own and results[i].meta["val"]._is_view():
+            results[i] = write(aten.clone.default, results[i])
     return results

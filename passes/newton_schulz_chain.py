@@ -4,7 +4,9 @@ An iteration may be replaced if nothing but X_k is read by anyone else, nothing 
 that anyone else sees, no gradient flows through it, and X is a plain tensor of known size.
 """
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -38,6 +40,7 @@ class Chain:
         body: the nodes that the operator replaces, X_k's among them.
         reject: why it cannot be replaced, None if it can.
         column: X_k lies in memory column by column.
+        own: X_k may not be a view of what others lie in, too.
     """
 
     source: Value
@@ -47,6 +50,7 @@ class Chain:
     body: set[fx.Node] = field(default_factory=set)
     reject: Reject | None = None
     column: bool = False
+    own: bool = False
 
     @property
     def value(self) -> torch.Tensor:
@@ -57,51 +61,103 @@ class Chain:
 def chains(steps: dict[Value, Step], memory: Memory, context: Context) -> list[Chain]:
     """The longest iterations that the steps make, each with the reason why it is not replaced."""
     later = {value for step in steps.values() for value in step.results}
-    found = []
+    found: list[Chain] = []
     for source in steps:
         if source not in later:
-            chain = _proved(source, steps, memory, context, True)
-            if chain.reject is not None:
-                second = _proved(source, steps, memory, context, False)
-                chain = second if second.reject is None else chain
-            found.append(chain)
-    return found
+            found += _proved(source, steps, memory, context)
+    return _distinct(found)
+
+
+def _distinct(found: list[Chain]) -> list[Chain]:
+    """One of each: X_0 and a copy of it may both be where one iteration is found to begin."""
+    owner: dict[fx.Node, Chain] = {}
+    kept = []
+    for chain in sorted(found, key=lambda each: (each.reject is not None, -len(each.body))):
+        others = [owner[node] for node in (*chain.body, chain.output) if node in owner]
+        if any(o.reject is None or o.output is chain.output for o in others):
+            continue
+        owner |= dict.fromkeys((*chain.body, chain.output), chain)
+        kept.append(chain)
+    return [chain for chain in found if any(chain is each for each in kept)]
 
 
 def _proved(
-    source: Value, steps: dict[Value, Step], memory: Memory, context: Context, copied: bool
-) -> Chain:
-    """An iteration, and whether it may be replaced.
+    source: Value, steps: dict[Value, Step], memory: Memory, context: Context
+) -> Iterator[Chain]:
+    """The iterations that begin with X_0, and whether they may be replaced.
 
-    Args:
-        copied: X_k is what the last step is copied to; or else that copy is another's.
+    X_k is what the last step is copied to; or else that copy is another's.
     """
-    chain = _follow(source, steps, memory, copied)
-    chain.reject = chain.reject or _reject(chain, memory, context)
-    return chain
+    pairs = (_follow(source, steps, memory, copied) for copied in (True, False))
+    for chain, second in zip(*pairs, strict=True):
+        for each in (chain, second):
+            each.reject = each.reject or _reject(each, memory, context)
+        yield second if second.reject is None and chain.reject is not None else chain
 
 
-def _follow(source: Value, steps: dict[Value, Step], memory: Memory, copied: bool) -> Chain:
-    chain = Chain(source, source.node)
-    words: dict[fx.Node, tuple[int, set[str]]] = {}
-    step: Step | None = steps[source]
-    while step is not None:
-        if step.reject is not None:
+@dataclass
+class _Way:
+    """A chain as far as it was followed, and each of its nodes: the step's number, its words."""
+
+    chain: Chain
+    words: dict[fx.Node, tuple[int, set[str]]] = field(default_factory=dict)
+
+
+def _follow(
+    source: Value, steps: dict[Value, Step], memory: Memory, copied: bool
+) -> Iterator[Chain]:
+    """The chains from one X_0: as many as there are iterations that read it."""
+    stack = [(source, _Way(Chain(source, source.node)))]
+    while stack:
+        value, way = stack.pop()
+        step = steps.get(value)
+        if step is not None and step.reject is None:
+            ways = [_on(way, value, r, steps, memory, copied) for r in _branches(step, memory)]
+            stack += reversed(ways)
+            continue
+        chain = way.chain
+        if step is not None:
             chain.reject = step.reject
-            return chain
-        result = next((v for v in step.results if v in steps), None)
-        result = result or _last(source, step, copied)
-        numbers, turn = step.results[result]
-        chain.coefficients.append(numbers)
-        chain.turned ^= turn
-        chain.output = result.node
-        for node in step.body(result, memory):
-            words[node] = len(chain.coefficients), set(step.terms[memory.result(node)])
-        step = steps.get(result)
-    chain.source = _of_rank(chain.value.dim(), steps[source], memory)
-    chain.body = set(words)
-    chain.reject = _escapes(chain, words, memory)
-    return chain
+        else:
+            chain.source = _of_rank(chain.value.dim(), steps[source], memory)
+            chain.body = set(way.words)
+            chain.reject = _escapes(chain, way.words, memory)
+        yield chain
+
+
+def _branches(step: Step, memory: Memory) -> list[dict[Value, tuple[Coefficients, bool]]]:
+    """The results of a step, those apart that are made each from X anew."""
+    found: dict[fx.Node, dict[Value, tuple[Coefficients, bool]]] = {}
+    for result, numbers in step.results.items():
+        body = step.body(result, memory) if len(step.results) > 1 else set()
+        first = next((node for node in found if node in body), result.node)
+        found.setdefault(first, {})[result] = numbers
+    return list(found.values())
+
+
+def _on(
+    way: _Way,
+    source: Value,
+    results: dict[Value, tuple[Coefficients, bool]],
+    steps: dict[Value, Step],
+    memory: Memory,
+    copied: bool,
+) -> tuple[Value, _Way]:
+    """A way, and one step more."""
+    step = replace(steps[source], results=results)
+    result = next((v for v in results if v in steps), None)
+    result = result or _last(source, step, copied)
+    numbers, turn = results[result]
+    chain = replace(
+        way.chain,
+        output=result.node,
+        turned=way.chain.turned ^ turn,
+        coefficients=[*way.chain.coefficients, numbers],
+    )
+    words = dict(way.words)
+    for node in step.body(result, memory):
+        words[node] = len(chain.coefficients), set(step.terms[memory.result(node)])
+    return result, _Way(chain, words)
 
 
 def _last(source: Value, step: Step, copied: bool) -> Value:
@@ -176,6 +232,8 @@ def _reject(chain: Chain, memory: Memory, context: Context) -> Reject | None:
         return Reject(f"the operator has no {x.dtype}", node)
     if not x.numel():
         return Reject("a matrix without entries", node)
+    if not all(map(math.isfinite, (x for numbers in chain.coefficients for x in numbers))):
+        return Reject("a coefficient is infinite or not a number", node)
     if context.needs_gradient(node):
         return Reject("gradients flow through it, and the operator has none", node)
     chain.column = not value.is_contiguous()
@@ -184,7 +242,21 @@ def _reject(chain: Chain, memory: Memory, context: Context) -> Reject | None:
     by_strides = (n for m in memory.members[memory.of(node)] for n in m.users if _strides(n))
     if (reader := next(by_strides, None)) is not None:
         return Reject(f"{short(reader)} reads memory that X lies in by its strides", reader)
+    chain.own = _shows_a_view(chain, memory, context)
     return _writes_for_others(chain, memory)
+
+
+def _shows_a_view(chain: Chain, memory: Memory, context: Context) -> bool:
+    """Whether it is seen that X_k is a view: autograd lets none be written to or detached in place
+    that was made without it, or with others."""
+    if memory.is_returned(chain.output):
+        return True
+    for name in memory.members[memory.of(chain.output)]:
+        for user in name.users.keys() - chain.body:
+            written = name in memory.writes(user) and context.mode(user).gradients
+            if written or memory.is_shared(name) or user.target is aten.detach_.default:
+                return True
+    return False
 
 
 def _strides(node: fx.Node) -> bool:

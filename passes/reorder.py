@@ -91,13 +91,14 @@ def between(order: Sequence[fx.Node], before: Edges, members: set[fx.Node]) -> f
     last = max((i for i, node in enumerate(order) if node in members), default=-1)
     after: set[fx.Node] = set()
     for node in order[:last]:
-        if node not in members and not before[node].isdisjoint(after | members):
+        needed = before[node]
+        if node not in members and not (needed.isdisjoint(after) and needed.isdisjoint(members)):
             after.add(node)
-    needed: set[fx.Node] = set()
+    ahead: set[fx.Node] = set()
     for node in reversed(order[: last + 1]):
-        if node in members or node in needed:
-            needed |= before[node]
-    return next((node for node in order if node in after and node in needed), None)
+        if node in members or node in ahead:
+            ahead |= before[node]
+    return next((node for node in order if node in after and node in ahead), None)
 
 
 def schedule(
