@@ -40,46 +40,74 @@ def run(graph: fx.Graph, context: Context) -> int:
     context.iterations += [_already(call, context) for call in calls]
     outer = context.call_of(graph) is None
     memory = Memory(graph, outer)
-    if diagonals := Diagonals(graph, memory):
-        memory = Memory(graph, outer)
-    if rows := Rows(graph, memory):
-        memory = Memory(graph, outer)
-    found = chains(find_steps(graph, memory), memory, context)
-    if rows or diagonals:
-        _join(rows, diagonals, found)
-        memory = Memory(graph, outer)
-    if not found:
-        return 0
-    sites = [_site(chain, context) for chain in found]
-    context.iterations += sites
-    legal = [(c, s) for c, s in zip(found, sites, strict=True) if c.reject is None]
-    site_of = {id(chain): site for chain, site in legal}
-    buckets = _buckets([chain for chain, _ in legal], graph, memory, site_of)
-    chosen = []
-    for members in buckets:
-        form, why = plan.form_of(members)
-        for chain in members:
-            site_of[id(chain)].why = why
-            site_of[id(chain)].action = "rewritten" if form else "left"
-        if form:
-            chosen.append((members, form))
+    rows: Rows | None = None
+    diagonals = Diagonals(graph, memory)
+    try:
+        memory = Memory(graph, outer) if diagonals else memory
+        rows = Rows(graph, memory)
+        memory = Memory(graph, outer) if rows else memory
+        found = chains(find_steps(graph, memory), memory, context)
+        chosen = _chosen(found, rows, diagonals, graph, memory, context)
+    except Exception:
+        if rows is not None:
+            rows.join(set())
+        diagonals.restore(set())
+        raise
     if chosen:
-        _bring_together([members for members, _ in chosen], graph, memory, context)
+        _bring_together([members for members, _ in chosen], graph, Memory(graph, outer), context)
         _replace(chosen, graph)
         context.changed(graph)
-    else:
-        rows.join(set())
-        diagonals.restore(set())
-    first = 1 + max((site.call or 0 for site in context.iterations), default=0)
-    for number, (members, form) in enumerate(chosen, first):
-        for chain in members:
-            site_of[id(chain)].form, site_of[id(chain)].call = form, number
     return sum(len(members) for members, _ in chosen)
 
 
-def _join(rows: Rows, diagonals: Diagonals, found: list[Chain]) -> None:
-    """Writes as it was what was taken apart and is in no iteration that may be replaced."""
-    kept = {node for chain in found if chain.reject is None for node in chain.body}
+Chosen = list[tuple[list[Chain], str]]  # what each call computes, and in which form
+
+
+def _chosen(
+    found: list[Chain],
+    rows: Rows,
+    diagonals: Diagonals,
+    graph: fx.Graph,
+    memory: Memory,
+    context: Context,
+) -> Chosen:
+    """What is to be replaced, and a site for each that was found.
+
+    All that is not stays as it was written, and so do lists of which it was a part: they may come
+    between what else could stand in one place.
+    """
+    apart = bool(rows or diagonals)
+    _join(rows, diagonals, found, [chain for chain in found if chain.reject is None])
+    if not found:
+        return []
+    sites = {id(chain): _site(chain, context) for chain in found}
+    legal = [chain for chain in found if chain.reject is None]
+    while True:
+        if apart:
+            memory = Memory(graph, context.call_of(graph) is None)
+        chosen: Chosen = []
+        for members in _buckets(legal, graph, memory, sites):
+            form, why = plan.form_of(members)
+            for chain in members:
+                sites[id(chain)].why = why
+                sites[id(chain)].action = "rewritten" if form else "left"
+            chosen += [(members, form)] if form else []
+        kept = [chain for members, _ in chosen for chain in members]
+        if len(kept) == len(legal) or not apart:
+            break
+        legal = [chain for chain in legal if any(chain is each for each in kept)]
+        _join(rows, diagonals, found, legal)
+    first = 1 + max((site.call or 0 for site in context.iterations), default=0)
+    for number, (members, form) in enumerate(chosen, first):
+        for chain in members:
+            sites[id(chain)].form, sites[id(chain)].call = form, number
+    context.iterations += sites.values()
+    return chosen
+
+
+def _join(rows: Rows, diagonals: Diagonals, found: list[Chain], replaced: list[Chain]) -> None:
+    """Writes as it was what was taken apart and is in no iteration that is replaced."""
+    kept = {node for chain in replaced for node in chain.body}
     rows.join(kept)
     diagonals.restore(kept)
     for chain in found:

@@ -15,7 +15,7 @@ from moonfx.capture import is_plain
 from moonfx.passes.context import Context
 from moonfx.passes.memory import Memory, Value
 from moonfx.passes.newton_schulz_identity import identity
-from moonfx.passes.newton_schulz_nodes import BUFFERS
+from moonfx.passes.newton_schulz_nodes import BUFFERS, read_by
 from moonfx.passes.newton_schulz_step import Coefficients, Step
 from moonfx.passes.newton_schulz_terms import quintic
 from moonfx.passes.newton_schulz_views import VIEWS
@@ -200,7 +200,9 @@ def _escapes(
             what = f"X after step {number}"
         else:
             what = f"{'A = X X^T' if made <= {'XT', 'TX'} else 'a value'} of step {number}"
-        return Reject(f"{what} is also read by {short(others[0])}", others[0])
+        written = node in memory.writes(others[0]) and node not in read_by(others[0])
+        how = "written to" if written else "read"
+        return Reject(f"{what} is also {how} by {short(others[0])}", others[0])
     return None
 
 

@@ -26,8 +26,10 @@ from moonfx.site import Reject
 
 Coefficients = tuple[float, float, float]
 
-# Nodes that read X and are looked at before a graph is taken to be something else.
+# Nodes that are made of products of X, or of what is no polynomial of it, and are looked at before
+# a graph is taken to be something else; and of all that read X, multiples of it included.
 LIMIT = 256
+READERS = 16 * LIMIT
 
 
 @dataclass
@@ -87,8 +89,11 @@ def _step(source: Value, memory: Memory) -> Step | None:
     squared = False
     heap: list[tuple[int, fx.Node]] = []
     seen: set[fx.Node] = set()
+    followed = 0
 
     def follow(value: Value) -> None:
+        nonlocal followed
+        followed += not _is_x(step, value)
         for user in value.node.users:
             if user not in seen and user.op == "call_function":
                 seen.add(user)
@@ -96,7 +101,7 @@ def _step(source: Value, memory: Memory) -> Step | None:
 
     for value in given:
         follow(value)
-    while heap and len(seen) < LIMIT:
+    while heap and followed < LIMIT and len(seen) < READERS:
         node = heapq.heappop(heap)[1]
         value = memory.result(node)
         reads = [memory.read(node, n) for n in read_by(node)]
@@ -139,7 +144,9 @@ def _step(source: Value, memory: Memory) -> Step | None:
             if (numbers := quintic(each)) is not None:
                 step.results[value] = numbers, turn
         follow(value)
-    if not step.results:
+    if not step.results and heap and squared:
+        step.reject = Reject(f"{len(seen)} nodes read X or what is made of it", heap[0][1])
+    elif not step.results:
         step.reject = _why_not(step, list(spoiled.values()), squared)
     return step if step.results or step.reject is not None else None
 

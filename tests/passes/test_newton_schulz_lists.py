@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import moonfx
+import moonfx.ops.newton_schulz as operator
 from tests.passes.newton_schulz_cases import Rewritten, always, matrix
 from tests.passes.newton_schulz_forms import CHANGING, QUINTIC, normalized
 from tests.test_optimizer_steps import steps
@@ -341,3 +342,42 @@ def test_a_compiled_step_on_lists_is_rewritten_and_computes_the_same() -> None:
     assert sorted(found) == [((4, 6), 2, 1, 3), ((5, 5), 1, 1, 3), ((6, 4), 1, 1, 3)]
     for a, b in zip(eager, ours, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0)  # see test_newton_schulz
+
+
+def test_lists_of_what_the_cost_model_leaves_are_as_they_were_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever else of the graph is rewritten, or written in the same lists."""
+
+    def body(*Gs: Tensor) -> list[Tensor]:
+        return [*in_place(*Gs[:2]), *in_place(*Gs[2:4])]
+
+    def form(device: Any, dtype: Any, batch: int, m: int, *rest: Any) -> tuple[str, str]:
+        return ("symmetric", "") if m == 4 else ("plain", "as written")
+
+    monkeypatch.setattr(operator, "newton_schulz_form", form)
+    given = [matrix(4, 6, seed=1), matrix(4, 6, seed=2), matrix(3, 5), matrix(3, 5, seed=3)]
+    rewritten = Rewritten(body, *given)
+    assert [(r.action, r.count) for r in rewritten.rows] == [("rewritten", 2), ("left", 2)]
+    lists = [
+        [str(t) for t in each if "_foreach" in str(t)]
+        for each in (rewritten.before, rewritten.targets)
+    ]
+    assert lists[1] == lists[0][len(lists[0]) // 2 :]
+    for a, b in zip(body(*given), rewritten(*given), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
+
+
+def test_lists_are_as_they_were_written_where_the_pass_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*given: Any) -> tuple[str, str]:
+        raise ValueError("no form")
+
+    monkeypatch.setattr(operator, "newton_schulz_form", fail)
+    monkeypatch.delenv("MOONFX_VERIFY", raising=False)
+    rewritten = Rewritten(in_place, *GIVEN)
+    assert (len(rewritten.failures), rewritten.rows) == (1, [])
+    assert Counter(rewritten.targets) == Counter(rewritten.before)
+    for a, b in zip(in_place(*GIVEN), rewritten(*GIVEN), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
