@@ -301,6 +301,7 @@ class _Retrace(fx.Interpreter):
         self.inference: list[fx.Proxy] = []
         self.written = written
         self.steps = steps
+        self.detaches = not returns_gradients(gm)
         self.held: dict[str, Any] = {}
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -348,9 +349,10 @@ class _Retrace(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Of p.data make_fx does not see where it comes from. Unlike it, p.detach() tells autograd
-        # of what is written, as optimizers do that write to p itself; a model might mind.
+        # of what is written, as optimizers do that write to p itself; a model might mind, and a
+        # backward from what the step returns would refuse to run.
         if target is _DATA:
-            if self.steps or any(args[0] is x for x in self.held.values()):
+            if self.detaches and (self.steps or any(args[0] is x for x in self.held.values())):
                 return args[0].detach()
             return self._as_is("call_function", target, args, kwargs)
         # make_fx records these two as they are called; only the context manager also obeys them.
@@ -745,6 +747,18 @@ def opaque_body(node: fx.Node) -> fx.GraphModule | None:
     )
     body = held.held[0] if isinstance(held, Region) else held
     return body if isinstance(body, fx.GraphModule) and not is_captured(body) else None
+
+
+@functools.cache
+def is_composite(target: Any) -> bool:
+    """Whether torch makes an operator of others, and so may hand back what it was given."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    try:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key))
+    except RuntimeError:  # known to Python and not to the dispatcher
+        return True
 
 
 def is_higher_order(node: fx.Node) -> bool:

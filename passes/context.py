@@ -12,6 +12,7 @@ from torch import fx
 from moonfx.capture import buffer_value, input_name, may_be_trained, nested_graphs
 from moonfx.passes.given_masks import Given, is_frozen
 from moonfx.passes.index_algebra import Reader
+from moonfx.passes.memory import Memory
 from moonfx.passes.modes import Mode, inside, modes
 from moonfx.passes.mutation import last_writes
 from moonfx.passes.nodes import body_of, operands_of
@@ -145,14 +146,17 @@ class Context:
         """Whether a node is made of what may be trained, but is not itself differentiable."""
         return (node.target in DETACHED or not self.mode(node).gradients) and self._is_trained(node)
 
-    def needs_gradient(self, node: fx.Node) -> bool:
-        """Whether a gradient may flow through a node."""
-        return self.mode(node).gradients and any(map(self._needs_it, self._floats_above(node)))
+    def needs_gradient(self, node: fx.Node, memory: Memory) -> bool:
+        """Whether a gradient may flow through a node, also from what is written to its operands."""
+        if not self.mode(node).gradients:
+            return False
+        return any(map(self._needs_it, self._floats_above(node, memory)))
 
     def _needs_it(self, node: fx.Node) -> bool:
         outside = self.outer(node)
         if outside is not None:
-            return any(map(self._needs_it, self._floats_above(outside)))
+            memory = Memory(outside.graph, self.call_of(outside.graph) is None)
+            return any(map(self._needs_it, self._floats_above(outside, memory)))
         return may_be_trained(node)
 
     def _is_trained(self, node: fx.Node) -> bool:
@@ -168,8 +172,13 @@ class Context:
         frozen = is_frozen(node) or buffer_value(node) is not None
         return node.op == "placeholder" and not frozen
 
-    def _floats_above(self, node: fx.Node) -> set[fx.Node]:
-        """A node and what floating point tensors it is made of, in its graph."""
+    def _floats_above(self, node: fx.Node, memory: Memory | None = None) -> set[fx.Node]:
+        """A node and what floating point tensors it is made of, in its graph.
+
+        Args:
+            memory: of the graph, to follow as well what is written, under gradients, through other
+                names of the same memory before the node.
+        """
         found: set[fx.Node] = set()
         stack = [node]
         while stack:
@@ -177,6 +186,8 @@ class Context:
             if current not in found and _has_floats(current.meta.get("val")):
                 found.add(current)
                 stack += current.all_input_nodes
+                for writer in memory.writers(current, node) if memory else ():
+                    stack += writer.all_input_nodes if self.mode(writer).gradients else []
         return found
 
     def changed(self, graph: fx.Graph) -> None:

@@ -15,14 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from moonfx.capture import is_higher_order, storage_of
-from moonfx.passes.mutation import aliases, writes
+from moonfx.capture import storage_of
+from moonfx.passes.mutation import aliases, is_opaque, writes
 from moonfx.passes.nodes import short
 
 aten = torch.ops.aten
 
-# May return a view of its only operand without saying so in the schema.
-_MAY_VIEW = {aten.einsum.default}
 _MAY_COPY = {
     aten.to.dtype,
     aten.to.dtype_layout,
@@ -33,7 +31,6 @@ _MAY_COPY = {
 }
 # Write to a tensor's sizes, so that its old name stands for something else.
 _RESHAPE = ("resize", "set_", "t_", "transpose_", "squeeze_", "unsqueeze_", "as_strided_", "swap")
-_PURE_MODULES = ("_operator", "operator", "math", "builtins")
 
 
 class Value(NamedTuple):
@@ -41,20 +38,6 @@ class Value(NamedTuple):
 
     node: fx.Node
     version: int
-
-
-def is_opaque(node: fx.Node) -> bool:
-    """Whether nothing is known of what a node does: not an operator with a schema."""
-    if node.op in ("call_method", "call_module"):
-        return True
-    if node.op != "call_function" or hasattr(node.target, "_schema"):
-        return False
-    if node.target is operator.getitem:
-        return False
-    module = str(getattr(node.target, "__module__", ""))
-    name = str(getattr(node.target, "__name__", ""))
-    on_numbers = module in _PURE_MODULES or name.startswith("sym_")
-    return is_higher_order(node) or not on_numbers
 
 
 def is_barrier(node: fx.Node) -> bool:
@@ -81,7 +64,8 @@ class Memory:
     """
 
     def __init__(self, graph: fx.Graph, apart: bool = True) -> None:
-        self.position = {node: i for i, node in enumerate(graph.nodes)}
+        self._nodes = list(graph.nodes)
+        self.position = {node: i for i, node in enumerate(self._nodes)}
         self._parent: dict[fx.Node, fx.Node] = {}
         self._written: dict[fx.Node, list[int]] = {}
         self._renamed: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
@@ -118,6 +102,13 @@ class Memory:
         """The positions of the nodes that write to a node's memory."""
         return self._written.get(self.of(node), [])
 
+    def writers(self, node: fx.Node, reader: fx.Node) -> list[fx.Node]:
+        """The nodes that write to a node's memory before a reader does, or are the reader."""
+        written = self.written_at(node)
+        return [
+            self._nodes[i] for i in written[: bisect.bisect_right(written, self.position[reader])]
+        ]
+
     def read(self, reader: fx.Node, operand: fx.Node) -> Value:
         """The value of an operand that a node reads."""
         before = self.position[reader]
@@ -142,12 +133,11 @@ class Memory:
         """The operands whose memory a node's result may lie in."""
         if _copies(node):
             return []
-        if is_opaque(node) or node.target in _MAY_VIEW:
+        if is_opaque(node):
             return node.all_input_nodes
         if node.target is operator.getitem:
             source = node.all_input_nodes[0]
-            schema = getattr(source.target, "_schema", None)
-            if schema is not None and not any(r.alias_info for r in schema.returns):
+            if hasattr(source.target, "_schema") and not aliases(source):
                 return []  # one of several new tensors
         return aliases(node)
 

@@ -1,4 +1,9 @@
-"""Which nodes of a graph are written to in place, directly or through a view."""
+"""Which nodes of a graph are written to in place, directly or through a view.
+
+What an operator shares and writes is read from its schema and from `unmarked`. Of a node without
+one (a method of a tensor subclass, a function left as it was written) the result may lie in any
+operand, it is never dead, and it writes as torch's names say: mul_, operator.imul, out=.
+"""
 
 import functools
 import operator
@@ -7,6 +12,7 @@ import torch
 from torch import fx
 
 from moonfx.capture import is_higher_order
+from moonfx.passes import unmarked
 from moonfx.passes.nodes import argument, body_of, operands_of
 
 aten = torch.ops.aten
@@ -14,41 +20,79 @@ aten = torch.ops.aten
 # Changes what autograd thinks of a tensor, never its values.
 _HARMLESS = {aten.detach_.default}
 
-# May return an argument itself, or views of it, without saying so in the schema.
-_UNMARKED = {
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.type_as.default,
-    aten.broadcast_tensors.default,
-    aten.meshgrid.default,
-    aten.meshgrid.indexing,
-    aten.atleast_1d.default,
-    aten.atleast_2d.default,
-    aten.atleast_3d.default,
-}
-
 # Higher-order operators that only read.
 _READ_ONLY = ("flex_attention",)
+
+# Functions without a schema: on numbers, of torch's own names, and the view that tensor.data is.
+_ON_NUMBERS = ("_operator", "operator", "math", "builtins")
+_NAMED = ("_operator", "operator", "torch")
+_DATA = "_get_data_attr"
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Whether nothing is known of what a node does: not an operator with a schema."""
+    if node.op in ("call_method", "call_module"):
+        return True
+    if node.op != "call_function" or hasattr(node.target, "_schema"):
+        return False
+    if node.target is operator.getitem or _is_data(node):
+        return False
+    module = str(getattr(node.target, "__module__", ""))
+    name = str(getattr(node.target, "__name__", ""))
+    on_numbers = module in _ON_NUMBERS and not any(map(_holds_tensor, node.all_input_nodes))
+    return is_higher_order(node) or not (on_numbers or name.startswith("sym_"))
+
+
+def _is_data(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == _DATA
+
+
+def _holds_tensor(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(x, torch.Tensor) for x in values)
 
 
 def aliases(node: fx.Node) -> list[fx.Node]:
     """The arguments whose memory the node's result may share."""
-    if node.target is operator.getitem or node.target in _UNMARKED:
+    if node.op == "call_function" and is_higher_order(node):
+        return _body_aliases(node)
+    if node.target is operator.getitem or _is_data(node) or is_opaque(node):
         return node.all_input_nodes
     places = _marked(node.target)[0]
-    return [n for place in places for n in _nodes(_given(node, *place))]
+    marked = [n for place in places for n in _nodes(_given(node, *place))]
+    return marked or unmarked.shared(node)
 
 
 def writes(node: fx.Node) -> list[fx.Node]:
     """The arguments that the node writes into."""
     if node.op == "call_function" and is_higher_order(node):
         return _body_writes(node)
+    if is_opaque(node):
+        return node.all_input_nodes if _writes_by_name(node) else []
     if node.target in _HARMLESS:
         return []
     places = _marked(node.target)[1]
-    return [n for place in places for n in _nodes(_given(node, *place))]
+    marked = [n for place in places for n in _nodes(_given(node, *place))]
+    return marked or unmarked.written(node)
 
+
+def _writes_by_name(node: fx.Node) -> bool:
+    """Whether a node of which nothing is known may write: by its name, if torch gave it that."""
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    # torch's functions of C have no module.
+    module = str(getattr(node.target, "__module__", None) or "torch")
+    if node.op != "call_method" and module.split(".")[0] not in _NAMED:
+        return True
+    in_place = name.strip("_") in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return in_place or bool(node.kwargs.get("out") or node.kwargs.get("inplace"))
+
+
+# x *= y and the like, by function and by method.
+_IN_PLACE = {
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift", "setitem", "delitem"),
+}
 
 Places = list[tuple[int, str]]
 
@@ -70,13 +114,36 @@ def _body_writes(node: fx.Node) -> list[fx.Node]:
     if any(name in str(node.target) for name in _READ_ONLY):
         return []
     body = body_of(node)
-    operands = [n for n in node.all_input_nodes if n.op != "get_attr"]
     if body is None:
-        return operands
+        return _tensors(node)
     written = last_writes(body.graph)
+    return [outside for inside, outside in _pairs(node, body) if inside in written]
+
+
+def _body_aliases(node: fx.Node) -> list[fx.Node]:
+    """The operands that a body's results may lie in, or all where the body is hidden."""
+    if any(name in str(node.target) for name in _READ_ONLY):
+        return []
+    body = body_of(node)
+    if body is None:
+        return _tensors(node)
+    memory = _Memory()
+    for inner in body.graph.nodes:
+        for source in aliases(inner) if inner.op != "output" else ():
+            memory.join(source, inner)
+    returned = {memory.of(n) for n in body.graph.output_node().all_input_nodes}
+    return [outside for inside, outside in _pairs(node, body) if memory.of(inside) in returned]
+
+
+def _pairs(node: fx.Node, body: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
+    """Each placeholder of a body and the node that it is called with."""
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     pairs = zip(placeholders, operands_of(node), strict=True)
-    return [a for p, a in pairs if p in written and isinstance(a, fx.Node)]
+    return [(p, a) for p, a in pairs if isinstance(a, fx.Node)]
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if n.op != "get_attr"]
 
 
 def _given(node: fx.Node, position: int, name: str) -> object:
@@ -96,10 +163,10 @@ def made_in_place(node: fx.Node, settled: set[fx.Node]) -> list[fx.Node]:
     the nodes of which this is known already, so that such writes may follow one another.
     """
     targets = writes(node)
-    if len(targets) != 1 or is_higher_order(node):
+    if len(targets) != 1 or is_opaque(node):
         return []
     (target,) = targets
-    fresh = target.op == "call_function" and not aliases(target) and not is_higher_order(target)
+    fresh = hasattr(target.target, "_schema") and not aliases(target)
     lone = list(target.users) == [node] and sum(x is target for x in node.all_input_nodes) == 1
     if not (lone and (fresh or target in settled)):
         return []
@@ -116,15 +183,33 @@ def _draws_nothing(node: fx.Node) -> bool:
 
 
 def remove_dead_code(graph: fx.Graph) -> None:
-    """Graph.eliminate_dead_code, which by itself keeps what works in place or may draw a number.
+    """Removes nodes that nobody reads and that do nothing else, in this graph alone.
 
-    Without it the dense scores would live on behind an inactive dropout.
+    Graph.eliminate_dead_code keeps what works in place or may draw a number, and so the dense
+    scores behind an inactive dropout; and it drops the methods of tensor subclasses that write, and
+    in bodies that other nodes call whatever it knows nothing of.
     """
     settled: set[fx.Node] = set()
     for node in graph.nodes:
         settled.update(made_in_place(node, settled))
-    graph.eliminate_dead_code(
-        lambda node: not (node in settled or _draws_nothing(node)) and node.is_impure()
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node in settled or _draws_nothing(node) or not _is_impure(node)):
+            graph.erase_node(node)
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """Whether a node may do something beside its result."""
+    if node.is_impure() or writes(node):
+        return True
+    if node.op == "call_function" and is_higher_order(node):
+        body = body_of(node)
+        return body is not None and any(_acts(inner) for inner in body.graph.nodes)
+    return is_opaque(node)
+
+
+def _acts(node: fx.Node) -> bool:
+    return (
+        node.op not in ("placeholder", "output") and not _draws_nothing(node) and _is_impure(node)
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import moonfx
 from moonfx.backend import NothingRewritten, records_of
@@ -306,6 +307,61 @@ def test_a_function_that_iterates_and_writes_to_its_parameter_is_an_optimizer_s_
         torch.compile(step, backend="moonfx", options=options)(p, torch.randn_like(p))
     assert len(moonfx.report(torch.optim.Muon([p])).iterations) == 1
     assert records_of([p]) == []
+
+
+def test_writes_by_data_and_to_subclasses_stay_beside_an_iteration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    always(monkeypatch)
+
+    def step(p: Tensor, gradient: Tensor, both: Tensor) -> None:
+        p.data.mul_(0.9)
+        X = gradient / gradient.norm()
+        A = X @ X.mT
+        p.sub_(2.0 * X + (-1.5 * A + 0.5 * A @ A) @ X)
+        both.mul_(0.5)
+
+    outcomes = []
+    for compile_it in (False, True):
+        _, a, p, _ = parameters()
+        both = TwoTensor(a.detach(), p.detach().clone())
+        options = {"compiler": "eager"}
+        run = torch.compile(step, backend="moonfx", options=options) if compile_it else step
+        with torch.no_grad():
+            run(p, a.detach().flip(0), both)
+        outcomes.append([p.detach(), both.a, both.b])
+    for eager, ours in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, eager, atol=1e-5, rtol=0)
+
+
+class ByDataWithLoss(torch.optim.SGD):
+    """Returns a loss of parameters that it then writes to by their data."""
+
+    def step(self) -> Tensor:  # type: ignore[override]
+        loss = torch.zeros(())
+        for p in self.param_groups[0]["params"]:
+            with torch.enable_grad():
+                loss = loss + p.square().sum()
+            with torch.no_grad():
+                X = p.data / p.data.norm()
+                A = X @ X.mT
+                p.data.add_(2.0 * X + (-1.5 * A + 0.5 * A @ A) @ X, alpha=-0.1)
+        return loss
+
+
+def test_the_loss_that_a_step_returns_still_has_its_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    always(monkeypatch)
+    outcomes = []
+    for compile_it in (False, True):
+        (p,) = made = parameters()[1:2]
+        optimizer = ByDataWithLoss(made, lr=0.1)
+        step = compiled(optimizer) if compile_it else optimizer.step
+        step().backward()
+        outcomes.append((p.detach(), p.grad))
+    for eager, ours in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, eager, atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
