@@ -29,11 +29,11 @@ WORTH = 0.95
 SHORTEST, RATIO, GAIN = 256, 3, 1.1
 # On a CPU, in microseconds: a call of the operator; one of torch.mm, or of oneDNN, which multiplies
 # bfloat16 beyond 16 x 16 x 16; what the kernel does for a matrix of any size; and at each visit for
-# an entry of X, which is near while three copies of X fit the second-level cache. FLOPs are counted
-# at a rate that few processors exceed, in every thread, so that what they save is more. The kernel
-# multiplies whole registers, of 16 columns at most.
+# an entry of X, the first of which is far unless three copies of X fit the second-level cache.
+# FLOPs are counted at a rate that few processors exceed, in every thread, so that what they save is
+# more. The kernel multiplies whole registers, of 16 columns at most.
 CALL, PRODUCT, ONEDNN, MATRIX = 30.0, 2.0, 15.0, 2.5
-NEAR, FAR, CACHE, LANES = 1e-3, 4e-3, 1 << 20, 16
+NEAR, FAR, CACHE, LANES = 1e-3, 1.75e-3, 1 << 20, 16
 RATE = {torch.bfloat16: 200e3, torch.float32: 100e3, torch.float16: 100e3}
 
 
@@ -76,8 +76,9 @@ def worth_a_call(
         product = ONEDNN
     rate = RATE[dtype] * threads / batch
     written = len(steps) * 3 * calls * product + plain_flops(m, n, len(steps)) / rate
-    entry = NEAR if 3 * m * n * dtype.itemsize <= CACHE else FAR
-    kernel = CALL + batch * (MATRIX + len(runs) * entry * m * n / threads)
+    first = NEAR if 3 * m * n * dtype.itemsize <= CACHE else FAR
+    visits = first + (len(runs) - 1) * NEAR
+    kernel = CALL + batch * (MATRIX + visits * m * n / threads)
     kernel += newton_schulz_runs.flops(*whole, runs) / rate
     if kernel <= written:
         return None

@@ -253,8 +253,11 @@ SMALL = [
     (torch.bfloat16, 1, 24, 24, 2, 1, "symmetric"),
     # A single row is one register of columns wide, most of it padding.
     (torch.float32, 1, 1, 4096, 5, 1, "plain"),
-    # X, visited at every step, comes from the third-level cache.
+    # X comes from beyond the second-level cache at its first visit, which several steps pay for.
     (torch.float32, 1, 200, 3200, 1, 1, "plain"),
+    (torch.bfloat16, 1, 128, 2048, 1, 1, "plain"),
+    (torch.bfloat16, 1, 128, 2048, 5, 1, "gram"),
+    (torch.bfloat16, 1, 64, 8192, 5, 1, "gram"),
     (torch.float32, 1, 200, 3200, 5, 1, "gram"),
 ]
 
