@@ -176,8 +176,9 @@ class Context:
         """A node and what floating point tensors it is made of, in its graph.
 
         Args:
-            memory: of the graph, to follow as well what is written, under gradients, through other
-                names of the same memory before the node.
+            memory: of the graph, to follow gradients: not through what is detached, and as well
+                what is written, under gradients, through other names of the same memory before
+                the node.
         """
         found: set[fx.Node] = set()
         stack = [node]
@@ -185,7 +186,7 @@ class Context:
             current = stack.pop()
             if current not in found and _has_floats(current.meta.get("val")):
                 found.add(current)
-                stack += current.all_input_nodes
+                stack += [] if memory and current.target in DETACHED else current.all_input_nodes
                 for writer in memory.writers(current, node) if memory else ():
                     stack += writer.all_input_nodes if self.mode(writer).gradients else []
         return found

@@ -60,6 +60,16 @@ def it_is_written_after(p: Tensor) -> Tensor:
     return Y + X
 
 
+def it_is_detached(p: Tensor) -> Tensor:
+    return steps(p.detach()) * p.sum()
+
+
+def it_is_written_after_it_is_detached(p: Tensor) -> Tensor:
+    X = torch.zeros(4, 6).detach()
+    X.add_(p)
+    return steps(X) * 2
+
+
 PROGRAMS: list[tuple[Program, int]] = [
     (an_entry_is_set, 0),
     (a_view_is_written, 0),
@@ -67,6 +77,8 @@ PROGRAMS: list[tuple[Program, int]] = [
     (a_view_is_written_without_gradients, 1),
     (a_constant_is_written, 1),
     (it_is_written_after, 1),
+    (it_is_detached, 1),
+    (it_is_written_after_it_is_detached, 0),
 ]
 
 
