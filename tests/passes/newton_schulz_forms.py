@@ -22,6 +22,13 @@ def wide(G: Tensor) -> bool:
     return G.shape[-2] <= G.shape[-1]
 
 
+def step(X: Tensor) -> Tensor:
+    """One step, as most write it."""
+    a, b, c = QUINTIC
+    A = X @ X.mT
+    return a * X + (b * A + c * A @ A) @ X
+
+
 def jordan(G: Tensor, steps: int = 5) -> Tensor:
     """Keller Jordan's: bfloat16, transposed on entry and exit, two products and two sums."""
     a, b, c = QUINTIC

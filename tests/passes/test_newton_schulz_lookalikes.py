@@ -10,21 +10,16 @@ from torch import Tensor
 
 from moonfx.passes import newton_schulz
 from tests.passes.newton_schulz_cases import Rewritten, always, matrix
-from tests.passes.newton_schulz_forms import normalized
+from tests.passes.newton_schulz_forms import QUINTIC, normalized, step
 
 aten = torch.ops.aten
-a, b, c = 3.4445, -4.7750, 2.0315
+a, b, c = QUINTIC
 Body = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
 def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
     always(monkeypatch)
-
-
-def step(X: Tensor) -> Tensor:
-    A = X @ X.mT
-    return a * X + (b * A + c * A @ A) @ X
 
 
 def cubic(G: Tensor) -> Tensor:

@@ -8,20 +8,15 @@ import torch
 from torch import Tensor
 
 from tests.passes.newton_schulz_cases import Rewritten, always, matrix
-from tests.passes.newton_schulz_forms import CHANGING, normalized
+from tests.passes.newton_schulz_forms import CHANGING, QUINTIC, normalized, step
 
-a, b, c = 3.4445, -4.7750, 2.0315
+a, b, c = QUINTIC
 Body = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
 def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
     always(monkeypatch)
-
-
-def step(X: Tensor) -> Tensor:
-    A = X @ X.mT
-    return a * X + (b * A + c * A @ A) @ X
 
 
 def an_alias_is_written_after(G: Tensor) -> tuple[Tensor, ...]:

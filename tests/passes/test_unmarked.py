@@ -11,10 +11,11 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from moonfx.passes import unmarked
 from tests.passes.newton_schulz_cases import Rewritten, always, matrix
+from tests.passes.newton_schulz_forms import QUINTIC, step
 
+a, b, c = QUINTIC
 aten = torch.ops.aten
 Program = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-a, b, c = 3.4445, -4.7750, 2.0315
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +25,6 @@ def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def unit(G: Tensor) -> Tensor:
     return G / (G.norm() + 1e-7)
-
-
-def step(X: Tensor) -> Tensor:
-    A = X @ X.mT
-    return a * X + (b * A + c * A @ A) @ X
 
 
 def through(view: Callable[[Tensor], Tensor]) -> Program:
