@@ -761,6 +761,11 @@ def is_composite(target: Any) -> bool:
         return True
 
 
+def is_data(node: fx.Node) -> bool:
+    """Whether a node is tensor.data."""
+    return _DATA is not None and node.target is _DATA
+
+
 def is_higher_order(node: fx.Node) -> bool:
     return isinstance(node.target, HigherOrderOperator) or node.target is under_transform
 

@@ -11,7 +11,7 @@ import operator
 import torch
 from torch import fx
 
-from moonfx.capture import is_higher_order
+from moonfx.capture import is_data, is_higher_order
 from moonfx.passes import unmarked
 from moonfx.passes.nodes import argument, body_of, operands_of
 
@@ -23,10 +23,9 @@ _HARMLESS = {aten.detach_.default}
 # Higher-order operators that only read.
 _READ_ONLY = ("flex_attention",)
 
-# Functions without a schema: on numbers, of torch's own names, and the view that tensor.data is.
+# Functions without a schema: on numbers, and of torch's own names.
 _ON_NUMBERS = ("_operator", "operator", "math", "builtins")
 _NAMED = ("_operator", "operator", "torch")
-_DATA = "_get_data_attr"
 
 
 def is_opaque(node: fx.Node) -> bool:
@@ -35,16 +34,12 @@ def is_opaque(node: fx.Node) -> bool:
         return True
     if node.op != "call_function" or hasattr(node.target, "_schema"):
         return False
-    if node.target is operator.getitem or _is_data(node):
+    if node.target is operator.getitem or is_data(node):
         return False
     module = str(getattr(node.target, "__module__", ""))
     name = str(getattr(node.target, "__name__", ""))
     on_numbers = module in _ON_NUMBERS and not any(map(_holds_tensor, node.all_input_nodes))
     return is_higher_order(node) or not (on_numbers or name.startswith("sym_"))
-
-
-def _is_data(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", "") == _DATA
 
 
 def _holds_tensor(node: fx.Node) -> bool:
@@ -57,7 +52,7 @@ def aliases(node: fx.Node) -> list[fx.Node]:
     """The arguments whose memory the node's result may share."""
     if node.op == "call_function" and is_higher_order(node):
         return _body_aliases(node)
-    if node.target is operator.getitem or _is_data(node) or is_opaque(node):
+    if node.target is operator.getitem or is_data(node) or is_opaque(node):
         return node.all_input_nodes
     places = _marked(node.target)[0]
     marked = [n for place in places for n in _nodes(_given(node, *place))]
