@@ -31,6 +31,15 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES]
 
 
+def as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has each iteration become an operator that multiplies what was written.
+
+    It equals what torch computes bit for bit on any processor, as no other form does.
+    """
+    always(monkeypatch, "plain")
+    monkeypatch.setattr("moonfx.passes.newton_schulz_plan.is_as_written", lambda *call: False)
+
+
 def compiled(optimizer: torch.optim.Optimizer, **options: Any) -> Callable[[], Any]:
     given = {"compiler": "eager", "on_miss": "ignore", **options}
     step: Callable[[], Any] = torch.compile(optimizer.step, backend="moonfx", options=given)
@@ -71,11 +80,8 @@ def test_a_compiled_muon_equals_the_eager_one(
 ) -> None:
     """What torch skips for Muon. Without Inductor nothing else differs: parameters and momentum,
     that of bfloat16 parameters too, which torch normalizes by mistake without nesterov.
-
-    The operator's plain form multiplies what was written: equal bit for bit.
     """
-    always(monkeypatch, "plain")
-    monkeypatch.setattr("moonfx.passes.newton_schulz_plan.is_as_written", lambda *call: False)
+    as_written(monkeypatch)
 
     def make(made: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Muon(made, lr=0.01, nesterov=nesterov)
@@ -88,7 +94,7 @@ def test_a_compiled_muon_equals_the_eager_one(
 
 
 def test_a_schedule_of_a_tensor_lr_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    always(monkeypatch)
+    as_written(monkeypatch)
     graphs = []
     rewrite = moonfx.backend.Backend.rewrite
 
@@ -175,7 +181,7 @@ def test_the_parameters_of_a_compiled_optimizer_are_freed_with_it(
 def test_gradients_and_momenta_that_are_views_of_one_tensor_stay_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    always(monkeypatch)
+    as_written(monkeypatch)
     results = []
     for compile_it in (False, True):
         flat = torch.arange(48.0).sin().reshape(2, 4, 6)

@@ -37,9 +37,8 @@ def hardware(device: torch.device) -> str:
         return platform.processor() or platform.machine()
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     fields = {name.strip(): text.strip() for name, text in fields.items()}
-    vectors = [
-        f for f in ("avx2", "avx512f", "avx512_bf16") if f in fields.get("flags", "").split()
-    ]
+    decisive = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    vectors = [f for f in decisive if f in fields.get("flags", "").split()]
     return f"{fields.get('model name', platform.machine())} ({', '.join(vectors)})"
 
 

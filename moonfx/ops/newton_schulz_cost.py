@@ -45,12 +45,18 @@ def best_form(
         return "plain", "there is nothing to compute"
     if (reason := no_kernel(device, dtype)) is not None:
         return "plain", reason
-    if dtype == torch.bfloat16 and has_matrix_units():
-        return "plain", "torch.mm has this processor's matrix units (AMX) for bfloat16"
     steps = tuple(steps)
     if device.type == "cpu":
-        return fewest_flops(dtype, m, n, steps)
+        return on_cpu(dtype, m, n, steps)
     return on_gpu(dtype, batch, m, n, steps, multiprocessors(device))
+
+
+def on_cpu(
+    dtype: torch.dtype, m: int, n: int, steps: tuple[tuple[float, float, float], ...]
+) -> tuple[str, str]:
+    if dtype == torch.bfloat16 and has_matrix_units():
+        return "plain", "torch.mm has this processor's matrix units (AMX) for bfloat16"
+    return fewest_flops(dtype, m, n, steps)
 
 
 @functools.cache

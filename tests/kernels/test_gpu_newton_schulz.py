@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from torch import Tensor
 
-from moonfx.kernels import gpu_configs, newton_schulz_runs
+from moonfx.kernels import cpu_build, gpu_configs, newton_schulz_runs
 from moonfx.kernels import newton_schulz as by_torch
 from moonfx.kernels import reference_newton_schulz as reference
 from moonfx.ops import dispatch, newton_schulz_cost, newton_schulz_waves
@@ -223,6 +223,22 @@ def test_a_form_that_was_never_measured_is_taken_with_care(
     found = newton_schulz_form(torch.device("cuda"), dtype, batch, n, m, 5)
     assert found[0] == form
     assert why in found[1]
+
+
+def test_a_gpus_form_asks_nothing_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its processor's units, nor its C++ compiler, nor its threads."""
+
+    def asked(*given: object) -> NoReturn:
+        raise AssertionError("a GPU's form was decided by the host")
+
+    newton_schulz_cost.has_matrix_units.cache_clear()
+    monkeypatch.setattr(cpu_build, "processor", asked)
+    monkeypatch.setattr(cpu_build, "library", asked)
+    monkeypatch.setattr(torch, "get_num_threads", asked)
+    monkeypatch.setattr(newton_schulz_cost, "triton_kernels", lambda device: gpu)
+    for dtype, batch, m, n, multiprocessors, form, _ in FORMS:
+        monkeypatch.setattr(newton_schulz_cost, "multiprocessors", lambda _, m=multiprocessors: m)
+        assert newton_schulz_form(torch.device("cuda"), dtype, batch, n, m, 5)[0] == form
 
 
 def test_the_waves_are_those_of_the_kernels_tiles() -> None:
