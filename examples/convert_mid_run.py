@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import moonfx
-from moonfx.bench import smollm2
+from moonfx.bench.models import smollm2
 
 BATCH, LENGTH = 2, 256
 BEFORE, AFTER = 16, 12

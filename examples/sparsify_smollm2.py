@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import moonfx
-from moonfx.bench import smollm2
-from moonfx.bench.smollm2 import tokens_of
+from moonfx.bench.models import smollm2
+from moonfx.bench.models.smollm2 import tokens_of
 
 # Each token attends 8 blocks of 128 tokens: its own block, the first one, and 6 that it chooses.
 # The first block is a sink: a model trained with dense attention puts the attention that it has no

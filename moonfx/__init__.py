@@ -8,7 +8,7 @@ from pathlib import Path
 # In a bare checkout the passes and kernels lie beside this package; installed, they lie inside it.
 # Not through __path__: whoever walks this package (TORCH_LOGS does) would find it in itself.
 _root = Path(__file__).resolve().parents[1]
-if (_root / "passes" / "sparsify_attention.py").is_file():
+if (_root / "passes" / "attention" / "sparsify_attention.py").is_file():
     for _name in ("passes", "kernels"):
         _spec = importlib.machinery.ModuleSpec(f"moonfx.{_name}", None, is_package=True)
         _spec.submodule_search_locations = [str(_root / _name)]
@@ -21,9 +21,9 @@ from moonfx.optim.convert import convert_optimizer  # noqa: E402
 from moonfx.optim.memory import state_memory  # noqa: E402
 from moonfx.optim.muon import Muon  # noqa: E402
 from moonfx.optim.qk_clip import QKClip  # noqa: E402
-from moonfx.optim.rms import update_rms  # noqa: E402
-from moonfx.optim.roles import roles  # noqa: E402
+from moonfx.optim.roles.table import roles  # noqa: E402
 from moonfx.optim.to_adamw import to_adamw  # noqa: E402
+from moonfx.optim.update_rms import update_rms  # noqa: E402
 from moonfx.policy import LayerPolicy  # noqa: E402
 from moonfx.report import Report  # noqa: E402
 from moonfx.sparsify import explain, full_attention, report, restore, sparsify  # noqa: E402

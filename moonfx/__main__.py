@@ -2,7 +2,7 @@
 
 import sys
 
-from moonfx.cli import main
+from moonfx.cli.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

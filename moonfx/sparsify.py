@@ -23,6 +23,7 @@ from moonfx.backend import (
     report_of,
     report_of_step,
 )
+from moonfx.backend.on_miss import skipped
 from moonfx.capture import (
     COMPILERS,
     compile_call,
@@ -38,7 +39,6 @@ from moonfx.capture import (
 from moonfx.exported import explain_exported, report_exported, sparsify_exported
 from moonfx.policy import LayerPolicy, Layers, Policies
 from moonfx.report import Report
-from moonfx.steps import skipped
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 Model = TypeVar("Model", bound=torch.nn.Module | ExportedProgram)

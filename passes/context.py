@@ -10,14 +10,14 @@ import torch
 from torch import fx
 
 from moonfx.capture import buffer_value, input_name, may_be_trained, nested_graphs
-from moonfx.passes.given_masks import Given, is_frozen
-from moonfx.passes.index_algebra import Reader
-from moonfx.passes.memory import Memory
-from moonfx.passes.modes import Mode, inside, modes
-from moonfx.passes.mutation import last_writes
-from moonfx.passes.nodes import body_of, operands_of
-from moonfx.passes.real_values import RealReader
-from moonfx.passes.vocabulary import DETACHED
+from moonfx.passes.graph.aliases import last_writes
+from moonfx.passes.graph.memory_versions import Memory
+from moonfx.passes.graph.modes import Mode, inside, modes
+from moonfx.passes.graph.nodes import body_of, operands_of
+from moonfx.passes.graph.operators import DETACHED
+from moonfx.passes.symbolic.input_masks import Given, is_frozen
+from moonfx.passes.symbolic.reader import Reader
+from moonfx.passes.symbolic.real_reader import RealReader
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, NewtonSchulzSite, Reject
 

@@ -40,7 +40,7 @@ def tiny_smollm2(monkeypatch):
         config = transformers.LlamaConfig(**sizes, **heads)
         return transformers.LlamaForCausalLM(config).to(dtype).eval(), tokenizer
 
-    monkeypatch.setattr("moonfx.bench.smollm2.load", load)
+    monkeypatch.setattr("moonfx.bench.models.smollm2.load", load)
 
 
 @pytest.fixture

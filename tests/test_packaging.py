@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from moonfx import doctor
+from moonfx.cli import doctor
 
 pytestmark = pytest.mark.xdist_group("packaging")  # one process makes the environments
 
@@ -33,8 +33,8 @@ def where(name):
 
 print(json.dumps({
     "moonfx": moonfx.__file__,
-    "reference": moonfx.kernels.reference.__file__,
-    "pass": moonfx.passes.sparsify_attention.__file__,
+    "reference": moonfx.kernels.reference.moba.__file__,
+    "pass": moonfx.passes.attention.sparsify_attention.__file__,
     "top level": {name: where(name) for name in ("passes", "kernels")},
 }))
 """
@@ -78,7 +78,7 @@ model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
 print(json.dumps({
     "kernels": getattr(kernels, "__file__", None),
     "available": is_kernels_available(),
-    "reference": moonfx.kernels.reference.__file__,
+    "reference": moonfx.kernels.reference.moba.__file__,
     "layers": len(model.model.layers),
 }))
 """

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from moonfx.kernels.policy import Policy
+from moonfx.kernels.common.arguments import Policy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

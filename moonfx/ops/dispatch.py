@@ -1,12 +1,12 @@
 """Which kernel runs on a device, and what it keeps for the backward.
 
-    CUDA and HIP, with Triton     moonfx.kernels.gpu, imported when the first such tensor comes
-    CPU, with a C++ compiler      moonfx.kernels.cpu
-    anything else                 moonfx.kernels.tiled, torch operations, with one warning
+    CUDA and HIP, with Triton     moonfx.kernels.gpu.moba, imported when the first such tensor comes
+    CPU, with a C++ compiler      moonfx.kernels.cpu.moba
+    anything else                 moonfx.kernels.torch_ops.moba, torch operations, with one warning
 
-Each has forward(query, key, value, *policy) -> (out, lse) and backward(...). Those of
-moonfx.kernels.gpu also give and take the routes, int32 [B, Hkv, Nq * G, K]: the blocks that each
-row attends. Finding them again is most of what a backward would do twice.
+Each has forward(query, key, value, *policy) -> (out, lse) and backward(...). Those of the GPU also
+give and take the routes, int32 [B, Hkv, Nq * G, K]: the blocks that each row attends. Finding them
+again is most of what a backward would do twice.
 """
 
 import functools
@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moonfx.fallback import warn_slow
-from moonfx.kernels import cpu, tiled
+from moonfx.kernels.cpu import moba as cpu
+from moonfx.kernels.torch_ops import moba as tiled
 
-# kernels/tiled.py waits on the host for its number of tiles, which a CUDA graph cannot record. That
-# Triton is missing is known at once; that it does not serve this GPU, when a tensor is on one.
+# torch_ops waits on the host for its number of tiles, which a CUDA graph cannot record. That Triton
+# is missing is known at once; that it does not serve this GPU, when a tensor is on one.
 UNSAFE = torch.Tag.cudagraph_unsafe
 TAGS = () if importlib.util.find_spec("triton") else (UNSAFE,)
 OPERATORS = ("moba_attention", "moba_attention_backward")
@@ -30,10 +31,10 @@ OPERATORS = ("moba_attention", "moba_attention_backward")
 
 @functools.cache
 def find_triton_kernels() -> tuple[ModuleType | None, str | None]:
-    """moonfx.kernels.gpu, or why it cannot run and what to do about it."""
+    """moonfx.kernels.gpu.moba, or why it cannot run and what to do about it."""
     reason: str | None
     try:
-        module = importlib.import_module("moonfx.kernels.gpu")
+        module = importlib.import_module("moonfx.kernels.gpu.moba")
         reason = module.available()
     except (ImportError, AttributeError) as error:  # it is missing, or too old to have all we use
         reason = f"Triton cannot be used ({error}): pip install 'triton>=3.6'"
@@ -45,7 +46,7 @@ def find_triton_kernels() -> tuple[ModuleType | None, str | None]:
 
 
 def triton_kernels(device: torch.device) -> ModuleType | None:
-    """moonfx.kernels.gpu, where it is what runs on a device."""
+    """moonfx.kernels.gpu.moba, where it is what runs on a device."""
     return find_triton_kernels()[0] if device.type == "cuda" else None
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from moonfx.kernels.policy import Policy
+from moonfx.kernels.common.arguments import Policy
 from moonfx.ops import checks
 from moonfx.ops.dispatch import TAGS, kept_routes, kernel_for, routes_shape, routes_to_keep
 from moonfx.policy import check_block_topk_sinks, check_flag

@@ -43,9 +43,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moonfx.kernels import newton_schulz as by_torch
-from moonfx.kernels import newton_schulz_cpu, newton_schulz_runs
-from moonfx.kernels.reference_newton_schulz import Coefficients
+from moonfx.kernels.cpu import newton_schulz as newton_schulz_cpu
+from moonfx.kernels.reference.newton_schulz import Coefficients
+from moonfx.kernels.torch_ops import newton_schulz as by_torch
+from moonfx.ops import newton_schulz_runs
 from moonfx.ops.checks import dtype_name, shape
 from moonfx.ops.dispatch import triton_kernels
 from moonfx.ops.newton_schulz_cost import (
@@ -170,7 +171,7 @@ def run(X: Tensor, steps: Steps, form: str) -> Tensor:
         return by_torch.plain(X, steps)
     runs = runs_of(form, steps, X.dtype, m, n)
     if triton_kernels(X.device) is not None:
-        on_gpu = importlib.import_module("moonfx.kernels.gpu_newton_schulz")  # it needs Triton
+        on_gpu = importlib.import_module("moonfx.kernels.gpu.newton_schulz")  # it needs Triton
         out: Tensor = on_gpu.newton_schulz(X, steps, runs)
         return out
     return newton_schulz_cpu.newton_schulz(X, steps, runs)

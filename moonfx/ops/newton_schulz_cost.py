@@ -7,7 +7,7 @@ Where a processor has matrix units that torch.mm uses and the kernel does not (A
 
 On a GPU nothing has been measured yet, so only what is clear is taken: the Triton kernel for 16-bit
 numbers, from a short side of 256, where its tiles fill half of the chip and the arithmetic of waves
-(newton_schulz_waves.py) gives a gain; and runs of steps from a ratio of sides of 3.
+(gpu_waves.py) gives a gain; and runs of steps from a ratio of sides of 3.
 """
 
 import functools
@@ -15,9 +15,11 @@ import functools
 import torch
 
 from moonfx.fallback import warn_slow
-from moonfx.kernels import cpu, cpu_build, newton_schulz_runs
-from moonfx.kernels.reference_newton_schulz import Coefficients
-from moonfx.ops import newton_schulz_waves
+from moonfx.kernels.cpu import library as cpu_build
+from moonfx.kernels.cpu import moba as cpu
+from moonfx.kernels.reference.newton_schulz import Coefficients
+from moonfx.ops import gpu_waves as newton_schulz_waves
+from moonfx.ops import newton_schulz_runs
 from moonfx.ops.dispatch import find_triton_kernels, triton_kernels
 
 FORMS = ("auto", "plain", "symmetric", "gram")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moonfx.optim.low_bit import BLOCKS
 from moonfx.optim.muon import GROUP_KEYS, PARAMETER_KEYS
-from moonfx.optim.source import FIRST, SECOND, Source, is_finite, moment
+from moonfx.optim.state.adamw import FIRST, SECOND, Source, is_finite, moment
+from moonfx.optim.state.low_bit import BLOCKS
 from moonfx.policy import check_flag
 
 if TYPE_CHECKING:
-    from moonfx.optim.roles import RoleRow
+    from moonfx.optim.roles.table import RoleRow
 
 RMS = ("betas", "measured")
 DECAYS = ("decoupled", "cautious", "coupled")

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moonfx.optim import checks
-from moonfx.optim.classify import classify
 from moonfx.optim.coefficients import per_step
-from moonfx.optim.handover import muon_state, second_moment
 from moonfx.optim.muon import Muon, Settings
-from moonfx.optim.names import unwrapped
-from moonfx.optim.rms import noise_rms, targets
-from moonfx.optim.roles import RoleRow
-from moonfx.optim.source import Source, read
+from moonfx.optim.roles.by_name import unwrapped
+from moonfx.optim.roles.classify import classify
+from moonfx.optim.roles.table import RoleRow
+from moonfx.optim.state.adamw import Source, read
+from moonfx.optim.state.handover import muon_state, second_moment
+from moonfx.optim.update_rms import noise_rms, targets
 from moonfx.policy import check_flag
 
 

@@ -7,7 +7,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moonfx.optim import low_bit
+from moonfx.optim.state import low_bit
 
 if TYPE_CHECKING:
     from moonfx.optim.muon import Muon

@@ -25,15 +25,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moonfx.capture import count_as_stepped, share_hooks, stands_for_step, without_hooks
-from moonfx.optim import low_bit
-from moonfx.optim.compiled import Graphs, choose
-from moonfx.optim.distributed import is_sharded, update_sharded
 from moonfx.optim.matrices import Layout
-from moonfx.optim.rest import Rest
-from moonfx.optim.step import MUON, Matrix, Rule, count, scales_of, update
+from moonfx.optim.state import low_bit
+from moonfx.optim.step.adamw_rest import Rest
+from moonfx.optim.step.compiled import Graphs, choose
+from moonfx.optim.step.distributed import is_sharded, update_sharded
+from moonfx.optim.step.update import MUON, Matrix, Rule, count, scales_of, update
 
 if TYPE_CHECKING:
-    from moonfx.optim.roles import RoleRow
+    from moonfx.optim.roles.table import RoleRow
 
 # What a group holds beside AdamW's own: how Muon steps, and a list with an entry per parameter.
 GROUP_KEYS = ("momentum", "nesterov", "coefficients", "exact_rms", "decay")
@@ -169,7 +169,7 @@ class Muon(Optimizer):
     def _classify(
         self, group: dict[str, Any], roles: Mapping[Any, Any], strangers: str
     ) -> list["RoleRow"]:
-        from moonfx.optim.classify import classify
+        from moonfx.optim.roles.classify import classify
 
         model = self._model()
         known = {} if model is None else {id(p): name for name, p in model.named_parameters()}
@@ -289,7 +289,7 @@ class Muon(Optimizer):
         Raises:
             TypeError, ValueError: if it is of something else or does not fit; nothing was changed.
         """
-        from moonfx.optim.checkpoint import load
+        from moonfx.optim.state.checkpoint import load
 
         load(self, state_dict)
 

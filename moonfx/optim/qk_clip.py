@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from moonfx.optim.matrices import Layout
 
 if TYPE_CHECKING:
-    from moonfx.optim.roles import RoleRow
+    from moonfx.optim.roles.table import RoleRow
 
 CHUNK = 256  # queries whose logits exist at a time
 

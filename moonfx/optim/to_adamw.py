@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moonfx.capture import count_as_stepped, replace_step, share_hooks
-from moonfx.optim.handover import State, moments_of
 from moonfx.optim.muon import GROUP_KEYS, PARAMETER_KEYS, Muon
-from moonfx.optim.source import Group, dequantized, is_finite, is_low_bit, quantize
+from moonfx.optim.state.adamw import Group, dequantized, is_finite, is_low_bit, quantize
+from moonfx.optim.state.handover import State, moments_of
 
 Moments = tuple[Tensor, Tensor]
 
@@ -23,8 +23,8 @@ def to_adamw(optimizer: Muon) -> Optimizer:
     was on Muon, exp_avg is the momentum, the step counter goes on, and exp_avg_sq is an estimate,
     for Muon keeps no second moment: its size is the one that the gradients' noise made likely at
     conversion, and the momentum's squares say where in a matrix it is large
-    (moonfx.optim.handover). So no update jumps; AdamW's own averages replace the estimate within
-    about 1/(1 - beta2) steps. A parameter without momentum starts afresh.
+    (state/handover.py). So no update jumps; AdamW's own averages replace the estimate within about
+    1/(1 - beta2) steps. A parameter without momentum starts afresh.
 
     The Muon is spent: its step raises.
 

@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 from tabulate import tabulate
 
-from moonfx.kernels import gpu, gpu_configs
-from moonfx.kernels.gpu_configs import ARCHITECTURES
-from moonfx.kernels.policy import Policy
+from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import moba as gpu
+from moonfx.kernels.gpu.configs import ARCHITECTURES
 from tests.kernels.aot_capture import Launch, recording
 from tests.kernels.aot_resources import Resources, resources
 

@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from moonfx.kernels import gpu_configs
+from moonfx.kernels.gpu import configs as gpu_configs
 
 
 @dataclass(frozen=True)

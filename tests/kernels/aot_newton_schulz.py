@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import torch
 
-from moonfx.kernels import gpu_newton_schulz
+from moonfx.kernels.gpu import newton_schulz as gpu_newton_schulz
 from tests.kernels.aot_capture import Launch, recording
 from tests.kernels.aot_resources import resources
 

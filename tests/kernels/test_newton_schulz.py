@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from moonfx import fallback
-from moonfx.kernels import cpu, cpu_build, newton_schulz, newton_schulz_cpu
-from moonfx.kernels import newton_schulz_runs as runs_
-from moonfx.kernels import reference_newton_schulz as reference
+from moonfx.kernels.cpu import library as cpu_build
+from moonfx.kernels.cpu import moba as cpu
+from moonfx.kernels.cpu import newton_schulz as newton_schulz_cpu
+from moonfx.kernels.reference import newton_schulz as reference
+from moonfx.kernels.torch_ops import newton_schulz
 from moonfx.ops import newton_schulz_cost
+from moonfx.ops import newton_schulz_runs as runs_
 from moonfx.ops.newton_schulz import newton_schulz_flops, newton_schulz_form
 from tests.kernels.newton_schulz_cases import (
     CASES,

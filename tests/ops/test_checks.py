@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moonfx import moba_attention
 from moonfx.ops import checks, moba
-from tests.moba_cases import Case
+from tests.support.moba_cases import Case
 
 OPERATOR = torch.ops.moonfx.moba_attention
 

@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moonfx import moba_attention
-from moonfx.kernels import reference
+from moonfx.kernels.reference import moba as reference
 from moonfx.ops import flops
-from tests.moba_cases import Case
+from tests.support.moba_cases import Case
 
 
 def leaves_of(case: Case) -> list[Tensor]:

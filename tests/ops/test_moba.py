@@ -16,10 +16,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from moonfx import fallback, moba_attention
-from moonfx.kernels import cpu, reference, tiled
-from moonfx.kernels.policy import Policy
+from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.cpu import moba as cpu
+from moonfx.kernels.reference import moba as reference
+from moonfx.kernels.torch_ops import moba as tiled
 from moonfx.ops import dispatch
-from tests.moba_cases import FEATURES, GIVEN_MEANS, PACKINGS, Case, feature_cases
+from tests.support.moba_cases import FEATURES, GIVEN_MEANS, PACKINGS, Case, feature_cases
 
 OPERATOR = torch.ops.moonfx.moba_attention
 BACKWARD = torch.ops.moonfx.moba_attention_backward

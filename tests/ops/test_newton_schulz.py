@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from moonfx.kernels import reference_newton_schulz as reference
+from moonfx.kernels.reference import newton_schulz as reference
 from moonfx.ops.newton_schulz import FORMS, newton_schulz_flops, newton_schulz_form, per_step
 
 OPERATOR = torch.ops.moonfx.newton_schulz

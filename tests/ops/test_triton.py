@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from moonfx import moba_attention
-from moonfx.kernels import reference
+from moonfx.kernels.reference import moba as reference
 from moonfx.ops import dispatch
-from tests.moba_cases import Case
+from tests.support.moba_cases import Case
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a CPU tensor needs Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton")
-gpu = importlib.import_module("moonfx.kernels.gpu")
+gpu = importlib.import_module("moonfx.kernels.gpu.moba")
 
 OPERATOR = torch.ops.moonfx.moba_attention
 BACKWARD = torch.ops.moonfx.moba_attention_backward

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from moonfx.optim.matrices import Layout
 from moonfx.optim.muon import Muon, Settings
-from moonfx.optim.roles import WHOLE, RoleRow
-from moonfx.optim.step import rms_gain
+from moonfx.optim.roles.table import WHOLE, RoleRow
+from moonfx.optim.step.update import rms_gain
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 

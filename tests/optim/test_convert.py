@@ -18,7 +18,7 @@ import moonfx
 from moonfx.optim.checks import MOMENTUM_DTYPES
 from moonfx.optim.coefficients import JORDAN
 from moonfx.optim.muon import GROUP_KEYS, PARAMETER_KEYS
-from moonfx.optim.source import Source, dequantized
+from moonfx.optim.state.adamw import Source, dequantized
 from tests.optim.nets import MUON, Net, net, train
 from tests.optim.sources import BitsandbytesAdamW, FusedAdam, stepped
 
@@ -425,7 +425,7 @@ def embeddings_only() -> Case:
 
 
 OF_ADAMW: list[tuple[str, Callable[[], Case], type[Exception], str]] = [
-    # name, the arguments, the error, what it says. tests/optim/test_source.py has other optimizers.
+    # name, the arguments, the error, what it says. state/test_adamw.py has other optimizers.
     ("no optimizer", lambda: (net(), {}), TypeError, "must be a torch.optim.Optimizer, got Net"),
     ("SGD", lambda: (torch.optim.SGD(net().parameters(), lr=0.1), {}), TypeError, "class SGD"),
     ("LBFGS", lambda: (torch.optim.LBFGS(net().parameters()), {}), TypeError, "needs a closure"),

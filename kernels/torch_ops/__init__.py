@@ -1,0 +1,1 @@
+"""Block-sparse kernels in torch operations, for any device."""

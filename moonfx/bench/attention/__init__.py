@@ -1,0 +1,1 @@
+"""`moonfx bench attention`."""

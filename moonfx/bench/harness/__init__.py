@@ -1,0 +1,1 @@
+"""Timing, memory and argument types that all benchmarks share."""

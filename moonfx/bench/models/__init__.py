@@ -1,0 +1,1 @@
+"""`moonfx bench model`, `compile` and `passes`."""

@@ -1,0 +1,1 @@
+"""`moonfx bench optimizer` and `newton-schulz`."""

@@ -1,0 +1,5 @@
+"""The `moonfx` command."""
+
+from moonfx.cli.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""Optimizer state: read an AdamW's, hand it over, load and store it."""

@@ -1,0 +1,1 @@
+"""One step: momentum, Newton-Schulz, write-back; eager, compiled, sharded."""

@@ -1,0 +1,415 @@
+"""The grammar between query @ key^T and the softmax, walked from the softmax back.
+
+(matmul | bmm | baddbmm | einsum)(query, key^T)
+    -> {mul | div by a scalar}* -> softcap?
+    -> {mul | div by a scalar, add or subtract a mask, where, masked_fill, view of the heads}*
+    -> cat of sink logits? -> {subtract the maximum, clamp far out}*
+    -> softmax
+
+What softmax does not see (a constant, the maximum of each query) is passed over only where nothing
+but softmax comes after it: a softcap or sink logits do see it.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from moonfx.passes.attention import einsum
+from moonfx.passes.attention.heads import folded_heads, views_itself
+from moonfx.passes.attention.sink_logits import Sink, join_of
+from moonfx.passes.attention.subtracted_max import peak_of
+from moonfx.passes.context import Context
+from moonfx.passes.graph.nodes import argument, insert, short
+from moonfx.passes.graph.operators import (
+    ADD,
+    CASTS,
+    CLAMP,
+    COPIES,
+    DISTANCES,
+    DIVIDE,
+    FAR,
+    FOLDS,
+    MASKED_FILL,
+    MULTIPLY,
+    PRODUCTS,
+    SCORES_PASS,
+    SUBTRACT,
+    TANH,
+    WHERE,
+)
+from moonfx.passes.symbolic.expressions import MASKED_BELOW
+from moonfx.site import Reject
+
+aten = torch.ops.aten
+
+SCALED_LATE = "the mask is scaled after it was added; scale the scores first"
+
+
+@dataclass
+class Scores:
+    """What stands before the softmax.
+
+    Args:
+        node: query @ key^T.
+        masks, scale, factors, softcap: as in AttentionSite.
+        sink: sink logits joined to the scores, or None.
+        path: the nodes from the softmax's operand to `node`, both included.
+        inner: other nodes that only the softmax's operand needs, as the maximum of the scores.
+        heads: H where a view folds the heads into the batch, or None.
+    """
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    form: str
+    scale: float = 1.0
+    softcap: float = 0.0
+    sink: Sink | None = None
+    masks: list[tuple[fx.Node, str]] = field(default_factory=list)
+    mask_scales: dict[fx.Node, float] = field(default_factory=dict)
+    factors: list[tuple[fx.Node, str]] = field(default_factory=list)
+    path: list[fx.Node] = field(default_factory=list)
+    inner: set[fx.Node] = field(default_factory=set)
+    heads: int | None = None
+
+
+class _Walk:
+    """What was met on the way from the softmax back to the product.
+
+    `scale` and `factors` are what the scores at this place are still multiplied by.
+    """
+
+    def __init__(self, start: fx.Node, context: Context, exact: bool) -> None:
+        self.start, self.context = start, context
+        self.scale = 1.0
+        self.softcap = 0.0
+        self.sink: Sink | None = None
+        self.masks: list[tuple[fx.Node, str]] = []
+        self.mask_scales: dict[fx.Node, float] = {}
+        self.factors: list[tuple[fx.Node, str]] = []
+        self.path: list[fx.Node] = []
+        self.inner: set[fx.Node] = set()
+        self.exact = exact
+        self.times = False  # the scores here are multiplied by a mask
+        self.heads: int | None = None
+
+    def arrived(self, node: fx.Node, query: Any, key: Any, form: str) -> Scores:
+        # softcap * tanh(scale * query @ key^T / softcap)
+        scale = self.scale * (self.softcap or 1.0)
+        found = (node, query, key, form, scale, self.softcap, self.sink)
+        masks = (self.masks, self.mask_scales)
+        return Scores(*found, *masks, self.factors, self.path, self.inner, self.heads)
+
+    def reject(self, node: fx.Node, reason: str) -> Reject | None:
+        """A Reject if the softmax is over a product of tensors at all, else None: no attention."""
+        if reaches_product(self.start):
+            return Reject(reason, node)
+        near = _product_above(self.start)
+        if near is not None and near.target in DISTANCES:
+            return Reject("the scores are a distance (cdist), not query @ key^T", near)
+        return Reject(reason, node) if near is not None else None
+
+    def hides(self, value: object) -> bool:
+        """Whether a fill value makes a score vanish, scaled as it will be."""
+        found = constant_of(value, self.context)
+        return found is not None and not self.factors and found * self.scale <= MASKED_BELOW
+
+    def add_mask(self, node: fx.Node) -> bool:
+        """Takes an additive mask; False if it is scaled by what is not known, or in two ways."""
+        self.masks.append((node, "additive"))
+        return not self.factors and self.mask_scales.setdefault(node, self.scale) == self.scale
+
+    def seen_by(self) -> str | None:
+        """What, between here and the softmax, tells scores from scores shifted by a constant."""
+        if self.softcap:
+            return "the softcap (tanh)"
+        if self.times:
+            return "a multiplication by a mask"
+        if self.sink is not None:
+            return "attention sink logits"
+        return "a logsumexp" if self.exact else None
+
+
+Step = fx.Node | Scores | Reject | None
+
+
+def parse_scores(start: Any, context: Context, exact: bool = False) -> Scores | Reject | None:
+    """Walks from the softmax back to query @ key^T; None if no such product is there at all.
+
+    Args:
+        exact: something else reads the scores' logsumexp, so no constant may be passed over.
+    """
+    step: Step = start
+    if not isinstance(start, fx.Node):
+        return None
+    walk = _Walk(start, context, exact)
+    while isinstance(step, fx.Node):
+        walk.path.append(step)
+        step = _step(step, walk)
+    return step
+
+
+def _step(node: fx.Node, walk: _Walk) -> Step:
+    target = node.target
+    if target in PRODUCTS:
+        return _product(node, walk)
+    if target in CASTS | COPIES:
+        if not node.meta["val"].dtype.is_floating_point:
+            return Reject("the scores are cast to integers", node)
+        return node.args[0]  # type: ignore[return-value]
+    if views_itself(node):
+        return node.args[0]  # type: ignore[return-value]
+    if target in FOLDS and (heads := folded_heads(node)) is not None:
+        if walk.heads not in (None, heads):
+            return Reject("the heads are folded into the batch in two ways", node)
+        walk.heads = heads
+        return node.args[0]  # type: ignore[return-value]
+    if target in MULTIPLY | DIVIDE:
+        return _scaled(node, walk)
+    if target in ADD:
+        return _added(node, walk)
+    if target in SUBTRACT:
+        return _subtracted(node, walk)
+    if target in WHERE | MASKED_FILL:
+        return _masked(node, walk)
+    if target in CLAMP:
+        return _clamped(node, walk)
+    if target in TANH:
+        return _capped(node, walk)
+    if target is aten.cat.default and any(map(reaches_product, _parts(node))):
+        return _joined(node, walk)
+    return walk.reject(node, f"'{short(node)}' stands between query @ key^T and the softmax")
+
+
+def _parts(node: fx.Node) -> list[Any]:
+    parts = node.args[0]
+    return list(parts) if isinstance(parts, list | tuple) else []
+
+
+def _scaled(node: fx.Node, walk: _Walk) -> Step:
+    source, given = node.args[:2]
+    multiply = node.target in MULTIPLY
+    if multiply and (reaches_product(given) or not isinstance(source, fx.Node)):
+        source, given = given, source
+    factor = constant_of(given, walk.context)
+    if not reaches_product(source) and (factor is None or not isinstance(source, fx.Node)):
+        return walk.reject(node, f"'{short(node)}' is not of the scores by a scalar")
+    if factor is not None:
+        if not 0 < factor < math.inf:
+            return walk.reject(node, f"the scores are scaled by {factor}; a scale must be above 0")
+        walk.scale = walk.scale * factor if multiply else walk.scale / factor
+    elif isinstance(given, fx.Node) and _is_scalar(given):
+        walk.factors.append((given, "mul" if multiply else "div"))
+    elif multiply and isinstance(given, fx.Node) and not walk.softcap:
+        walk.masks.append((given, "times"))  # a mask of 0 and 1, if it is anything
+        walk.times = True
+    else:
+        return walk.reject(node, "the scores are scaled by a tensor; scale the query by it instead")
+    return source  # type: ignore[return-value]
+
+
+def _added(node: fx.Node, walk: _Walk) -> Step:
+    if node.kwargs.get("alpha", 1) != 1:
+        return walk.reject(node, "the mask is added with alpha != 1; scale the mask instead")
+    left, right = node.args[:2]
+    from_scores = [s for s in (left, right) if reaches_product(s)]
+    if not from_scores:
+        return walk.reject(node, "a sum that is no mask over scores")
+    if len(from_scores) == 2:
+        return Reject("additive bias: two products are added before the softmax", node)
+    other = right if from_scores[0] is left else left
+    return _biased(node, from_scores[0], other, walk)  # type: ignore[arg-type]
+
+
+def _subtracted(node: fx.Node, walk: _Walk) -> Step:
+    source, other = node.args[:2]
+    if node.kwargs.get("alpha", 1) != 1:
+        return walk.reject(node, "the mask is subtracted with alpha != 1; scale the mask instead")
+    peak = peak_of(other, source)
+    if isinstance(peak, str):
+        return walk.reject(node, peak)
+    if peak is not None:
+        if (what := walk.seen_by()) is not None:
+            return walk.reject(node, f"the maximum is subtracted before {what}, which sees it")
+        walk.inner |= peak
+        return source  # type: ignore[return-value]
+    if not reaches_product(source):
+        return walk.reject(node, "the scores are subtracted from something")
+    if reaches_product(other):
+        return Reject("additive bias: two products are subtracted before the softmax", node)
+    if isinstance(other, fx.Node):
+        other = insert(aten.neg.default, (other,), node)
+        walk.context.changed(node.graph)
+    return _biased(node, source, other, walk)  # type: ignore[arg-type]
+
+
+def _biased(node: fx.Node, source: fx.Node, other: Any, walk: _Walk) -> Step:
+    """Scores with a mask or a constant added to them: softmax(x + constant) == softmax(x)."""
+    what = walk.seen_by()
+    if walk.softcap or walk.times:
+        return walk.reject(node, f"a mask or bias is added before {what}: add it after")
+    if isinstance(other, fx.Node):
+        if not walk.add_mask(other):
+            return walk.reject(node, SCALED_LATE)
+    elif what is not None:
+        return walk.reject(node, f"a constant is added before {what}, which see it")
+    return source
+
+
+def _masked(node: fx.Node, walk: _Walk) -> Step:
+    """where() or masked_fill() of the scores with a value that hides them."""
+    condition, yes, no = node.args[:3]
+    if node.target in MASKED_FILL:
+        condition, yes, no, how = node.args[1], node.args[0], node.args[2], "drop"
+        problem = "masked_fill() with a value that is no mask; fill with -inf"
+    else:
+        problem, how = "where() fills in a value that is no mask; fill with -inf", "keep"
+        if reaches_product(no) and not reaches_product(yes):
+            yes, no, how = no, yes, "drop"
+        if not reaches_product(yes):
+            return walk.reject(node, problem)
+    if walk.softcap or walk.times:
+        reason = f"the mask is put on before {walk.seen_by()}, which leaves it visible: "
+        return walk.reject(node, reason + "put it on after")
+    if not walk.hides(no):
+        return walk.reject(node, problem)
+    walk.masks.append((condition, how))  # type: ignore[arg-type]
+    return yes  # type: ignore[return-value]
+
+
+def _clamped(node: fx.Node, walk: _Walk) -> Step:
+    """Scores clamped where none can be: below what counts as masked, above as far."""
+    source, low, high = node.args[0], argument(node, 1, "min"), argument(node, 2, "max")
+    if node.target in (aten.maximum.default, aten.max.other):
+        source, low, high = node.args[0], node.args[1], None
+        if not reaches_product(source):
+            source, low = low, source
+    if not reaches_product(source):
+        return walk.reject(node, f"'{short(node)}' is not of the scores")
+    far = [(low, -1.0), (high, 1.0)]
+    bounds = [(constant_of(x, walk.context), sign) for x, sign in far if x is not None]
+    if (
+        walk.softcap
+        or walk.factors
+        or any(x is None or not x * sign * walk.scale >= -MASKED_BELOW for x, sign in bounds)
+    ):
+        limits = " and ".join(str(x) for x, _ in far if x is not None)
+        return walk.reject(node, f"the scores are clamped at {limits}, which scores may reach")
+    return source  # type: ignore[return-value]
+
+
+def _capped(node: fx.Node, walk: _Walk) -> Step:
+    """tanh(): from here on the scale is the softcap, and what comes before is the scale in it."""
+    if not reaches_product(node):
+        return walk.reject(node, "tanh() stands before the softmax, over no query @ key^T")
+    if walk.softcap:
+        return walk.reject(node, "two softcaps (tanh) stand between query @ key^T and the softmax")
+    if walk.factors:
+        return walk.reject(
+            node, "the softcap's size is not a constant of the graph; make it a float"
+        )
+    walk.softcap, walk.scale = walk.scale, 1.0
+    return node.args[0]  # type: ignore[return-value]
+
+
+def _joined(node: fx.Node, walk: _Walk) -> Step:
+    """cat([scores, sinks]): sink logits, if they are the last thing before the softmax."""
+    if walk.softcap or walk.factors or walk.masks or walk.scale != 1.0 or walk.sink is not None:
+        reason = "attention sink logits are joined to the scores (cat) before they are all done: "
+        return walk.reject(node, reason + "join them last, after scale, softcap and mask")
+    parts = _parts(node)
+    scores = [p for p in parts if reaches_product(p)]
+    if len(parts) != 2 or len(scores) != 1:
+        return walk.reject(node, f"{len(parts)} tensors are joined before the softmax (cat)")
+    sink = join_of(node, scores[0])
+    if isinstance(sink, str):
+        return walk.reject(node, sink)
+    walk.sink = sink
+    walk.inner |= sink.inner
+    return scores[0]
+
+
+def _product(node: fx.Node, walk: _Walk) -> Step:
+    form = short(node)
+    if node.target is aten.einsum.default:
+        product = einsum.as_scores(node)
+        if product is None:
+            return Reject(f"einsum '{node.args[0]}' is not query @ key^T", node)
+        walk.context.changed(product.graph)
+        walk.path[-1] = node = product
+    if node.target is not aten.baddbmm.default:
+        query, key = node.args[:2]
+        return walk.arrived(node, query, key, form)
+    added, query, key = node.args[:3]
+    beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+    if not isinstance(alpha, int | float) or not alpha > 0:
+        return Reject(f"the scores are scaled by {alpha}; a scale must be above 0", node)
+    if beta != 0:
+        if beta != 1:
+            return Reject(f"the mask is added with beta={beta}; scale the mask instead", node)
+        if walk.softcap or walk.times:
+            what = walk.seen_by()
+            return Reject(f"a mask or bias is added before {what}: add it after", node)
+        if not walk.add_mask(added):  # type: ignore[arg-type]
+            return Reject(SCALED_LATE, node)
+    walk.scale *= alpha
+    return walk.arrived(node, query, key, form)
+
+
+def constant_of(value: object, context: Context) -> float | None:
+    """A scalar that the graph itself fixes, or the one value of all of a tensor, or None."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return float(value)
+    if isinstance(value, fx.Node):
+        held = value.meta.get("val")
+        rank = len(held.shape) if isinstance(held, torch.Tensor) else 0
+        index = [sympy.Dummy(integer=True, nonnegative=True) for _ in range(rank)]
+        found = context.reader.broadcast(value, index)
+        if getattr(found, "is_number", False) and found.is_extended_real:
+            return float(found)
+    return None
+
+
+def _is_scalar(value: fx.Node) -> bool:
+    """A tensor or a symbolic number that holds one value for all heads and positions."""
+    held = value.meta.get("val")
+    return held.dim() == 0 if isinstance(held, torch.Tensor) else held is not None
+
+
+def reaches_product(node: object) -> bool:
+    """Whether a node is query @ key^T behind elementwise operators, seen from the softmax."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, list | tuple):
+            stack.extend(node)
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.target in PRODUCTS and len(node.meta["val"].shape) >= 3:
+            return True
+        if node.target in SCORES_PASS:
+            stack.extend(node.args)
+    return False
+
+
+def _product_above(start: fx.Node) -> fx.Node | None:
+    """A product or a distance of tensors anywhere near above the softmax."""
+    upstream = [start]
+    seen: set[fx.Node] = set()
+    while upstream:
+        current = upstream.pop()
+        if current in seen or len(seen) > FAR:
+            continue
+        seen.add(current)
+        if current.target in PRODUCTS | DISTANCES:
+            return current
+        upstream.extend(current.all_input_nodes)
+    return None

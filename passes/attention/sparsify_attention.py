@@ -1,0 +1,131 @@
+"""Writes one MoBA operator for each attention site that the policy makes sparse.
+
+    before  query, key, value -> (dense attention with its mask) -> output [B, Hq, Nq, Dv]
+    after   moonfx::moba_attention(query, key, value, block, topk, sinks, scale, key_mask, causal,
+                                   softcap, key_bias, segments, None, recompute)[0]
+
+What was proved of the mask becomes key_mask [B, Nk], segments [B, Nk] and key_bias [B, Hq, Nk],
+written from the mask's own leaves; the dense [B, 1, Nq, Nk] mask is left without users and is
+removed with the rest of the dead nodes. Heads that lie in the batch are told apart where their
+number is known. Attention sink logits s need no kernel: out * sigmoid(lse - s).
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from moonfx.capture import fake_values
+from moonfx.passes.attention import output_strides as layout
+from moonfx.passes.attention.logsumexp import give_lse
+from moonfx.passes.attention.mask_operands import CannotWrite, Writer, Written, call
+from moonfx.passes.context import Context
+from moonfx.policy import LayerPolicy
+from moonfx.site import AttentionSite, Reject
+
+aten = torch.ops.aten
+
+# causal, softcap, key_bias, segments, block_means, recompute: left out of a call that has them all
+_DEFAULTS = (True, 0.0, None, None, None, False)
+
+
+def run(graph: fx.Graph, context: Context) -> int:
+    """Rewrites the supported sites of the graph; returns how many."""
+    rewritten = 0
+    written: Written = {}
+    for site in context.sites:
+        if site.output.graph is not graph or site.reject is not None:
+            continue
+        policy = context.policy(site, context.sites, context.root)
+        if not isinstance(policy, LayerPolicy):
+            site.action = policy
+            continue
+        site.policy = policy
+        context.rest_on_constants(site)
+        try:
+            rewrite(site, policy, written, context)
+        except (CannotWrite, layout.CannotKeep) as reason:
+            context.decline(site, Reject(str(reason), site.output))
+            continue
+        site.action, rewritten = "sparse", rewritten + 1
+    if rewritten:
+        context.changed(
+            graph
+        )  # once: what was put in writes nowhere, and comes before what is left
+    return rewritten
+
+
+def rewrite(site: AttentionSite, policy: LayerPolicy, written: Written, context: Context) -> None:
+    """Replaces one site's output by the operator."""
+    old = site.output
+    dtype = old.meta["val"].dtype
+    with old.graph.inserting_before(old), fake_values(context.gm):
+        key_mask, modifiers = _of_the_mask(site, written, context)
+        operands = [_as_operand(x, site, dtype) for x in _operands(site)]
+        setting = (policy.block, policy.topk, policy.sinks, site.scale, key_mask)
+        target = torch.ops.moonfx.moba_attention.default
+        both = call(target, *operands, *setting, *modifiers)
+        new = call(operator.getitem, both, 0)
+        made = [both, new]
+        if site.sink_logits is not None:
+            new = _with_sink_logits(new, both, site.sink_logits, dtype)
+            made.append(new)
+        if site.unfolds:
+            new = call(aten.flatten.using_ints, new, 0, 1)
+        elif site.folded:
+            new = call(aten.squeeze.dim, new, 1)
+        new = layout.keep(old, new, context)
+        if site.lse is not None:
+            give_lse(site.lse, both, old, context)
+    for node in (*made, new):
+        node.meta.update(
+            {k: old.meta[k] for k in ("stack_trace", "nn_module_stack") if k in old.meta}
+        )
+    old.replace_all_uses_with(new)
+    site.output = new
+
+
+def _of_the_mask(
+    site: AttentionSite, written: Written, context: Context
+) -> tuple[fx.Node | None, tuple[Any, ...]]:
+    """key_mask, and what follows it in the operator's arguments where one is not the default."""
+    mask, write = site.mask, Writer(site, context, written)
+    assert mask is not None
+    key_mask = write.key_mask(mask.padding) if mask.padding is not None else None
+    bias = write.key_bias(mask.bias.value) if mask.bias is not None else None
+    segments = write.segments(mask.segments) if mask.segments is not None else None
+    modifiers = (mask.causal, site.softcap, bias, segments, None, context.recompute_routing)
+    return key_mask, () if modifiers == _DEFAULTS else modifiers
+
+
+def _operands(site: AttentionSite) -> list[fx.Node]:
+    """query, key and value, tokens before features, the query scaled by what the graph computes."""
+    query, key = site.query, site.key
+    if site.key_transposed:
+        key = call(aten.transpose.int, key, -2, -1)
+    for factor, how in site.factors:
+        query = call(aten.mul.Tensor if how == "mul" else aten.div.Tensor, query, factor)
+    return [query, key, site.value]
+
+
+def _as_operand(node: fx.Node, site: AttentionSite, dtype: torch.dtype) -> fx.Node:
+    """[B, H, N, D] in the dtype of the output; heads that lie in the batch are told apart."""
+    if site.unfolds:
+        node = call(aten.unflatten.int, node, 0, [-1, site.heads])
+    elif site.folded:
+        node = call(aten.unsqueeze.default, node, 1)
+    return node if node.meta["val"].dtype == dtype else call(aten.to.dtype, node, dtype)
+
+
+def _with_sink_logits(out: fx.Node, both: fx.Node, logits: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Attention whose denominator has exp(logit of the head) more."""
+    lse = call(operator.getitem, both, 1)
+    heads = lse.meta["val"].shape[1]
+    if logits.meta["val"].numel() != heads:
+        raise CannotWrite("sink logits of heads that lie in the batch and cannot be told apart")
+    logits = call(aten.reshape.default, logits, [heads, 1])
+    sink = call(aten.to.dtype, logits, torch.float32)
+    share = call(aten.sigmoid.default, call(aten.sub.Tensor, lse, sink))
+    kept = call(aten.mul.Tensor, out, call(aten.unsqueeze.default, share, -1))
+    return call(aten.to.dtype, kept, dtype)

@@ -1,0 +1,1 @@
+"""Facts about any FX graph: operators, aliases, memory versions, modes, order; not attention."""

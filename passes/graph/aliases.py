@@ -1,0 +1,242 @@
+"""Which nodes of a graph are written to in place, directly or through a view.
+
+What an operator shares and writes is read from its schema and from `unmarked`. Of a node without
+one (a method of a tensor subclass, a function left as it was written) the result may lie in any
+operand, it is never dead, and it writes as torch's names say: mul_, operator.imul, out=.
+"""
+
+import functools
+import operator
+
+import torch
+from torch import fx
+
+from moonfx.capture import is_data, is_higher_order
+from moonfx.passes.graph import unmarked_aliases as unmarked
+from moonfx.passes.graph.nodes import argument, body_of, operands_of
+
+aten = torch.ops.aten
+
+# Changes what autograd thinks of a tensor, never its values.
+_HARMLESS = {aten.detach_.default}
+
+# Higher-order operators that only read.
+_READ_ONLY = ("flex_attention",)
+
+# Functions without a schema: on numbers, and of torch's own names.
+_ON_NUMBERS = ("_operator", "operator", "math", "builtins")
+_NAMED = ("_operator", "operator", "torch")
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Whether nothing is known of what a node does: not an operator with a schema."""
+    if node.op in ("call_method", "call_module"):
+        return True
+    if node.op != "call_function" or hasattr(node.target, "_schema"):
+        return False
+    if node.target is operator.getitem or is_data(node):
+        return False
+    module = str(getattr(node.target, "__module__", ""))
+    name = str(getattr(node.target, "__name__", ""))
+    on_numbers = module in _ON_NUMBERS and not any(map(_holds_tensor, node.all_input_nodes))
+    return is_higher_order(node) or not (on_numbers or name.startswith("sym_"))
+
+
+def _holds_tensor(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(x, torch.Tensor) for x in values)
+
+
+def aliases(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory the node's result may share."""
+    if node.op == "call_function" and is_higher_order(node):
+        return _body_aliases(node)
+    if node.target is operator.getitem or is_data(node) or is_opaque(node):
+        return node.all_input_nodes
+    places = _marked(node.target)[0]
+    marked = [n for place in places for n in _nodes(_given(node, *place))]
+    return marked or unmarked.shared(node)
+
+
+def writes(node: fx.Node) -> list[fx.Node]:
+    """The arguments that the node writes into."""
+    if node.op == "call_function" and is_higher_order(node):
+        return _body_writes(node)
+    if is_opaque(node):
+        return node.all_input_nodes if _writes_by_name(node) else []
+    if node.target in _HARMLESS:
+        return []
+    places = _marked(node.target)[1]
+    marked = [n for place in places for n in _nodes(_given(node, *place))]
+    return marked or unmarked.written(node)
+
+
+def _writes_by_name(node: fx.Node) -> bool:
+    """Whether a node of which nothing is known may write: by its name, if torch gave it that."""
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    # torch's functions of C have no module.
+    module = str(getattr(node.target, "__module__", None) or "torch")
+    if node.op != "call_method" and module.split(".")[0] not in _NAMED:
+        return True
+    in_place = name.strip("_") in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return in_place or bool(node.kwargs.get("out") or node.kwargs.get("inplace"))
+
+
+# x *= y and the like, by function and by method.
+_IN_PLACE = {
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift", "setitem", "delitem"),
+}
+
+Places = list[tuple[int, str]]
+
+
+@functools.cache
+def _marked(target: object) -> tuple[Places, Places]:
+    """Which arguments an operator's schema says that its result shares, and which it writes."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return [], []
+    marked = [(i, a.name, a.alias_info) for i, a in enumerate(schema.arguments) if a.alias_info]
+    shares = any(r.alias_info is not None for r in schema.returns)
+    shared = [(i, name) for i, name, _ in marked] if shares else []
+    return shared, [(i, name) for i, name, info in marked if info.is_write]
+
+
+def _body_writes(node: fx.Node) -> list[fx.Node]:
+    """What a higher-order operator writes: what its body does, or all where that is hidden."""
+    if any(name in str(node.target) for name in _READ_ONLY):
+        return []
+    body = body_of(node)
+    if body is None:
+        return _tensors(node)
+    written = last_writes(body.graph)
+    return [outside for inside, outside in _pairs(node, body) if inside in written]
+
+
+def _body_aliases(node: fx.Node) -> list[fx.Node]:
+    """The operands that a body's results may lie in, or all where the body is hidden."""
+    if any(name in str(node.target) for name in _READ_ONLY):
+        return []
+    body = body_of(node)
+    if body is None:
+        return _tensors(node)
+    memory = _Memory()
+    for inner in body.graph.nodes:
+        for source in aliases(inner) if inner.op != "output" else ():
+            memory.join(source, inner)
+    returned = {memory.of(n) for n in body.graph.output_node().all_input_nodes}
+    return [outside for inside, outside in _pairs(node, body) if memory.of(inside) in returned]
+
+
+def _pairs(node: fx.Node, body: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
+    """Each placeholder of a body and the node that it is called with."""
+    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+    pairs = zip(placeholders, operands_of(node), strict=True)
+    return [(p, a) for p, a in pairs if isinstance(a, fx.Node)]
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if n.op != "get_attr"]
+
+
+def _given(node: fx.Node, position: int, name: str) -> object:
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+
+
+def _nodes(value: object) -> list[fx.Node]:
+    if isinstance(value, list | tuple):
+        return [n for n in value if isinstance(n, fx.Node)]
+    return [value] if isinstance(value, fx.Node) else []
+
+
+def made_in_place(node: fx.Node, settled: set[fx.Node]) -> list[fx.Node]:
+    """What the node writes to before anyone else reads it, as zeros(..).masked_fill_(..) does.
+
+    Whoever reads the memory reads it through the node's result, and so after the write. `settled`:
+    the nodes of which this is known already, so that such writes may follow one another.
+    """
+    targets = writes(node)
+    if len(targets) != 1 or is_opaque(node):
+        return []
+    (target,) = targets
+    fresh = hasattr(target.target, "_schema") and not aliases(target)
+    lone = list(target.users) == [node] and sum(x is target for x in node.all_input_nodes) == 1
+    if not (lone and (fresh or target in settled)):
+        return []
+    return [target, node]
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    """Whether a dropout, or attention with one, is inactive: no random number is drawn."""
+    if node.target is aten.dropout.default:
+        return not argument(node, 2, "train") or argument(node, 1, "p") == 0.0
+    if node.target is aten.scaled_dot_product_attention.default:
+        return argument(node, 4, "dropout_p", 0.0) == 0.0
+    return False
+
+
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Removes nodes that nobody reads and that do nothing else, in this graph alone.
+
+    Graph.eliminate_dead_code keeps what works in place or may draw a number, and so the dense
+    scores behind an inactive dropout; and it drops the methods of tensor subclasses that write, and
+    in bodies that other nodes call whatever it knows nothing of.
+    """
+    settled: set[fx.Node] = set()
+    for node in graph.nodes:
+        settled.update(made_in_place(node, settled))
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node in settled or _draws_nothing(node) or not _is_impure(node)):
+            graph.erase_node(node)
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """Whether a node may do something beside its result."""
+    if node.is_impure() or writes(node):
+        return True
+    if node.op == "call_function" and is_higher_order(node):
+        body = body_of(node)
+        return body is not None and any(_acts(inner) for inner in body.graph.nodes)
+    return is_opaque(node)
+
+
+def _acts(node: fx.Node) -> bool:
+    return (
+        node.op not in ("placeholder", "output") and not _draws_nothing(node) and _is_impure(node)
+    )
+
+
+def last_writes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Each node whose memory is written to -> the last operator that writes it."""
+    memory = _Memory()
+    constants: dict[object, fx.Node] = {}
+    written: list[tuple[fx.Node, fx.Node]] = []
+    settled: set[fx.Node] = set()
+    for node in graph.nodes:
+        for source in aliases(node):
+            memory.join(source, node)
+        if node.op == "get_attr":
+            memory.join(constants.setdefault(node.target, node), node)
+        settled.update(made := made_in_place(node, settled))
+        written += [(target, node) for target in writes(node) if target not in made]
+    last = {memory.of(target): writer for target, writer in written}
+    return {n: last[memory.of(n)] for n in graph.nodes if memory.of(n) in last} if last else {}
+
+
+class _Memory:
+    """Sets of nodes that may share memory (union-find)."""
+
+    def __init__(self) -> None:
+        self.parent: dict[fx.Node, fx.Node] = {}
+
+    def of(self, node: fx.Node) -> fx.Node:
+        """The set's representative."""
+        while (parent := self.parent.get(node, node)) is not node:
+            self.parent[node] = self.parent.get(parent, parent)
+            node = parent
+        return node
+
+    def join(self, a: fx.Node, b: fx.Node) -> None:
+        self.parent[self.of(b)] = self.of(a)

@@ -1,0 +1,176 @@
+"""Which memory each node of a graph reads and writes, and which value a name stands for when.
+
+    y = x.mul_(2); z = x + 1         z reads y: a name stands for what was last written to it
+    t = x.T; x.add_(1); u = t @ x    u reads t after a write that t's own node does not show
+
+A value is a node and how often its memory was written to before it is read: two values are equal
+only if both are. Memory is told apart by the operators' schemas and, for what the graph is given,
+by storages.
+"""
+
+import bisect
+import operator
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from moonfx.capture import storage_of
+from moonfx.passes.graph.aliases import aliases, is_opaque, writes
+from moonfx.passes.graph.nodes import short
+
+aten = torch.ops.aten
+
+_MAY_COPY = {
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.to.other,
+    aten.type_as.default,
+    aten.contiguous.default,
+}
+# Write to a tensor's sizes, so that its old name stands for something else.
+_RESHAPE = ("resize", "set_", "t_", "transpose_", "squeeze_", "unsqueeze_", "as_strided_", "swap")
+
+
+class Value(NamedTuple):
+    """A tensor as it is after `version` writes to its memory."""
+
+    node: fx.Node
+    version: int
+
+
+def is_barrier(node: fx.Node) -> bool:
+    """Whether a node keeps its place among all others: an autocast, an assertion."""
+    if is_opaque(node):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or is_random(node):
+        return False
+    return node.is_impure() and not schema.is_mutable
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers, each of which depends on how many were drawn before."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+class Memory:
+    """The memory of one graph's nodes, as the graph stands now.
+
+    Args:
+        apart: whether inputs of different storages are known to be different memory; in a nested
+            body they are not.
+    """
+
+    def __init__(self, graph: fx.Graph, apart: bool = True) -> None:
+        self._nodes = list(graph.nodes)
+        self.position = {node: i for i, node in enumerate(self._nodes)}
+        self._parent: dict[fx.Node, fx.Node] = {}
+        self._written: dict[fx.Node, list[int]] = {}
+        self._renamed: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
+        self.members: dict[fx.Node, list[fx.Node]] = {}
+        given: dict[object, fx.Node] = {}
+        targets = {node: self.writes(node) for node in graph.nodes}
+        for node in graph.nodes:
+            for source in self.aliases(node):
+                self._parent[self.of(node)] = self.of(source)
+            if node.op in ("placeholder", "get_attr"):
+                first = given.setdefault(_storage(node) if apart else None, node)
+                self._parent[self.of(node)] = self.of(first)
+        for node in graph.nodes:
+            self.members.setdefault(self.of(node), []).append(node)
+            for target in targets[node]:
+                self._written.setdefault(self.of(target), []).append(self.position[node])
+            if (name := _renamed(node)) is not None:
+                self._renamed.setdefault(name, []).append((self.position[node], node))
+
+    def of(self, node: fx.Node) -> fx.Node:
+        """The representative of the memory that a node's result lies in."""
+        while (parent := self._parent.get(node, node)) is not node:
+            self._parent[node] = self._parent.get(parent, parent)
+            node = parent
+        return node
+
+    def writes(self, node: fx.Node) -> list[fx.Node]:
+        """The operands that a node may write to."""
+        if not is_opaque(node):
+            return writes(node)
+        return [n for n in node.all_input_nodes if n.op != "get_attr" or _is_tensor(n)]
+
+    def written_at(self, node: fx.Node) -> list[int]:
+        """The positions of the nodes that write to a node's memory."""
+        return self._written.get(self.of(node), [])
+
+    def writers(self, node: fx.Node, reader: fx.Node) -> list[fx.Node]:
+        """The nodes that write to a node's memory before a reader does, or are the reader."""
+        written = self.written_at(node)
+        return [
+            self._nodes[i] for i in written[: bisect.bisect_right(written, self.position[reader])]
+        ]
+
+    def read(self, reader: fx.Node, operand: fx.Node) -> Value:
+        """The value of an operand that a node reads."""
+        before = self.position[reader]
+        node = operand
+        while renamed := [n for at, n in self._renamed.get(node, []) if at < before]:
+            node = renamed[-1]
+        return Value(node, bisect.bisect_left(self.written_at(node), before))
+
+    def result(self, node: fx.Node) -> Value:
+        """The value that a node makes."""
+        return Value(node, bisect.bisect_right(self.written_at(node), self.position[node]))
+
+    def is_shared(self, node: fx.Node) -> bool:
+        """Whether something of which nothing is known may hold on to a node's memory."""
+        return is_opaque(node) or any(is_opaque(user) for user in node.users)
+
+    def is_returned(self, node: fx.Node) -> bool:
+        """Whether the graph returns a tensor that lies in a node's memory."""
+        return any(u.op == "output" for m in self.members[self.of(node)] for u in m.users)
+
+    def aliases(self, node: fx.Node) -> list[fx.Node]:
+        """The operands whose memory a node's result may lie in."""
+        if _copies(node):
+            return []
+        if is_opaque(node):
+            return node.all_input_nodes
+        if node.target is operator.getitem:
+            source = node.all_input_nodes[0]
+            if hasattr(source.target, "_schema") and not aliases(source):
+                return []  # one of several new tensors
+        return aliases(node)
+
+
+def _storage(node: fx.Node) -> object:
+    """What two inputs share that may lie in the same memory; None for one that may share any."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return storage_of(value)
+    return None if node.op == "get_attr" else node
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _renamed(node: fx.Node) -> fx.Node | None:
+    """What a node writes and returns, whole: x of x.mul_(2) and of torch.mm(a, b, out=x)."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or len(schema.returns) != 1 or schema.returns[0].alias_info is None:
+        return None
+    targets = writes(node)
+    whole = len(targets) == 1 and schema.returns[0].alias_info.is_write
+    return targets[0] if whole and not short(node).startswith(_RESHAPE) else None
+
+
+def _copies(node: fx.Node) -> bool:
+    """Whether a node that may return its operand itself is known to return a copy."""
+    if node.target not in _MAY_COPY:
+        return False
+    source, value = (n.meta.get("val") for n in (node.args[0], node))  # type: ignore[union-attr]
+    if not (isinstance(source, torch.Tensor) and isinstance(value, torch.Tensor)):
+        return False
+    if (source.dtype, source.device) != (value.dtype, value.device):
+        return True
+    return node.target is aten.contiguous.default and source.stride() != value.stride()

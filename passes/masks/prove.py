@@ -1,0 +1,171 @@
+"""Brings what was read of a site's masks to one conjunction, and says what that is.
+
+    before  values of the masks at (batch, head, query, key), and how each acts on the scores
+    after   causal or not, the padding, the packed sequences and the bias, or why they are declined
+
+Nothing here looks at a graph node but to name it, so that equal masks of many layers are proved
+once.
+"""
+
+from dataclasses import dataclass
+
+import sympy
+
+from moonfx.passes.masks import key_bias, packing
+from moonfx.passes.masks.additive import Added, NotAMask, split
+from moonfx.passes.masks.conditions import (
+    CAUSAL,
+    PADDING,
+    SHIFTED,
+    SUPPORTED,
+    WINDOW,
+    Atom,
+    classify_atom,
+)
+from moonfx.passes.masks.key_bias import Bias, NotByKey
+from moonfx.passes.symbolic.expressions import Expr, to_bool, to_number
+from moonfx.passes.symbolic.indices import KEY, QUERY, Lengths
+from moonfx.passes.symbolic.reader import Reader
+
+ANTI_CAUSAL = "anti-causal: a query sees keys behind it, and those before it are hidden"
+
+
+@dataclass(frozen=True)
+class Given:
+    """One mask as it was read.
+
+    Args:
+        value: exact, for a "keep" or "drop" mask; up to rounding for an "additive" one.
+        how: as in AttentionSite.masks.
+        scale: what the sum of scores and mask is multiplied by.
+    """
+
+    value: Expr
+    how: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What masks are together.
+
+    Args:
+        causal: whether they hide exactly the keys behind each query, packing and padding apart.
+        reason: why they are not supported, "" if they are.
+        at: which mask stands in the way.
+        window: the size of a sliding window in the way, in tokens.
+    """
+
+    causal: bool = False
+    padding: Expr | None = None
+    segments: Expr | None = None
+    bias: Bias | None = None
+    reason: str = ""
+    at: int = 0
+    window: Expr | None = None
+
+
+def prove(
+    given: tuple[Given, ...],
+    lengths: Lengths,
+    reader: Reader,
+    *,
+    is_causal: bool,
+    sees_constants: bool,
+) -> Proof:
+    """What the masks of one attention are.
+
+    Args:
+        is_causal: the operator itself was told to be causal, with as many keys as queries.
+        sees_constants: whether a constant added to all scores of a query would be seen.
+    """
+    conditions: list[Expr] = [sympy.Le(KEY, QUERY)] if is_causal else []
+    times: list[tuple[int, Expr]] = []
+    added: list[Added] = []
+    for at, mask in enumerate(given):
+        if mask.how == "additive":
+            value = mask.value if mask.scale == 1.0 else mask.value * sympy.Float(mask.scale)
+            try:
+                added.append(split(value))
+            except NotAMask as found:
+                return Proof(reason=f"additive bias: {found}", at=at)
+            conditions.append(added[-1].keep)
+        elif mask.how == "times":
+            if (keep := _where_one(mask.value)) is None:
+                return Proof(reason="the scores are scaled by a tensor", at=at)
+            times.append((at, keep))
+        else:
+            keep = to_bool(mask.value)
+            conditions.append(sympy.Not(keep) if mask.how == "drop" else keep)
+    hidden = _conjunction(conditions)
+    for at, keep in times:
+        if not set(_conjunction([keep])) <= set(hidden):
+            reason = (
+                "the scores are multiplied by a mask, which makes them 0 and does not hide them"
+            )
+            return Proof(reason=reason, at=at)
+    segments, rest = _packing(hidden, lengths, reader)
+    if len(segments) > 1:
+        return Proof(reason=f"packed sequences, told apart by {len(segments)} tensors at once")
+    causal = any(classify_atom(atom, lengths).kind == CAUSAL for atom in rest)
+    bias, at = None, next((i for i, m in enumerate(given) if m.how == "additive"), 0)
+    try:
+        total = Added(
+            sympy.true,
+            sympy.Add(*(a.bias for a in added)),
+            sympy.Max(*(a.weakest for a in added)),
+        )
+        if total.bias != 0:
+            bias, real = key_bias.by_key(total, lengths, reader, causal=causal, sink=sees_constants)
+            rest = _conjunction([*rest, *real])
+    except NotByKey as found:
+        return Proof(reason=f"additive bias: {found}", at=at)
+    proof = _support(rest, lengths)
+    return Proof(
+        proof.causal,
+        proof.padding,
+        segments[0] if segments else None,
+        bias,
+        proof.reason,
+        window=proof.window,
+    )
+
+
+def _conjunction(conditions: list[Expr]) -> list[Expr]:
+    return list(sympy.And.make_args(sympy.to_nnf(sympy.And(*conditions), simplify=False)))
+
+
+def _where_one(value: Expr) -> Expr | None:
+    """The condition under which a mask of 0 and 1 is 1; None if it may hold anything else."""
+    value = to_number(value)
+    if value.is_number:
+        return {0: sympy.false, 1: sympy.true}.get(value)
+    if not isinstance(value, sympy.Piecewise) or {x for x, _ in value.args} != {0, 1}:
+        return None
+    return to_bool(value)
+
+
+def _packing(atoms: list[Expr], lengths: Lengths, reader: Reader) -> tuple[list[Expr], list[Expr]]:
+    """The segment ids among the conditions, and the other conditions, inside of a segment."""
+    found = [packing.segments_of(atom, lengths) for atom in atoms]
+    segments = list(dict.fromkeys(s for s in found if s is not None))
+    rest = [a for a, s in zip(atoms, found, strict=True) if s is None]
+    if len(segments) != 1:
+        return segments, rest
+    return segments, _conjunction([packing.within(a, segments[0], lengths, reader) for a in rest])
+
+
+def _support(atoms: list[Expr], lengths: Lengths) -> Proof:
+    kinds = [classify_atom(atom, lengths) for atom in atoms]
+    ordered = any(a.kind in (CAUSAL, SHIFTED) for a in kinds)
+    for atom in kinds:
+        if atom.kind not in SUPPORTED:
+            return Proof(reason=_reason(atom, ordered or lengths.one_query), window=atom.size)
+    padding = [a for a, kind in zip(atoms, kinds, strict=True) if kind.kind == PADDING]
+    causal = any(a.kind == CAUSAL for a in kinds)
+    return Proof(causal, sympy.And(*padding) if padding else None)
+
+
+def _reason(atom: Atom, ordered: bool) -> str:
+    both_ways = atom.reason.endswith("side")
+    return atom.reason if ordered or atom.kind != WINDOW or both_ways else ANTI_CAUSAL

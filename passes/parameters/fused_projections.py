@@ -1,0 +1,266 @@
+"""Finds the blocks of a fused projection: the parts of its output that never meet again.
+
+    qkv = linear(x, w)                     w [3 D, D]
+    q, k, v = qkv.chunk(3, -1)             three blocks of rows of w, a matrix each
+
+    q = linear(x, w)                       rotary embedding splits as well, and is no fusion:
+    a, b = q.chunk(2, -1)                  what is cut here
+    q = cat([a * cos - b * sin, ...])      is one tensor again
+
+Every part of the output that some operator reads as a whole belongs to one block. So do parts that
+are added to each other, unless a gate has acted on one of them, and parts that are written into one
+tensor, or concatenated and not cut again at the same places. Parts that take the same place in the
+same products are the heads of one projection. What is left apart are the blocks; a pattern of them
+that a layout cannot say is one matrix.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moonfx.passes.graph.nodes import aten
+from moonfx.passes.graph.operators import ADD, DIVIDE, MULTIPLY, PRODUCTS, SOFTMAX, SUBTRACT, WHERE
+from moonfx.passes.parameters.dataflow import WRITES, Run, Value, Waiting, base_of, leaves
+from moonfx.passes.parameters.element_positions import (
+    REARRANGE,
+    SAME,
+    again,
+    alike,
+    by_channel,
+    distinct,
+    is_pointwise,
+)
+
+_JOINS = {aten.cat.default, aten.stack.default, aten.concat.default, aten.hstack.default}
+_MEETS = ADD | SUBTRACT | WHERE | _JOINS
+_MEETS |= {aten.addcmul.default, aten.rsub.Tensor, aten.lerp.Tensor, aten.maximum.default}
+_SCALES = MULTIPLY | DIVIDE | {aten.addcmul.default}
+_HEADS = PRODUCTS | {aten.mm.default, aten.scaled_dot_product_attention.default}
+
+
+class Blocks:
+    """Which elements along one dimension of a parameter belong together: a union of sets."""
+
+    def __init__(self, size: int) -> None:
+        self.labels = torch.arange(size)
+        self.read = torch.zeros(size, dtype=torch.bool)
+        self.places: list[tuple[int, object]] = []
+
+    def join(self, positions: Tensor) -> None:
+        """Says that elements are read together."""
+        self.read[positions] = True
+        labels = self.labels[positions].unique()
+        if len(labels) > 1:
+            self.labels[torch.isin(self.labels, labels)] = labels[0]
+
+    def join_heads(self) -> None:
+        """Joins blocks that take the same places in products."""
+        places: dict[int, set[object]] = {}
+        for position, place in self.places:
+            places.setdefault(int(self.labels[position]), set()).add(place)
+        first: dict[frozenset[object], int] = {}
+        for label, found in places.items():
+            self.join(torch.tensor([first.setdefault(frozenset(found), label), label]))
+
+
+class Pattern(NamedTuple):
+    """Blocks that repeat: outer times the sizes; sizes () and why, if they are one matrix."""
+
+    outer: int
+    sizes: tuple[int, ...]
+    why: str = ""
+
+
+def pattern_of(blocks: Blocks) -> Pattern:
+    """The blocks as a layout says them."""
+    labels, size = blocks.labels, len(blocks.labels)
+    if len(labels.unique()) == 1:
+        return Pattern(1, ())
+    if not bool(blocks.read.all()):
+        return Pattern(1, (), "kept whole: a part of its output is not read")
+    ends = torch.cat([(labels[1:] != labels[:-1]).nonzero().flatten() + 1, torch.tensor([size])])
+    for end in ends.tolist():
+        if size % end == 0 and torch.equal(
+            labels.view(-1, end), labels[:end].expand(size // end, end)
+        ):
+            runs, sizes = labels[:end].unique_consecutive(return_counts=True)
+            if len(runs) != len(runs.unique()):
+                break
+            return Pattern(size // end, tuple(sizes.tolist()))
+    return Pattern(1, (), "kept whole: its blocks do not lie in a pattern that repeats")
+
+
+def follow(run: Run, output: Value, positions: Tensor, blocks: Blocks) -> None:
+    """Joins what the model reads together of a product's output.
+
+    Args:
+        output: the product.
+        positions: of each of its elements, the element of the parameter's dimension.
+        blocks: of that dimension.
+    """
+    _Follow(run, blocks).from_(output, positions)
+
+
+class _Part(NamedTuple):
+    """A value made of a part of the output.
+
+    Args:
+        at: positions, in its own shape; a plain set of them where places are lost.
+        placed: whether `at` has the value's shape.
+        gated: whether something else that the model computes has multiplied it.
+        mixed: whether parts met in it of which one was gated. Who reads it reads no block of them,
+            but it is still one tensor with what it is concatenated with.
+    """
+
+    at: Tensor
+    placed: bool
+    gated: bool
+    mixed: bool = False
+
+
+class _Follow:
+    """The parts of one product's output, in the order in which the run computes them."""
+
+    def __init__(self, run: Run, blocks: Blocks) -> None:
+        self.run, self.blocks = run, blocks
+        self.parts: dict[Value, _Part | Sequence[_Part]] = {}
+        self.bases: dict[Value, Tensor] = {}
+
+    def from_(self, output: Value, positions: Tensor) -> None:
+        self.parts[output] = _Part(positions, True, False)
+        waiting = Waiting(self.run, [output])
+        for value in waiting:
+            if value not in self.parts and not self._reach(value):
+                continue
+            part = self.parts[value]
+            last = value.returned or not value.users
+            if isinstance(part, _Part) and last and not part.mixed:
+                self.blocks.join(distinct(part.at))
+            waiting.add(value.users)
+
+    def _reach(self, user: Value) -> bool:
+        """Whether parts of the output can be told apart in what reads them; joins them if not."""
+        ours = [x for x in user.reads if x in self.parts]
+        if not ours:
+            return False
+        parts = [p for p in (self.parts[x] for x in ours) if isinstance(p, _Part)]
+        if len(parts) < len(ours):
+            return self._item(user, ours)
+        if user.target in _JOINS and len(ours) == len(user.reads) and all(p.placed for p in parts):
+            made = again(user, {x: p.at for x, p in zip(ours, parts, strict=True)})
+            if made is not None:
+                self.parts[user] = _Part(made, True, any(p.gated for p in parts))
+                return True
+        if by_channel(user) and user.args[0] is ours[0] and len(ours) == 1 and parts[0].placed:
+            one = parts[0].at.narrow(-1, 0, 1)  # the same channels at every place
+            return self._pointwise(user, parts[0]._replace(at=one), parts[0].gated)
+        if user.target is aten.glu.default and parts[0].placed:
+            for at in parts[0].at.chunk(2, user.argument(1, "dim", -1)):
+                self.blocks.join(distinct(at))
+            return False
+        if user.target in WRITES and user.args[0] not in self.parts:
+            return self._written(user, ours, parts)
+        if user.target in REARRANGE and len(ours) == 1:
+            return self._rearranged(user, ours[0], parts[0])
+        gated = any(p.gated for p in parts) or self._gates(user)
+        if is_pointwise(user) and _one_place(parts):
+            return self._pointwise(user, parts[0], gated)
+        for x, part in zip(ours, parts, strict=True):
+            self._end(user, x, part)
+        if user.target not in _MEETS:
+            return False
+        whole = torch.cat([distinct(p.at) for p in parts]).unique()
+        mixed = gated if user.target not in _JOINS else len(parts) == 1 and parts[0].mixed
+        if not mixed:
+            self.blocks.join(whole)
+        self.parts[user] = _Part(whole, False, gated, mixed)
+        return True
+
+    def _written(self, user: Value, ours: list[Value], parts: list[_Part]) -> bool:
+        """Parts that are written into one tensor are one."""
+        for x, part in zip(ours, parts, strict=True):
+            self._end(user, x, part)
+        at = torch.cat([distinct(p.at) for p in parts])
+        base = base_of(user.args[0])
+        self.bases[base] = torch.cat([self.bases.get(base, at), at]).unique()
+        self.blocks.join(self.bases[base])
+        return False
+
+    def _gates(self, user: Value) -> bool:
+        """Whether something that the model computes multiplies; an angle of a position does not."""
+        others = [x for x in user.reads if x not in self.parts]
+        computed = (x for x in others if self.run.active(x) and self.run.trained(x))
+        return user.target in _SCALES and any(computed)
+
+    def _end(self, user: Value, x: Value, part: _Part) -> None:
+        """A part is read as a whole."""
+        if part.mixed:
+            return
+        at = distinct(part.at)
+        self.blocks.join(at)
+        place = self._place(user, x)
+        if place is not None:
+            self.blocks.places.append((int(at[0]), place))
+
+    def _place(self, user: Value, x: Value) -> object:
+        """The place of a head in attention: which operand of which product; None if it is none."""
+        others = [y for y in user.reads if y is not x]
+        weights = [y for y in others if self.run.trained(y) and not self.run.active(y)]
+        if user.target not in _HEADS or weights:
+            return None
+        said = [y for y in user.args if isinstance(y, str)]
+        position = [y is x for y in leaves(user.args)].index(True)
+        return (str(user.target), *said, position, *map(_are_probabilities, others))
+
+    def _item(self, user: Value, ours: list[Value]) -> bool:
+        """One result of a split."""
+        items = self.parts[ours[0]]
+        if len(ours) > 1 or user.target is not operator.getitem or isinstance(items, _Part):
+            return False
+        self.parts[user] = items[user.args[1]]
+        return True
+
+    def _rearranged(self, user: Value, x: Value, part: _Part) -> bool:
+        if not part.placed:
+            self.parts[user] = part
+            return True
+        made = again(user, {x: part.at})
+        if made is None:
+            self._end(user, x, part)
+            return False
+        several = isinstance(made, tuple | list)
+        self.parts[user] = (
+            [part._replace(at=at) for at in made] if several else part._replace(at=made)
+        )
+        return True
+
+    def _pointwise(self, user: Value, part: _Part, gated: bool) -> bool:
+        at, placed = part.at, part.placed
+        if placed:
+            try:
+                at = at.expand(user.shape)
+            except RuntimeError:  # a size that only the run knows
+                at, placed = distinct(at), False
+                self.blocks.join(at)
+        self.parts[user] = _Part(at, placed, gated, part.mixed)
+        return True
+
+
+def _one_place(parts: Sequence[_Part]) -> bool:
+    """Whether values are made of the same elements at the same places."""
+    first, *rest = parts
+    return all(p.placed and first.placed and alike(p.at, first.at) for p in rest)
+
+
+def _are_probabilities(value: Value) -> bool:
+    """Whether a value is a softmax, through what leaves it in place."""
+    for _ in range(8):
+        if value.target in SOFTMAX:
+            return True
+        if value.target not in REARRANGE | SAME or not value.reads:
+            return False
+        value = value.reads[0]
+    return False

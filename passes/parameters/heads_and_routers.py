@@ -1,0 +1,112 @@
+"""Which products give what the model returns: heads. Which choose experts: routers.
+
+head      y = linear(h, w); y * scale, tanh(y / 30) * 30, y[:, -1:], cross_entropy(y, labels)
+router    y = linear(h, w); softmax(y).topk(2), and what is trained acts on what comes of it
+"""
+
+from moonfx.passes.graph.nodes import aten
+from moonfx.passes.graph.operators import (
+    ADD,
+    CLAMP,
+    DIVIDE,
+    LOG_SOFTMAX,
+    MASKED_FILL,
+    MULTIPLY,
+    SOFTMAX,
+    SUBTRACT,
+    TANH,
+    WHERE,
+)
+from moonfx.passes.parameters.dataflow import CREATES, WRITES, Run, Value, Waiting
+from moonfx.passes.parameters.element_positions import REARRANGE, SAME, is_pointwise
+from moonfx.passes.parameters.weight_products import is_product
+from moonfx.passes.parameters.weight_uses import GATHERS, TABLES
+
+CHOICES = {aten.topk.default, aten.argmax.default, aten.sort.default, aten.argsort.default}
+_LOSSES = LOG_SOFTMAX | {
+    aten.cross_entropy_loss.default,
+    aten.nll_loss.default,
+    aten.nll_loss_nd.default,
+    aten.nll_loss_forward.default,
+    aten.binary_cross_entropy_with_logits.default,
+    aten.mse_loss.default,
+    aten.l1_loss.default,
+    aten.smooth_l1_loss.default,
+    aten.huber_loss.default,
+    aten.logsumexp.default,
+    aten.argmax.default,
+}
+_PROBABILITIES = SOFTMAX | {aten.sigmoid.default, aten.log_sigmoid.default}
+# Scores of scores, beside what acts on each of them by itself.
+_SCORES = REARRANGE | SAME | SOFTMAX | LOG_SOFTMAX
+_SCALES = MULTIPLY | DIVIDE
+_LEAVES_LOGITS = (
+    _SCALES | ADD | SUBTRACT | WHERE | MASKED_FILL | CLAMP | {aten.index_fill.int_Scalar}
+)
+
+
+def produces_logits(run: Run, output: Value) -> bool:
+    """Whether all that becomes of a product is what the model returns, or a loss."""
+    ends = 0
+    waiting = Waiting(run, [output])
+    for value in waiting:
+        if value.target in _LOSSES and value is not output:
+            ends += 1
+            continue
+        if value is not output and not _leaves_logits(run, value, waiting):
+            return _only_scalars(run, output)
+        ends += value.returned
+        waiting.add(value.users)
+    return ends > 0 or _only_scalars(run, output)
+
+
+def _leaves_logits(run: Run, value: Value, ours: Waiting) -> bool:
+    """Whether an operator gives logits of logits: it moves, masks, scales or caps them."""
+    others = [x for x in value.reads if x not in ours]
+    if value.target in REARRANGE:
+        return True  # also logits[mask]
+    if value.target in SAME | CREATES | WRITES | _PROBABILITIES:
+        return True
+    if value.target in TANH:  # a softcap: tanh(logits / cap), where a pooler is tanh(logits)
+        return value.reads[0].target in _SCALES
+    computed = [x for x in others if run.active(x) and run.trained(x)]
+    return value.target in _LEAVES_LOGITS and not computed
+
+
+def _only_scalars(run: Run, output: Value) -> bool:
+    """Whether nothing trained acts on a product any more and all that is returned is a number."""
+    returned = 0
+    waiting = Waiting(run, [output])
+    for value in waiting:
+        if value is not output and any(_is_weight(run, x) for x in value.reads):
+            return False
+        if value.returned and (value is output or value.shape):
+            return False
+        returned += value.returned
+        waiting.add(value.users)
+    return returned > 0
+
+
+def _is_weight(run: Run, value: Value) -> bool:
+    return run.trained(value) and not run.active(value)
+
+
+def routes(run: Run, output: Value) -> bool:
+    """Whether the best of a product's features are chosen, and what is trained acts after it."""
+    waiting = Waiting(run, [output])
+    for value in waiting:
+        if value.target in CHOICES:
+            return _acted_on(run, value)
+        if value is output or value.target in _SCORES or is_pointwise(value):
+            waiting.add(value.users)
+    return False
+
+
+def _acted_on(run: Run, value: Value) -> bool:
+    waiting = Waiting(run, [value])
+    for each in waiting:
+        weights = is_product(each) or each.target in GATHERS | TABLES
+        if each is not value and weights and any(_is_weight(run, x) for x in each.reads):
+            return True
+        waiting.add(each.users)
+    return False

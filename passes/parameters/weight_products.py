@@ -1,0 +1,142 @@
+"""Which dims of a parameter a product sums over, and which become features of its output.
+
+linear(x, w [M, N])         out dim 0, in dim 1        y[..., m]
+addmm(b, x, w [M, N])       out dim 1, in dim 0        y[..., n]     Hugging Face's Conv1D
+bmm(x, w [E, M, N])         out dim 2, in dim 1, a matrix for each e
+einsum("bd,dhe->bhe")       out dims 1 and 2: one matrix [D, H E]
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from moonfx.passes.graph.nodes import aten
+from moonfx.passes.parameters.dataflow import Value
+from moonfx.passes.parameters.weight_uses import Use
+
+
+class Product(NamedTuple):
+    """A product of a parameter with what the model computes.
+
+    Args:
+        op: the operator, and its output.
+        out, summed: dims of the parameter that vary along the output's features, and along the sum.
+        line: if `out` is one dim, the index along it of each feature, else None.
+        axis: the output's dim of these features.
+    """
+
+    op: Value
+    out: tuple[int, ...]
+    summed: tuple[int, ...]
+    line: Tensor | None
+    axis: int
+
+    @property
+    def positions(self) -> Tensor:
+        """The index along `out` of each element of the output."""
+        assert self.line is not None
+        sizes = [1] * len(self.op.shape)
+        sizes[self.axis] = len(self.line)
+        return self.line.view(sizes).expand(self.op.shape)
+
+
+class _Axes(NamedTuple):
+    """Axes of the weight, of features and of the sum, and of the features in the output."""
+
+    out: tuple[int, ...]
+    summed: tuple[int, ...]
+    axis: int
+
+
+def _linear(op: Value, place: int, weight: Value) -> _Axes | None:
+    return _Axes((0,), (1,), -1) if place == 1 and len(weight.shape) == 2 else None
+
+
+def _right(op: Value, place: int, weight: Value) -> _Axes | None:
+    """x @ w, or w @ x."""
+    x = op.args[1 - place]
+    if place not in (0, 1) or len(weight.shape) < 2 or not isinstance(x, Value):
+        return None
+    if place == 1:
+        return _Axes((-1,), (-2,), -1)
+    return _Axes((-2,), (-1,), -2 if len(x.shape) > 1 else -1)
+
+
+def _added(op: Value, place: int, weight: Value) -> _Axes | None:
+    """b + x @ w, or b + w @ x."""
+    if place == 2:
+        return _Axes((-1,), (-2,), -1)
+    return _Axes((-2,), (-1,), -2) if place == 1 else None
+
+
+def _grouped(op: Value, place: int, weight: Value) -> _Axes | None:
+    three = place == 1 and len(weight.shape) == 3
+    return _Axes((-1,), (-2,), -1) if three and len(op.shape) == 2 else None
+
+
+def _einsum(op: Value, place: int, weight: Value) -> _Axes | None:
+    found = re.fullmatch(r"([\w.]+),([\w.]+)(?:->([\w.]+))?", str(op.args[0]).replace(" ", ""))
+    operands = list(op.args[1]) if len(op.args) > 1 else []
+    if found is None or found[3] is None or len(operands) != 2:
+        return None
+    own, other = found[1 + (operands[1] is weight)], found[1 + (operands[1] is not weight)]
+    if "." in own or len(set(own)) != len(own):
+        return None
+    result = found[3]
+    out = [i for i, x in enumerate(own) if x in result and x not in other]
+    summed = [i for i, x in enumerate(own) if x not in result and x in other]
+    if not out or not summed:
+        return None
+    last = own[out[-1]]
+    axis = result.index(last) - len(result) if "." not in result[result.index(last) :] else 0
+    if "." in result and axis == 0:
+        axis = result.index(last)
+    return _Axes(tuple(out), tuple(summed), axis)
+
+
+_PRODUCTS: dict[object, Callable[[Value, int, Value], _Axes | None]] = {
+    aten.linear.default: _linear,
+    aten.matmul.default: _right,
+    aten.mm.default: _right,
+    aten.bmm.default: _right,
+    aten.mv.default: _right,
+    aten.addmm.default: _added,
+    aten.baddbmm.default: _added,
+    aten.einsum.default: _einsum,
+}
+
+
+def is_product(value: Value) -> bool:
+    return value.target in _PRODUCTS or "grouped_mm" in str(value.target)
+
+
+def product_of(use: Use) -> Product | None:
+    """The product that a use is, None if the parameter is no weight of one."""
+    op, value = use.op, use.value
+    if not is_product(op) or use.at is None:
+        return None
+    place = next((i for i, x in enumerate(op.args) if x is value), -1)
+    axes = _PRODUCTS.get(op.target, _grouped)(op, place, value)
+    if axes is None or not op.shape:
+        return None
+    out, summed = (_varying(use.at, x) for x in (axes.out, axes.summed))
+    line = None
+    if len(out) == 1 and len(axes.out) == 1 and not set(out) & set(summed):
+        line = _line(use.at[out[0]], axes.out[0])
+    return Product(op, out, summed, line, axes.axis % len(op.shape))
+
+
+def _line(at: Tensor, axis: int) -> Tensor:
+    """The indices along one axis, at the first of all others."""
+    return at.movedim(axis, -1).flatten(0, -2)[0] if at.ndim > 1 else at
+
+
+def _varying(at: tuple[Tensor, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The parameter's dims whose index is not the same all along some axes of a view of it."""
+    return tuple(
+        dim
+        for dim, index in enumerate(at)
+        if any(bool((line := _line(index, axis)).ne(line[:1]).any()) for axis in axes)
+    )

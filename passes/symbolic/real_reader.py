@@ -1,0 +1,93 @@
+"""Reads floating tensors as real numbers: what a bias adds to the scores, up to rounding.
+
+    exact       slopes[h] * (j - i) in bfloat16 is an unknown: not every value of it is what it says
+    real        slope(h) * (j - i)
+
+Truth values and integers are read exactly, so that a mask inside a bias is still proved. What does
+not depend on the query is small, and stays the graph's own node: a rewrite can use it as it is.
+
+Nothing trained is read behind the place where its gradient ends: slopes.detach() is not slopes.
+"""
+
+from collections.abc import Callable
+
+import sympy
+from torch import fx
+
+from moonfx.passes.graph.nodes import dtype
+from moonfx.passes.symbolic.expressions import Expr, head_symbols, loads, stored, to_number
+from moonfx.passes.symbolic.indices import KEY, QUERY
+from moonfx.passes.symbolic.reader import Reader
+from moonfx.passes.symbolic.rules import CASTS, RULES, VIEWS, Index
+
+
+class RealReader(Reader):
+    """A reader of the same leaves as `exact`, by the same names.
+
+    Args:
+        ends: whether a node, and no gradient of it, comes from something trained.
+    """
+
+    def __init__(self, exact: Reader, ends: Callable[[fx.Node], bool]) -> None:
+        self.exact, self.ends = exact, ends
+        self.outer, self.name, self.mutated = exact.outer, exact.name, exact.mutated
+        self.leaves, self.constants = exact.leaves, exact.constants
+        self._names = exact._names
+        self._memo: dict[tuple[fx.Node, Index], Expr] = {}
+
+    def _read(self, node: fx.Node, index: Index) -> Expr:
+        kind = dtype(node)
+        if kind is None or not kind.is_floating_point or self.mutated(node):
+            return self.exact.read(node, index)
+        if node.op == "placeholder" and (source := self.outer(node)) is not None:
+            return self.read(source, index)
+        if node.op != "call_function":
+            return self.exact.read(node, index)
+        if self.ends(node):
+            return self.load(node, index)
+        if not any(x.has(QUERY) for x in index):
+            return self._small(node, index)
+        if node.target in CASTS:
+            return to_number(self.read(node.args[0], index))
+        rule = RULES.get(node.target)
+        result = rule(self, node, index) if rule is not None else None
+        if result is None:
+            return self.load(node, index)
+        exact = stored(result, kind)
+        if exact is not None:
+            return exact
+        result = to_number(result)
+        finite = not result.has(sympy.nan, sympy.oo, -sympy.oo, sympy.zoo)
+        return result if finite else self.load(node, index)
+
+    def _small(self, node: fx.Node, index: Index) -> Expr:
+        """A value that is the same for every query: what it is where it may be a mask, or a leaf.
+
+        Of a tensor broadcast over heads the one that is not.
+        """
+        value = self.exact.read(node, index)
+        known = value.is_number or isinstance(value, sympy.Piecewise)
+        if known and not _unknown_numbers(value):
+            return value
+        if node.target in VIEWS and (behind := RULES[node.target](self, node, index)) is not None:
+            behind = to_number(behind)
+            if all(_at_known_places(x) for x in loads(behind)):
+                return behind
+        if node.target in CASTS:
+            behind = to_number(self.read(node.args[0], index))
+            heads = [x for x in loads(behind) if x.free_symbols & head_symbols()]
+            if not heads and any(x.free_symbols & head_symbols() for x in index):
+                return behind
+        return self.load(node, index)
+
+
+def _at_known_places(load: Expr) -> bool:
+    """Whether keys are read from a place that is a number: load(.., j + 2), not load(.., j + n)."""
+    return all(sympy.expand(x - KEY).is_Integer for x in load.args if x.has(KEY))
+
+
+def _unknown_numbers(value: Expr) -> bool:
+    """Whether a choice is between values of which one is not a constant."""
+    if isinstance(value, sympy.Piecewise):
+        return any(_unknown_numbers(branch) for branch, _ in value.args)
+    return bool(loads(value)) or not value.is_number

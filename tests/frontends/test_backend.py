@@ -1,0 +1,262 @@
+"""The Dynamo backend "moonfx": by name, its options, what it does when something fails."""
+
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+
+import moonfx
+from moonfx import backend as backend_module
+from moonfx import capture as capture_module
+from moonfx import fallback
+from moonfx.backend import NothingRewritten
+from moonfx.capture import CaptureError, Stamp
+from moonfx.kernels.cpu import moba as cpu
+from tests.support.tiny import Plain, TinyLM, gradients, tokens
+
+
+def compiled(model: torch.nn.Module, **options: object) -> torch.nn.Module:
+    given = {"block": 16, "topk": 2, "compiler": "eager", **options}
+    return torch.compile(model, backend="moonfx", options=given)  # type: ignore[arg-type]
+
+
+def test_the_backend_is_found_by_name_in_a_process_that_never_imported_moonfx() -> None:
+    program = """
+        import sys, torch
+        from torch import nn
+        class M(nn.Module):
+            def forward(self, q, k, v):
+                return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        assert "moonfx" in torch._dynamo.list_backends()
+        assert "moonfx" not in sys.modules
+        compiled = torch.compile(
+            M(), backend="moonfx", options={"block": 16, "topk": 2, "compiler": "eager"}
+        )
+        q, k, v = torch.randn(3, 1, 2, 100, 16)
+        out = compiled(q, k, v)
+        import moonfx
+        expected = moonfx.moba_attention(q, k, v, 16, 2, sinks=1)
+        torch.testing.assert_close(out, expected)
+        print("same")
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout.strip() == "same", result.stderr
+
+
+def test_the_backend_and_sparsify_give_the_same_model_and_report() -> None:
+    model, x = TinyLM(), tokens()
+    by_backend = compiled(model)
+    out = by_backend(x)
+    report = moonfx.report(by_backend)
+    assert report.to_dict() == moonfx.report(model).to_dict()
+    moonfx.sparsify(model, 16, 2, compiler="eager")
+    torch.testing.assert_close(model(x), out, atol=0, rtol=0)
+    assert moonfx.report(model).to_dict() == report.to_dict()
+
+
+OPTIONS = [
+    (dict(blok=3), "unknown option 'blok' .*did you mean 'block'.*known: block, topk, sinks"),
+    (dict(max_autotune=True), "unknown option 'max_autotune' of backend 'moonfx'; known: block"),
+    (dict(layers={}), "unknown option 'layers'.*moonfx.sparsify takes them"),
+    (dict(block=0), "block must be at least 1"),
+    (dict(topk=2, sinks=5), "sinks must be"),
+    (dict(compiler="tvm"), "compiler must be one of inductor, aot_eager, eager, got 'tvm'"),
+    (dict(on_miss="x"), "on_miss must be one of warn, raise, ignore"),
+    (dict(causal_only="yes"), "causal_only must be True or False, got 'yes'"),
+    (dict(recompute_routing=1), "recompute_routing must be True or False, got 1"),
+    (dict(inductor="max-autotune"), "inductor must be a dict of Inductor options"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS)
+def test_options_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        compiled(TinyLM(), **options)(tokens())
+
+
+def test_inductor_options_and_modes_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, object]] = []
+    original = backend_module.compile_graph
+
+    def spy(gm, inputs, compiler, stamp, config):  # type: ignore[no-untyped-def]
+        seen.append(dict(config))
+        return original(gm, inputs, "eager", stamp, config)
+
+    monkeypatch.setattr(backend_module, "compile_graph", spy)
+    compiled(TinyLM(), compiler="inductor", inductor={"epilogue_fusion": False})(tokens())
+    torch.compile(TinyLM(), backend="moonfx", mode="max-autotune-no-cudagraphs")(tokens())
+    assert seen[0] == {"epilogue_fusion": False}
+    assert seen[1]["max_autotune"] is True
+
+
+def test_a_graph_without_attention_warns_raises_or_is_ignored() -> None:
+    x = torch.randn(2, 8)
+    with pytest.warns(UserWarning, match="no attention of a graph compiled by backend 'moonfx'"):
+        compiled(Plain())(x)
+    compiled(Plain(), on_miss="ignore")(x)
+    with pytest.raises(Exception, match="became sparse") as caught:
+        compiled(Plain(), on_miss="raise")(x)
+    assert isinstance(caught.value, NothingRewritten) or "NothingRewritten" in str(caught.value)
+
+
+def test_a_failed_capture_runs_the_graph_as_it_was_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Raised as it is, an exception that Dynamo knows would shatter the model into pieces."""
+    model, x = TinyLM(), tokens()
+    dense = model(x)
+
+    def fail(*args: object) -> None:
+        raise CaptureError("DataDependentOutputException: injected")
+
+    monkeypatch.setattr(backend_module, "capture", fail)
+    moonfx.sparsify(model, 16, 2, compiler="eager")
+    with pytest.warns(UserWarning, match="not captured, runs as it was: .*injected"):
+        assert torch.equal(model(x), dense)
+    report = moonfx.report(model)
+    assert (report.graphs, len(report.failures)) == (1, 1)
+
+
+def test_a_failed_pass_runs_the_graph_as_it_was_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = TinyLM(), tokens()
+    dense = model(x)
+
+    def fail(context: object) -> None:
+        raise KeyError("injected")
+
+    monkeypatch.delenv("MOONFX_VERIFY", raising=False)
+    monkeypatch.setattr(backend_module, "run_passes", fail)
+    moonfx.sparsify(model, 16, 2, compiler="eager")
+    with pytest.warns(UserWarning, match="KeyError: 'injected'"):
+        assert torch.equal(model(x), dense)
+
+
+def test_without_a_cpp_compiler_it_runs_eager_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = TinyLM(), tokens()
+    expected = moonfx.sparsify(model, 16, 2, compiler="eager")(x)
+    monkeypatch.setattr(capture_module, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(cpu, "available", lambda: "no C++ compiler found")
+    fallback.forget()
+    moonfx.sparsify(model, 16, 2, compiler="inductor")
+    with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler found.*install one") as caught:
+        found = [model(each) for each in (x, tokens(50, 1))]
+    fallback.forget()
+    # Another kernel, sums in another order.
+    torch.testing.assert_close(found[0], expected, atol=2e-6, rtol=1e-5)
+    assert sum("C++" in str(w.message) for w in caught) == 1
+    assert len(moonfx.report(model).rewritten) == 2
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_dynamic_true_keeps_the_attention_and_needs_one_graph(compiler: str) -> None:
+    model = TinyLM()
+    options = {"block": 16, "topk": 20, "compiler": compiler}
+    dynamic = torch.compile(model, backend="moonfx", dynamic=True, options=options)  # type: ignore[arg-type]
+    for length in (96, 70, 131, 33, 200):
+        x = tokens(length)
+        torch.testing.assert_close(dynamic(x), model(x), atol=2e-6, rtol=1e-5)
+    report = moonfx.report(model)
+    assert (report.graphs, len(report.rewritten)) == (1, 2)
+
+
+class BreaksFirst(TinyLM):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        scale = self.embed.weight.mean().exp()
+        torch._dynamo.graph_break()
+        return super().forward(tokens) * scale
+
+
+def test_a_piece_without_attention_before_a_graph_break_is_no_miss() -> None:
+    model, x = BreaksFirst(), tokens()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="moonfx")
+        compiled(model, on_miss="raise")(x)
+    assert len(moonfx.report(model).rewritten) == 2
+
+
+class Islands(TinyLM):
+    """A layer under no_grad, and a layer under autocast, inside the graph."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        with torch.no_grad():
+            x = x + self.layers[0](x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.layers[1](x)
+        return self.head(x + y)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_no_grad_and_autocast_regions_inside_the_graph_keep_their_meaning(compiler: str) -> None:
+    model, x = Islands(), tokens()
+    dense = model(x)
+    names = [n for n, _ in model.named_parameters()]
+    without = {n for n in names if n.startswith("layers.0")} | {"embed.weight"}
+    wanted = [p for n, p in model.named_parameters() if n not in without]
+    expected = torch.autograd.grad(dense.square().sum(), wanted)
+    moonfx.sparsify(model, 16, 6, compiler=compiler)
+    sparse = model(x)
+    found = torch.autograd.grad(sparse.square().sum(), wanted)
+    assert len(moonfx.report(model).rewritten) == 2
+    # bfloat16 in layer 1: 8 bits of mantissa.
+    torch.testing.assert_close(sparse, dense, atol=2e-2, rtol=2e-2)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2 * float(b.abs().max()), rtol=2e-2)
+    sparse = model(x)
+    sparse.sum().backward()
+    assert all(p.grad is None for n, p in model.named_parameters() if n.startswith("layers.0"))
+
+
+class Checkpointed(TinyLM):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = x + torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+def test_attention_inside_activation_checkpointing_is_found_and_still_recomputed(
+    compiler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+    original = backend_module.compile_graph
+
+    def spy(gm, *rest):  # type: ignore[no-untyped-def]
+        graphs.append(gm)
+        return original(gm, *rest)
+
+    monkeypatch.setattr(backend_module, "compile_graph", spy)
+    model, x = Checkpointed(), tokens()
+    dense = model(x)
+    expected = gradients(model, dense.square().sum())
+    moonfx.sparsify(model, 16, 6, compiler=compiler)
+    sparse = model(x)
+    found = gradients(model, sparse.square().sum())
+    torch.testing.assert_close(sparse, dense, atol=2e-6, rtol=1e-5)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, atol=2e-5, rtol=1e-4, msg=name)
+    assert [r.layer for r in moonfx.report(model).rewritten] == ["layers.0", "layers.1"]
+    (graph,) = graphs
+    regions = [n for n in graph.graph.nodes if "checkpoint" in str(n.target)]
+    assert len(regions) == 2, "each layer is still one checkpointed region"
+
+
+def test_the_stamp_follows_the_sources_and_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Stamp("16/2/1").uuid()
+    assert Stamp("16/2/1").uuid() == first
+    assert Stamp("16/3/1").uuid() != first
+    monkeypatch.setattr(capture_module, "source_hash", lambda: "edited")
+    assert Stamp("16/2/1").uuid() != first

@@ -1,0 +1,95 @@
+"""Editing a pass, an operator or a policy is never answered by a stale compiled artifact."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("cache")  # one process compiles the first artifact
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Prints the result, a gradient, and whether the artifact came from the cache.
+PROGRAM = """
+import sys, torch, moonfx
+from torch._dynamo.utils import counters
+torch.manual_seed(0)
+class M(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(16, 48)
+    def forward(self, x):
+        q, k, v = (t.unsqueeze(1) for t in self.line(x).chunk(3, -1))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+model, x = M(), torch.randn(1, 64, 16)
+moonfx.sparsify(model, 8, int(sys.argv[1]))
+out = model(x)
+out.square().sum().backward()
+hits = counters["aot_autograd"]["autograd_cache_hit"]
+print(f"{out.square().sum().item():.5f} {model.line.weight.grad.square().sum().item():.5f} {hits}")
+"""
+
+# file, text, replacement: what of (output, gradient) must change
+EDITS = [
+    (
+        "moonfx/ops/moba.py",
+        "return tuple(grad if need else None",
+        "return tuple(grad * 2 if need and grad is not None else None",
+        (False, True),
+    ),
+    (
+        "passes/attention/sparsify_attention.py",
+        "setting = (policy.block, policy.topk,",
+        "setting = (policy.block, policy.topk + 1,",
+        (True, True),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("checkout")
+    for name in ("moonfx", "passes", "kernels"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, target / name, ignore=ignore)
+    (target / "program.py").write_text(PROGRAM)
+    return target
+
+
+def run(checkout: Path, topk: int) -> tuple[str, str, int]:
+    environment = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(checkout / "cache"))
+    environment |= {"PYTHONPATH": str(checkout), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    environment |= {"TORCHINDUCTOR_AUTOGRAD_CACHE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(
+        [sys.executable, str(checkout / "program.py"), str(topk)],
+        env=environment,
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    output, gradient, hits = result.stdout.split()
+    return output, gradient, int(hits)
+
+
+def test_an_edit_or_a_new_policy_in_a_second_process_is_obeyed_and_else_the_cache_answers(
+    checkout: Path,
+) -> None:
+    first = run(checkout, 2)
+    assert run(checkout, 2) == (*first[:2], 1), "unchanged: the cached artifact is right"
+    other = run(checkout, 3)
+    assert other[0] != first[0]
+    assert other[2] == 0
+    for name, old, new, changes in EDITS:
+        path = checkout / name
+        text = path.read_text()
+        assert text.count(old) == 1, f"{name} no longer holds {old!r}"
+        path.write_text(text.replace(old, new))
+        edited = run(checkout, 2)
+        path.write_text(text)
+        assert edited[2] == 0, f"{name}: answered by a stale artifact"
+        assert tuple(a != b for a, b in zip(edited[:2], first[:2], strict=True)) == changes, name

@@ -1,0 +1,337 @@
+"""The routing kernels, under Triton's interpreter, against the reference's chosen blocks."""
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from torch import Tensor
+
+from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.gpu import block_means as gpu_means
+from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import route as gpu_route
+from moonfx.kernels.gpu import route_by_sort as gpu_route_wide
+from moonfx.kernels.gpu import route_lanes as gpu_route_lanes
+from moonfx.kernels.gpu.problem import Layout, layout
+from moonfx.kernels.gpu.route_lanes import keep, keys, no_keys, settle
+from moonfx.kernels.reference import moba as reference
+from tests.support.moba_cases import FEATURES, Case, feature_cases
+
+ROADS = ("a program for all blocks", "blocks split over programs", "more than a table holds")
+
+
+def take(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the launcher choose one of ROADS whatever the shapes are, with small tiles."""
+    config = gpu_configs.Config(64, 16, 4, 1)
+    monkeypatch.setattr(gpu_configs, "choose", lambda *_, **__: config)
+    monkeypatch.setattr(gpu_route, "PROGRAMS", 1 << 20 if road == ROADS[1] else 1)
+    monkeypatch.setattr(gpu_route, "LEAST", 1)
+    if road == ROADS[2]:
+        monkeypatch.setattr(gpu_route, "MOST", 0)
+        monkeypatch.setattr(gpu_route_wide, "SCRATCH", 1 << 16)
+
+
+def routed(inputs: tuple[Tensor, ...], policy: Any) -> tuple[Tensor, Layout]:
+    query, key = inputs[:2]
+    of = layout(query, key, policy)
+    scale = query.shape[3] ** -0.5 if policy.scale is None else policy.scale
+    means = policy.block_means if gpu_route.gated(of) else None
+    if means is None and gpu_route.gated(of):
+        means = gpu_means.block_means(key, of)
+    bias = policy.key_bias
+    if bias is not None:
+        bias = gpu_means.bias_means(bias, of, query.shape[1])
+    return gpu_route.route(query, means, bias, of, scale), of
+
+
+def expected(inputs: tuple[Tensor, ...], policy: Any, of: Layout) -> Tensor:
+    """The reference's choice in the order that is promised: own, then ascending, then -1."""
+    query, key = inputs[:2]
+    batch, heads, queries, _ = query.shape
+    routes = torch.full((batch, heads, queries, of.topk), -1)
+    length = key.shape[2]
+    segments = policy.segments
+    if segments is None:
+        segments = torch.zeros(batch, length, dtype=torch.int64)
+    own = torch.full((batch, queries), -1)
+    last, first = own.clone(), own.clone()
+    for row in range(batch):
+        index = torch.arange(queries) if of.queries.index is None else of.queries.index[row].long()
+        own[row, index] = of.queries.own[row].long()
+        last[row, index] = of.queries.last[row].long()
+        first[row, index] = of.queries.first[row].long()
+    for sequence in segments.unique():
+        mask = segments.eq(sequence)
+        if policy.key_mask is not None:
+            mask &= policy.key_mask
+        chosen = reference.select_blocks(
+            *(query, key, of.block, of.topk),
+            sinks=of.sinks,
+            scale=policy.scale,
+            key_mask=mask,
+            causal=policy.causal,
+            key_bias=policy.key_bias,
+            block_means=policy.block_means,
+        )
+        for b, q in segments[:, length - queries :].eq(sequence).nonzero().tolist():
+            for h in range(heads):
+                blocks = (chosen[b, h, q].nonzero()[:, 0] + first[b, q]).tolist()
+                mine = int(own[b, q])
+                if mine < 0:
+                    assert not blocks
+                    continue
+                blocks = [mine, *(x for x in blocks if x != mine)]
+                routes[b, h, q, : len(blocks)] = torch.tensor(blocks)
+    if of.queries.index is not None:
+        index = of.queries.index[:, None, :, None].long()
+        routes = routes.gather(2, index.expand_as(routes))
+    return routes.unflatten(1, (key.shape[1], of.group)).transpose(2, 3).flatten(2, 3)
+
+
+def assert_as_reference(case: Case) -> None:
+    inputs, policy = case.inputs(), case.policy()
+    got, of = routed(inputs, policy)
+    assert got.dtype == torch.int32
+    assert got.shape == (case.batch, case.kv_heads, case.queries * case.group, of.topk)
+    torch.testing.assert_close(got.long(), expected(inputs, policy, of), rtol=0, atol=0)
+
+
+# The interpreter is slow: the road of torch operations is left to `make sweep`, but for few tests.
+@pytest.mark.parametrize("road", [ROADS[0], pytest.param(ROADS[2], marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("case", [case for _, case in FEATURES], ids=[name for name, _ in FEATURES])
+def test_each_feature_routes_as_the_reference(
+    case: Case, road: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(road, monkeypatch)
+    assert_as_reference(case)
+
+
+# More blocks than a tile has, so that there is something to split.
+LONG = Case(batch=1, block=2, length=150, queries=30, topk=7, sinks=1)
+MANY = [
+    ("causal", LONG),
+    ("all queries", LONG.but(queries=150, kv_heads=1, group=1)),
+    ("a query", LONG.but(batch=2, queries=1, group=4)),
+    ("a query, a block", LONG.but(queries=1, topk=2)),
+    ("bfloat16", LONG.but(dtype=torch.bfloat16)),
+    ("float16", LONG.but(dtype=torch.float16)),
+    ("head dim not a power of two", LONG.but(dim=12)),
+    ("bias", LONG.but(bias="all", scale=0.25)),
+    ("left padding", LONG.but(batch=2, padding="left")),
+    ("bidirectional", LONG.but(causal=False, queries=150, kv_heads=1, group=1)),
+    ("packed", LONG.but(packing="runs", block=1)),
+    ("by token", LONG.but(layout="by token")),
+    ("every slot in use", LONG.but(topk=20, sinks=0, queries=10)),
+]
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("case", [case for _, case in MANY], ids=[name for name, _ in MANY])
+def test_many_blocks_route_as_the_reference(
+    case: Case, road: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(road, monkeypatch)
+    assert_as_reference(case)
+
+
+@pytest.mark.parametrize("road", ROADS[::2])
+def test_routes_equal_the_reference(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(road, monkeypatch)
+
+    @settings(max_examples=15 if road == ROADS[0] else 100)
+    @given(feature_cases())
+    def check(case: Case) -> None:
+        assert_as_reference(case)
+
+    check()
+
+
+def random_call(dtype: torch.dtype) -> tuple[Tensor, Tensor, Layout]:
+    """Off the grid: scores are rounded, and another order of summation shows."""
+    query, key = torch.randn(1, 4, 30, 64), torch.randn(1, 2, 600, 64)
+    query, key = query.to(dtype), key.to(dtype)
+    return query, key, layout(query, key, Policy(8, 9, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["parts", "split"])
+def test_scores_are_as_exact_as_float32(
+    dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(ROADS[0], monkeypatch)
+    monkeypatch.setattr(gpu_route, "REUSE", 1 if form == "parts" else 100)
+    query, key, of = random_call(dtype)
+    means = gpu_means.block_means(key, of)
+    got = gpu_route.route(query, means, None, of, 1.0).long()
+    rows = query.double().unflatten(1, (2, 2)).transpose(2, 3).flatten(2, 3)
+    exact = means.double()[:, :, None].mul(rows[:, :, :, None]).sum(-1)  # [B, Hkv, R, n]
+    row = torch.arange(rows.shape[2]) // of.group
+    own = of.queries.own[0, row, None].long()
+    block = torch.arange(of.n)
+    able = (block >= 1) & (block < own)
+    chosen = torch.zeros_like(exact, dtype=torch.bool).scatter(-1, got.clamp(min=0), value=True)
+    worst = exact.masked_fill(~(chosen & able), torch.inf).amin(-1)
+    missed = exact.masked_fill(chosen | ~able, -torch.inf).amax(-1)
+    # 64 products of order 1 / 2, whose sum is rounded to 2**-24 of itself some times.
+    assert (missed - worst).max() < 64 * 2**-24
+    assert torch.equal(chosen.sum(-1), torch.full_like(chosen.sum(-1), of.topk))
+
+
+LANES, TILES = 16, 9
+
+
+@triton.jit
+def lanes_kernel(score, blocks, unsure, STEPS: tl.constexpr, LANES: tl.constexpr):
+    """16 rows of scores [16, (STEPS + 1) * LANES]: 7 blocks of each."""
+    row = tl.arange(0, 16)
+    free = tl.full([16], 7, tl.int32)
+    lanes = no_keys(16, LANES)
+    for step in range(9):
+        column = step * LANES + tl.arange(0, LANES)
+        tile = tl.load(score + row[:, None] * (9 * LANES) + column[None, :])
+        lanes = keep(lanes, keys(tile, step, STEPS))
+    best, doubt = settle(lanes, free, 0, STEPS, 8, LANES)
+    tl.store(blocks + row[:, None] * 8 + tl.arange(0, 8)[None, :], best)
+    tl.store(unsure, doubt)
+
+
+def by_lanes(score: Tensor) -> tuple[list[list[int]], int]:
+    """The blocks of each row [16, 9 * 16] that lanes find, ascending, and if one is unsure."""
+    blocks = torch.empty(16, 8, dtype=torch.int32)
+    unsure = torch.empty(1, dtype=torch.int32)
+    lanes_kernel[(1,)](score.contiguous(), blocks, unsure, STEPS=15, LANES=LANES)
+    return [sorted(x for x in row if x >= 0) for row in blocks.tolist()], int(unsure)
+
+
+def spread() -> Tensor:
+    """Scores whose seven best lie in seven lanes, on both sides of zero."""
+    score = torch.arange(16 * TILES * LANES).view(16, -1).remainder(1009) / 1009 - 2.0
+    score[:, 3:66:9] = torch.arange(7) / 4 - 0.75
+    return score
+
+
+def test_lanes_find_the_best_and_know_when_they_may_not() -> None:
+    best = spread().topk(7).indices.sort(-1).values.tolist()
+    assert by_lanes(spread()) == (best, 0)
+
+    few = torch.full_like(spread(), -torch.inf)
+    few[:, 20:22] = 1.0
+    assert by_lanes(few) == ([[20, 21]] * 16, 0)  # not more than there are places: no doubt
+
+    tied = spread()
+    tied[5] = 1.0
+    assert by_lanes(tied)[1] == 1
+
+    close = spread()
+    close[5, 100] = close[5, 3] * (1 + 2**-22)  # hardly worse, in another lane
+    assert by_lanes(close)[1] == 1
+
+    crowded = spread()
+    crowded[5, 2::LANES] = torch.arange(TILES) + 5.0  # nine in a lane of three places
+    assert by_lanes(crowded)[1] == 1
+
+
+def test_negative_zero_ties_with_zero_in_lanes() -> None:
+    score = spread()
+    score[:, 3:66:9] = 1.0
+    score[:, 59] = -0.0
+    score[:, 75] = 0.0
+    score[:, 3] = -5.0
+    assert by_lanes(score)[1] == 1
+
+
+@pytest.mark.parametrize("lanes", [0, 8], ids=["without lanes", "with lanes"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_lanes_change_no_route(lanes: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(ROADS[0], monkeypatch)
+    query, key = torch.randn(1, 2, 40, 16), torch.randn(1, 1, 300, 16)
+    query = query if causal else torch.randn(1, 2, 300, 16)
+    of = layout(query, key, Policy(2, 7, 1, causal=causal))
+    means = gpu_means.block_means(key, of)
+    monkeypatch.setattr(gpu_route_lanes, "TABLE", lanes)
+    got = gpu_route.route(query, means, None, of, 1.0)
+    monkeypatch.setattr(gpu_route, "MOST", 0)
+    assert torch.equal(got, gpu_route.route(query, means, None, of, 1.0))
+
+
+def test_routes_repeat_bit_for_bit_and_do_not_depend_on_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    query, key, of = random_call(torch.float32)
+    means = gpu_means.block_means(key, of)
+    runs = []
+    for road in (ROADS[0], ROADS[0], ROADS[1]):
+        take(road, monkeypatch)
+        runs.append(gpu_route.route(query, means, None, of, 1.0))
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_ties_go_to_the_lower_block(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(road, monkeypatch)
+    query, key = torch.ones(1, 1, 40, 4), torch.ones(1, 1, 40, 4)
+    key[:, :, 24] = -0.0
+    key[:, :, 25] = 0.0
+    of = layout(query, key, Policy(1, 4, 1))
+    routes = gpu_route.route(query, gpu_means.block_means(key, of), None, of, 1.0)[0, 0]
+    assert routes[39].tolist() == [39, 0, 1, 2]
+    assert routes[1].tolist() == [1, 0, -1, -1]
+    routes = gpu_route.route(-query, gpu_means.block_means(key, of), None, of, 1.0)[0, 0]
+    assert routes[39].tolist() == [39, 0, 24, 25]
+    key[:, :, 24:] = 0.0  # a tie across the parts of a split
+    routes = gpu_route.route(-query, gpu_means.block_means(key, of), None, of, 1.0)[0, 0]
+    assert routes[39].tolist() == [39, 0, 24, 25]
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_nan_never_comes_before_a_number(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(road, monkeypatch)
+    query, key = torch.ones(1, 1, 40, 4), -torch.ones(1, 1, 40, 4)
+    key[:, :, 3:8] = torch.nan
+    key[:, :, 8:20] = -torch.inf
+    key[:, :, 20] = 1e30
+    of = layout(query, key, Policy(1, 4))
+    routes = gpu_route.route(query, gpu_means.block_means(key, of), None, of, 1.0)[0, 0]
+    assert routes[39].tolist() == [39, 0, 1, 20]
+    # What is left is chosen all the same: absent is only what is not there.
+    assert routes[4].tolist() == [4, 0, 1, 2]
+    assert routes[6].tolist() == [6, 0, 1, 2]
+    query[:, :, 7] = torch.nan
+    routes = gpu_route.route(query, gpu_means.block_means(key, of), None, of, 1.0)[0, 0]
+    assert routes[7].tolist() == [7, 0, 1, 2]
+
+
+@pytest.mark.parametrize("policy", [Policy(8, 1), Policy(8, 3, 2)], ids=["own", "own and sinks"])
+def test_no_mean_is_read_where_nothing_is_chosen(policy: Policy) -> None:
+    query, key = torch.randn(1, 2, 40, 4), torch.randn(1, 1, 40, 4)
+    of = layout(query, key, policy)
+    assert gpu_route.gated(of) == 0
+    routes = gpu_route.route(query, None, None, of, 1.0)
+    fixed = [4, 0, 1][: of.topk]
+    assert routes[0, 0, -1].tolist() == fixed
+    assert routes[0, 0, 0].tolist() == [0, -1, -1][: of.topk]
+
+
+@pytest.mark.parametrize("sizes", [(0, 8), (2, 0)])
+def test_nothing_in_gives_nothing_out(sizes: tuple[int, int]) -> None:
+    query, key = torch.randn(sizes[0], 2, sizes[1], 4), torch.randn(sizes[0], 1, 80, 4)
+    of = layout(query, key, Policy(8, 3))
+    routes = gpu_route.route(query, gpu_means.block_means(key, of), None, of, 1.0)
+    assert routes.shape == (sizes[0], 1, 2 * sizes[1], 3)
+
+
+def test_given_means_may_stop_at_the_last_complete_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 77, 8)
+    of = layout(query, key, Policy(4, 5, 1))
+    means = gpu_means.block_means(key, of)
+    for road in ROADS:
+        take(road, monkeypatch)
+        whole = gpu_route.route(query, means, None, of, 1.0)
+        complete = means[:, :, :19]
+        assert torch.equal(gpu_route.route(query, complete, None, of, 1.0), whole)
+        longer = torch.nn.functional.pad(means, (0, 0, 0, 9), value=torch.nan)
+        assert torch.equal(gpu_route.route(query, longer, None, of, 1.0), whole)

@@ -1,0 +1,424 @@
+"""Attention is found and right whatever is built around it, or the report says that it is not seen.
+
+Each row: what is around the attentions, the model, what the report must say of each of them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import moonfx
+from moonfx.backend import NothingRewritten
+from moonfx.report import Report
+from tests.support.agreement import (
+    BLOCK,
+    FEW,
+    LENGTH,
+    ROUNDING,
+    Tolerance,
+    compiled,
+    outputs,
+    sparsified,
+)
+from tests.support.tiny import TinyLM
+
+SPARSE = "sparse"
+X = torch.randint(0, 50, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+# bfloat16 has 8 bits: two roundings of values of order one differ by 2 ** -7.
+HALF = Tolerance(output=4e-2, gradient=2e-2, relative=2e-2)
+
+
+@pytest.fixture(autouse=True)
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOONFX_VERIFY", "1")
+
+
+def forward(model: nn.Module) -> Any:
+    return model(X)
+
+
+def outcome(report: Report) -> list[tuple[str, str]]:
+    """Of each attention its layer, and "sparse" or the reason without its node."""
+    return [(r.layer, r.reason.split(" (node")[0] or r.action) for r in report.rows]
+
+
+# --- around each layer ----------------------------------------------------------------------------
+
+
+class Around(TinyLM):
+    """Runs each layer by `around(layer, x)`."""
+
+    def __init__(self, around: Callable[[nn.Module, Tensor], Tensor], layers: int = 2) -> None:
+        super().__init__(layers)
+        self.around = around
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = x + self.around(layer, x)
+        return self.head(x)
+
+
+def in_context(make: Callable[[], Any], layer: nn.Module, x: Tensor) -> Tensor:
+    with make():
+        return layer(x)
+
+
+def in_inference_mode(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        y = layer(x)
+    return y.clone()
+
+
+def by_set_grad_enabled(layer: nn.Module, x: Tensor) -> Tensor:
+    torch.set_grad_enabled(False)
+    y = layer(x)
+    torch.set_grad_enabled(True)
+    return y
+
+
+def then_break(layer: nn.Module, x: Tensor) -> Tensor:
+    y = layer(x)
+    torch._dynamo.graph_break()
+    return y
+
+
+def then_print(layer: nn.Module, x: Tensor) -> Tensor:
+    y = layer(x)
+    print(float(y.sum()))  # noqa: T201
+    return y
+
+
+def by_its_values(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x) if x.sum() > -1e9 else layer(-x)
+
+
+def with_other_weights(layer: nn.Module, x: Tensor) -> Tensor:
+    doubled = {name: p * 2 for name, p in layer.named_parameters()}
+    return torch.func.functional_call(layer, doubled, (x,))
+
+
+def twice(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(layer(x))
+
+
+BOTH = [("layers.0", SPARSE), ("layers.1", SPARSE)]
+TWICE = [("layers.0", SPARSE)] * 2 + [("layers.1", SPARSE)] * 2
+# After a graph break one graph serves every layer, and counts once, by the first one's name.
+ONE_GRAPH = [("layers.0", SPARSE)]
+
+bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
+
+AROUND = [
+    # name, around, report, tolerance
+    ("checkpoint", partial(checkpoint, use_reentrant=False), BOTH, ROUNDING),
+    ("reentrant checkpoint", partial(checkpoint, use_reentrant=True), BOTH, ROUNDING),
+    ("no_grad", partial(in_context, torch.no_grad), BOTH, ROUNDING),
+    ("set_grad_enabled", by_set_grad_enabled, BOTH, ROUNDING),
+    ("inference_mode", in_inference_mode, BOTH, ROUNDING),
+    ("autocast", partial(in_context, bfloat16), BOTH, HALF),
+    ("autocast off", partial(in_context, partial(bfloat16, enabled=False)), BOTH, ROUNDING),
+    ("graph break", then_break, ONE_GRAPH, ROUNDING),
+    ("print", then_print, ONE_GRAPH, ROUNDING),
+    ("branch on values", by_its_values, ONE_GRAPH, ROUNDING),
+    ("functional_call", with_other_weights, BOTH, ROUNDING),
+    ("shared layers", twice, TWICE, ROUNDING),
+]
+
+
+@pytest.mark.parametrize(
+    ("around", "expected", "tolerance"), [r[1:] for r in AROUND], ids=[r[0] for r in AROUND]
+)
+def test_attention_is_found_and_right_whatever_runs_its_layer(around, expected, tolerance) -> None:
+    report = sparsified(Around(around), forward, tolerance)
+    assert outcome(report) == expected
+    assert report.failures == []
+
+
+WHOLE = [
+    # name, what the call is in, tolerance
+    ("no_grad", torch.no_grad, ROUNDING),
+    ("inference_mode", torch.inference_mode, ROUNDING),
+    ("set_grad_enabled", partial(torch.set_grad_enabled, False), ROUNDING),
+    ("autocast", bfloat16, HALF),
+]
+
+
+@pytest.mark.parametrize(("make", "tolerance"), [r[1:] for r in WHOLE], ids=[r[0] for r in WHOLE])
+def test_attention_is_found_and_right_whatever_the_call_is_in(make, tolerance) -> None:
+    def call(model: nn.Module) -> Any:
+        with make():
+            return [t.clone() for t in outputs(model(X))]
+
+    assert outcome(sparsified(TinyLM(), call, tolerance)) == BOTH
+
+
+# --- modules and compilations inside modules ------------------------------------------------------
+
+
+class Tied(TinyLM):
+    """The head is the embedding, and the layers share one projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = self.embed.weight
+        self.layers[1].out = self.layers[0].out
+
+
+class OneLayerThreeTimes(TinyLM):
+    def __init__(self) -> None:
+        super().__init__(layers=1)
+        self.layers = nn.ModuleList([self.layers[0]] * 3)
+
+
+class CompiledInside(TinyLM):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0] = torch.compile(self.layers[0], backend="eager")
+        self.layers[1].compile(backend="eager")
+
+
+class Whole(nn.Module):
+    """A model of which another makes one pass with other weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TinyLM()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weights = {name: p * 1.5 for name, p in self.inner.named_parameters()}
+        return torch.func.functional_call(self.inner, weights, (tokens,))
+
+
+def called_functionally(model: nn.Module) -> Any:
+    return torch.func.functional_call(model, dict(model.named_parameters()), (X,))
+
+
+INNER = [(f"inner.{layer}", action) for layer, action in BOTH]
+MODULES = [
+    # name, model, call, report
+    ("tied weights", Tied, forward, BOTH),
+    ("one layer three times", OneLayerThreeTimes, forward, [("layers.0", SPARSE)] * 3),
+    ("compiled layers", CompiledInside, forward, [("layers.0._orig_mod", SPARSE), BOTH[1]]),
+    ("functional_call within", Whole, forward, INNER),
+    ("functional_call without", TinyLM, called_functionally, BOTH),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "call", "expected"), [r[1:] for r in MODULES], ids=[r[0] for r in MODULES]
+)
+def test_attention_is_found_and_right_however_modules_share_and_nest(make, call, expected) -> None:
+    # Weights on both sides of the model, or grown by half, make values of order ten.
+    report = sparsified(make(), call, Tolerance(output=5e-5, gradient=5e-5))
+    assert outcome(report) == expected
+    assert report.failures == []
+
+
+# --- what moonfx cannot see -----------------------------------------------------------------------
+
+
+class WithGradient(nn.Module):
+    """One attention as everywhere, and one inside a gradient that the model takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = TinyLM(1), TinyLM(1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        def loss(weights: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(self.inner, weights, (tokens,)).square().mean()
+
+        weights = dict(self.inner.named_parameters())
+        return self.outer(tokens) + torch.func.grad(loss)(weights)["head.bias"]
+
+
+def test_attention_inside_a_gradient_that_the_model_takes_is_declined_by_name() -> None:
+    first, second = outcome(sparsified(WithGradient(), forward))
+    assert first == ("outer.layers.0", SPARSE)
+    assert second[0] == "inner.layers.0"
+    assert "inside torch.vmap or torch.func" in second[1]
+
+
+class Disabled(TinyLM):
+    """Layers that Dynamo is told to leave out."""
+
+    def __init__(self, *layers: int) -> None:
+        super().__init__()
+        for i in layers:
+            self.layers[i].forward = torch.compiler.disable(self.layers[i].forward)
+
+
+def test_a_layer_under_compiler_disable_is_named_beside_those_that_are_sparse() -> None:
+    report = sparsified(Disabled(0), forward)
+    assert outcome(report) == [("layers.1", SPARSE)]
+    assert report.failures == ["layers.0 is under torch.compiler.disable"]
+
+
+def mapped_from_outside(model: nn.Module) -> Tensor:
+    return torch.vmap(lambda row: model(row[None])[0])(X)
+
+
+UNCOMPILED = [(lambda: Disabled(0, 1), forward), (TinyLM, mapped_from_outside)]
+
+
+@pytest.mark.parametrize(("make", "call"), UNCOMPILED, ids=["disable", "vmap around"])
+def test_a_call_of_which_nothing_is_compiled_is_not_silent(make, call) -> None:
+    model = make()
+    dense = call(model)
+    moonfx.sparsify(model, BLOCK, FEW, compiler="eager")
+    with pytest.warns(UserWarning, match="nothing of .* was compiled, and it runs dense"):
+        assert torch.equal(call(model), dense)
+    moonfx.sparsify(model, BLOCK, FEW, compiler="eager", on_miss="raise")
+    with pytest.raises(NothingRewritten, match="nothing of .* was compiled"):
+        call(model)
+    assert torch.equal(call(model), dense)
+
+
+# --- Hugging Face models --------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "use_cache": False,
+}
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def hugging_face(family: str, form: str = "sdpa", config: str = "", **sizes: Any) -> nn.Module:
+    transformers = pytest.importorskip(
+        "transformers", reason="needs transformers, pinned in requirements.txt"
+    )
+    made = getattr(transformers, f"{config or family}Config")(**{**SMALL, **sizes})
+    kind = getattr(transformers, f"{family}ForCausalLM")
+    return kind._from_config(made, attn_implementation=form).eval()
+
+
+def llama() -> nn.Module:
+    return hugging_face("Llama")
+
+
+WINDOW = "sliding window of 16 tokens"
+KINDS = [
+    # family, attention, sizes, what is said of the two layers
+    ("Mixtral", "sdpa", {"num_local_experts": 4}, [SPARSE, SPARSE]),
+    ("Qwen2Moe", "eager", {**EXPERTS, "num_experts": 4}, [SPARSE, SPARSE]),
+    ("Gemma2", "eager", {**MIXED, "head_dim": 8}, [WINDOW, SPARSE]),
+    ("Gemma3", "sdpa", {**MIXED, "head_dim": 8, "config": "Gemma3Text"}, [WINDOW, SPARSE]),
+    ("GptOss", "eager", {**MIXED, "head_dim": 8, "num_local_experts": 4}, [WINDOW, SPARSE]),
+    (
+        "Qwen2",
+        "sdpa",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        [SPARSE, WINDOW],
+    ),
+    (
+        "Llama4",
+        "sdpa",
+        {
+            "config": "Llama4Text",
+            "intermediate_size_mlp": 48,
+            "head_dim": 8,
+            "attention_chunk_size": 16,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+            "num_local_experts": 4,
+        },
+        ["chunked attention", SPARSE],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "sizes", "expected"), KINDS, ids=[row[0] for row in KINDS]
+)
+def test_experts_and_layers_of_several_kinds(family, form, sizes, expected) -> None:
+    """A router's softmax is no attention; each layer is judged by its own mask."""
+    report = compiled(hugging_face(family, form, **sizes), forward)
+    assert [r.layer for r in report.rows] == [f"model.layers.{i}.self_attn" for i in range(2)]
+    for (_, found), wanted in zip(outcome(report), expected, strict=True):
+        assert found == wanted if wanted == SPARSE else wanted in found
+
+
+LLAMA = [(f"model.layers.{i}.self_attn", SPARSE) for i in range(2)]
+
+
+@pytest.mark.parametrize("form", ["sdpa", "eager"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_of_hugging_face_models_in_training(form, reentrant) -> None:
+    model = hugging_face("Llama", form).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    assert outcome(sparsified(model, forward)) == LLAMA
+
+
+# --- other weights: quantized, and adapted --------------------------------------------------------
+
+# A sum in another order may round an activation to the next of its 255 steps.
+STEP = Tolerance(output=3e-2)
+QUANTIZED = [("Int8WeightOnlyConfig", ROUNDING), ("Int8DynamicActivationInt8WeightConfig", STEP)]
+
+
+@pytest.mark.parametrize("make", [TinyLM, llama], ids=["tiny", "llama"])
+@pytest.mark.parametrize(("kind", "tolerance"), QUANTIZED, ids=[k for k, _ in QUANTIZED])
+def test_attention_between_linears_of_torchao_is_sparse(make, kind, tolerance) -> None:
+    quantization = pytest.importorskip(
+        "torchao.quantization", reason="needs torchao, pinned in requirements.txt"
+    )
+    model = make().eval().requires_grad_(False)
+    quantization.quantize_(model, getattr(quantization, kind)())
+    report = sparsified(model, forward, tolerance)
+    assert [action for _, action in outcome(report)] == [SPARSE, SPARSE]
+    assert report.failures == []
+
+
+def adapted(model: nn.Module, name: str = "default") -> Any:
+    peft = pytest.importorskip("peft", reason="needs peft, pinned in requirements.txt")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, lora, adapter_name=name)
+
+
+def test_a_model_with_adapters_is_sparse_in_training_switched_and_merged() -> None:
+    model = adapted(llama()).train()
+    report = sparsified(model, forward)
+    assert [action for _, action in outcome(report)] == [SPARSE, SPARSE]
+    model.add_adapter("other", model.peft_config["default"])
+    dense = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        with moonfx.full_attention(model):
+            dense[name] = model(X).logits
+        few = model(X).logits
+        assert (few - dense[name]).abs().max() > 1e-4
+    assert (dense["default"] - dense["other"]).abs().max() > 1e-4
+    merged = moonfx.restore(model).merge_and_unload()
+    assert outcome(sparsified(merged, forward)) == LLAMA
+
+
+def test_a_sparse_model_that_adapters_are_put_on_stays_sparse_and_knows_its_report() -> None:
+    model = moonfx.sparsify(llama(), BLOCK, FEW, compiler="eager", on_miss="raise")
+    wrapper = adapted(model).eval()
+    found = wrapper(X).logits
+    assert outcome(moonfx.report(model)) == LLAMA
+    with pytest.raises(ValueError, match="but base_model.model within it is: ask for its report"):
+        moonfx.report(wrapper)
+    moonfx.restore(model)
+    assert (wrapper(X).logits - found).abs().max() > 1e-4
+    moonfx.sparsify(wrapper, BLOCK, FEW, compiler="eager")
+    torch.testing.assert_close(wrapper(X).logits, found, atol=5e-6, rtol=1e-4)

@@ -1,0 +1,85 @@
+"""What moonfx says on request: logs through TORCH_LOGS, graphs through MOONFX_DUMP."""
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import moonfx
+from moonfx.passes.pass_manager import PASSES
+from tests.capture.test_regions import Nested
+from tests.support.tiny import TinyLM, tokens
+
+PROGRAM = """
+    import torch, moonfx
+    from tests.tiny import TinyLM, tokens
+    model = TinyLM()
+    model.layers[1].dropout = 0.5
+    moonfx.sparsify(model, 16, 2, compiler="eager")(tokens())
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "said", "unsaid"),
+    [
+        (
+            "+moonfx",
+            [
+                "find_attention: 1 in ",
+                "layers.0 (tiny.py:23): sdpa, sparse: 16/2/1",
+                "layers.1 (tiny.py:23): declined: dropout p=0.5 is active; set it to 0 or",
+            ],
+            [],
+        ),
+        ("moonfx", ["layers.0 (tiny.py:23): sdpa, sparse: 16/2/1"], ["find_attention: 1"]),
+    ],
+)
+def test_logs_are_switched_by_torch_logs(setting: str, said: list[str], unsaid: list[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM)],
+        env={**os.environ, "TORCH_LOGS": setting},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for text in said:
+        assert text in run.stderr
+    for text in unsaid:
+        assert text not in run.stderr
+
+
+@pytest.mark.parametrize("kind", [TinyLM, Nested])
+def test_each_pass_leaves_the_graph_before_and_after_as_python(
+    kind: type[TinyLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOONFX_DUMP", str(tmp_path / "new"))
+    model = moonfx.sparsify(kind(), 16, 2, compiler="eager")
+    model(tokens())
+    model(tokens(50))
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["00_graph", "01_graph"]
+    folder = tmp_path / "new" / "00_graph"
+    names = [
+        f"{i:02}_{name}_{when}.py"
+        for i, (name, _) in enumerate(PASSES, 1)
+        for when in ("after", "before")
+    ]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    for path in folder.iterdir():
+        ast.parse(path.read_text())
+    before, after = (folder / n for n in ("01_find_attention_before.py", names[-2]))
+    assert "aten.scaled_dot_product_attention" in before.read_text()
+    text = after.read_text()
+    assert text.count("torch.ops.moonfx.moba_attention") == 2
+    assert "aten.scaled_dot_product_attention" not in text
+    assert "# layers.1 (tiny.py:23): sdpa, mask causal, sparse 16/2/1\n" in text
+
+
+def test_nothing_is_written_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOONFX_DUMP", raising=False)
+    monkeypatch.chdir(tmp_path)
+    moonfx.sparsify(TinyLM(), 16, 2, compiler="eager")(tokens())
+    assert list(tmp_path.iterdir()) == []
