@@ -41,7 +41,7 @@ from moonfx.capture import (
 )
 from moonfx.passes.context import Context
 from moonfx.passes.graph.memory_versions import Memory
-from moonfx.passes.parameters.dataflow import GraphCall, Run
+from moonfx.passes.parameters.dataflow import DataFlow, GraphCall
 from moonfx.passes.parameters.roles import Found, uses_in
 from moonfx.passes.pass_manager import WITHOUT_ATTENTION, Passes, run_passes
 from moonfx.passes.symbolic import input_masks as given_masks
@@ -82,7 +82,7 @@ class Record:
     parameters: list[weakref.ref[torch.Tensor]]
     of_optimizer: bool = False
     iterations: list[IterationRow] = field(default_factory=list)
-    run: Run | None = None
+    run: DataFlow | None = None
     found: dict[int, Found] = field(default_factory=dict)
     optimizer: weakref.ref[torch.optim.Optimizer] | None = None
     frame: int | None = None
@@ -250,7 +250,7 @@ class Backend:
         """Keeps what `Record.uses` needs; not the graph."""
         try:
             returned = () if is_piece(gm) else None
-            record.run = Run([GraphCall(captured, example_inputs)], returned)
+            record.run = DataFlow([GraphCall(captured, example_inputs)], returned)
         except Exception:
             if os.environ.get("MOONFX_VERIFY"):
                 raise
