@@ -24,8 +24,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 import moonfx
 from moonfx.optim.matrices import Layout
-from tests.optim.nets import MUON, equal, net, train
-from tests.optim.sources import BitsandbytesAdamW
+from tests.support.optim.nets import MUON, equal, net, train
+from tests.support.optim.sources import BitsandbytesAdamW
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -109,7 +109,7 @@ CONTINUE = """
 import sys
 from pathlib import Path
 import torch
-from tests.optim.test_checkpoint import Run
+from tests.optim.state.test_checkpoint import Run
 folder = Path(sys.argv[1])
 torch.set_num_threads(int(sys.argv[2]))  # the sums of a product go by threads
 for dtype in (torch.float32, torch.bfloat16):
