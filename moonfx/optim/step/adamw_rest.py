@@ -9,11 +9,11 @@ class does is done, whether it is torch's AdamW in any of its forms, torchao's o
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from moonfx.capture import bare_step, no_hooks, without_hooks
+from moonfx.capture.marks import never_traced
 from moonfx.optim.settings import ADAMW
 
 # What belongs to the object that was converted, or to those who drive it, and not to its class.
@@ -52,7 +52,7 @@ class Rest:
         if any(ADAMW in group["optimizers"] for group in groups):
             self._step(groups, state)
 
-    @torch.compiler.disable  # torch traces its own optimizers only where the user made them
+    @never_traced  # torch traces its own optimizers only where the user made them
     def _step(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
         made = self.optimizer(groups, state)
         bare_step(self.kind)(made)

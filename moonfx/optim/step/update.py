@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from moonfx.capture.marks import constant_when_traced
 from moonfx.ops.newton_schulz import newton_schulz
 from moonfx.optim.matrices import Layout, Shape, pieces, shapes, single
 from moonfx.optim.state.low_bit import floats, has_codes
@@ -191,7 +192,7 @@ def rms_gain(m: int, n: int, coefficients: tuple[float, ...]) -> float:
     return math.sqrt(max(m, n)) / correction(m, n, coefficients)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def scales_of(
     shape: torch.Size, layout: Layout, target: float, exact: bool, coefficients: tuple[float, ...]
 ) -> tuple[float, ...]:
