@@ -1,50 +1,36 @@
-"""Walks along what nodes read, or along who reads them, each node once.
+"""A walk along what nodes read, each node once.
 
-    for source in upstream(node, through=is_a_view): ...
-
-For fx nodes, and with `reachable` for whatever else says where to go on.
+for source in upstream([node], stop=is_a_view): ...
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import TypeVar
-
-from torch import fx
+from typing import Any, TypeVar
 
 N = TypeVar("N", bound=Hashable)
 
 
-def reachable(start: Iterable[N], onward: Callable[[N], Iterable[N]]) -> Iterator[N]:
-    """All that is reached from some nodes, these among them, each once, depth first.
+def _inputs(node: Any) -> Iterable[Any]:
+    """What an fx node reads."""
+    return node.all_input_nodes
+
+
+def upstream(
+    start: Iterable[N],
+    stop: Callable[[N], bool] = lambda _: False,
+    inputs: Callable[[N], Iterable[N]] = _inputs,
+) -> Iterator[N]:
+    """Some nodes, and all that they are computed of, each once, depth first.
 
     Args:
-        onward: where to go on from a node; asked after the node was given out.
+        stop: which nodes are given, and not what they read.
+        inputs: what a node reads, asked after it was given.
     """
     stack, seen = [*start], set[N]()
     while stack:
         node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            stack += onward(node)
-
-
-def upstream(
-    node: fx.Node, through: Callable[[fx.Node], bool] = lambda _: True
-) -> Iterator[fx.Node]:
-    """A node, and all that it is computed of.
-
-    Args:
-        through: whether to go on to what a node reads.
-    """
-    return reachable([node], lambda n: n.all_input_nodes if through(n) else ())
-
-
-def downstream(
-    node: fx.Node, through: Callable[[fx.Node], bool] = lambda _: True
-) -> Iterator[fx.Node]:
-    """A node, and all that is computed of it.
-
-    Args:
-        through: whether to go on to who reads a node.
-    """
-    return reachable([node], lambda n: n.users if through(n) else ())
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if not stop(node):
+            stack += inputs(node)

@@ -1,14 +1,14 @@
-"""Each node of a walk once, these beyond what stops it not at all."""
+"""A walk gives each node once, and nothing beyond where it stops."""
 
 import operator
 
 from torch import fx
 
-from moonfx.passes.graph.walks import downstream, reachable, upstream
+from moonfx.passes.graph.walks import upstream
 
 
 def diamond() -> tuple[fx.Node, ...]:
-    """x -> left, right -> out, with out also reading x."""
+    """x -> left, right -> joined -> out, where out also reads x."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     left = graph.call_function(operator.neg, (x,))
@@ -20,20 +20,19 @@ def diamond() -> tuple[fx.Node, ...]:
 
 def test_a_walk_gives_each_node_once_and_its_start_first() -> None:
     x, left, right, joined, out = diamond()
-    for walk, start in ((upstream(out), out), (downstream(x), x)):
-        found = list(walk)
-        assert found[0] is start
-        assert len(found) == 5
-        assert set(found) == {x, left, right, joined, out}
+    found = list(upstream([out]))
+    assert found[0] is out
+    assert len(found) == 5
+    assert set(found) == {x, left, right, joined, out}
 
 
-def test_a_walk_goes_no_further_than_through_says_and_gives_where_it_stopped() -> None:
+def test_where_a_walk_stops_is_given_and_not_what_it_reads() -> None:
     x, left, right, joined, _ = diamond()
-    assert set(upstream(joined, through=lambda n: n is not left)) == {joined, left, right, x}
-    assert set(upstream(joined, through=lambda n: n is joined)) == {joined, left, right}
-    assert set(downstream(left, through=lambda n: n is not joined)) == {left, joined}
+    assert set(upstream([joined], stop=lambda n: n is left)) == {joined, left, right, x}
+    assert set(upstream([joined], stop=lambda n: n in (left, right))) == {joined, left, right}
 
 
-def test_a_circle_is_walked_once() -> None:
-    assert list(reachable([0], lambda n: [(n + 1) % 3])) == [0, 1, 2]
-    assert list(reachable([1, 1, 2], lambda n: [])) == [2, 1]
+def test_a_circle_is_walked_once_and_what_is_given_twice_too() -> None:
+    assert list(upstream([0], inputs=lambda n: [(n + 1) % 3])) == [0, 1, 2]
+    assert list(upstream([1, 1, 2], inputs=lambda n: [])) == [2, 1]
+    assert list(upstream([], inputs=lambda n: [n])) == []
