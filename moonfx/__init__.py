@@ -15,6 +15,7 @@ if (_root / "passes" / "attention" / "sparsify_attention.py").is_file():
         sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
         globals()[_name] = sys.modules[_spec.name]
 
+from moonfx.model_state import full_attention, restore  # noqa: E402
 from moonfx.onnx import export_onnx, onnx_table  # noqa: E402
 from moonfx.ops.moba import moba_attention  # noqa: E402
 from moonfx.optim.convert import convert_optimizer  # noqa: E402
@@ -25,8 +26,8 @@ from moonfx.optim.roles.table import roles  # noqa: E402
 from moonfx.optim.to_adamw import to_adamw  # noqa: E402
 from moonfx.optim.update_rms import update_rms  # noqa: E402
 from moonfx.policy import LayerPolicy  # noqa: E402
-from moonfx.report import Report  # noqa: E402
-from moonfx.sparsify import explain, full_attention, report, restore, sparsify  # noqa: E402
+from moonfx.report.report import Report  # noqa: E402
+from moonfx.sparsify import explain, report, sparsify  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -10,10 +10,11 @@ any other, wherever moonfx is imported first: its operator lives there.
 
 from torch.export import ExportedProgram
 
-from moonfx.backend import Backend, miss
-from moonfx.capture import exported_modules
+from moonfx.backend.on_miss import miss
+from moonfx.backend.rewriter import Backend
+from moonfx.capture.exported_program import exported_modules
 from moonfx.policy import Policies
-from moonfx.report import Report
+from moonfx.report.report import Report
 
 _REPORT = "_moonfx_report"
 

@@ -1,65 +1,37 @@
 """The user's verbs: sparsify, report, explain, full_attention, restore."""
 
-import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
-from torch.utils.hooks import RemovableHandle
 
-from moonfx.backend import (
-    ON_MISS,
-    Backend,
-    NothingRewritten,
-    Record,
-    check_choice,
-    miss,
-    records_of,
-    report_of,
-    report_of_step,
-)
-from moonfx.backend.on_miss import skipped
-from moonfx.capture import (
-    COMPILERS,
+from moonfx.backend.on_miss import ON_MISS, NothingRewritten, check_choice, miss
+from moonfx.backend.records import Record, report_of, report_of_step
+from moonfx.backend.rewriter import Backend
+from moonfx.backend.step_messages import skipped
+from moonfx.capture.compiled_calls import (
     compile_call,
     compile_in_place,
     compiled_call,
     copy_of_graph_module,
-    empty_results,
     is_compiled_module,
     plain_call,
     set_compiled_call,
     stay_out_of_outer_graphs,
 )
+from moonfx.capture.dynamo_frames import empty_results
+from moonfx.capture.inductor import COMPILERS
 from moonfx.exported import explain_exported, report_exported, sparsify_exported
+from moonfx.model_state import STATE, State, restore, sparse_inside, state_of
 from moonfx.policy import LayerPolicy, Layers, Policies
-from moonfx.report import Report
+from moonfx.report.report import Report
 
-Module = TypeVar("Module", bound=torch.nn.Module)
 Model = TypeVar("Model", bound=torch.nn.Module | ExportedProgram)
-
-_STATE = "_moonfx"
-
-
-class _State:
-    """What moonfx keeps on a model; copies and pickles of the model do not take it along."""
-
-    def __init__(self, before: Callable[..., Any] | None, backend: Backend, on_miss: str) -> None:
-        self.before, self.backend, self.on_miss = before, backend, on_miss
-        self.sparse: Callable[..., Any] | None = None
-        self.dense: Callable[..., Any] | None = None
-        self.judged = 0
-        self.skipped = False
-        self.switches = 0
-        self.hook: RemovableHandle | None = None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return (type(None), ())
 
 
 def sparsify(
@@ -127,20 +99,20 @@ def sparsify(
     _check_submodules(model)
     if isinstance(model, fx.GraphModule):
         model = copy_of_graph_module(model)  # type: ignore[assignment]
-    old = _state(model)
+    old = state_of(model)
     before = old.before if old is not None else compiled_call(model)
-    state = _State(before, Backend(policies, compiler, model), on_miss)
+    state = State(before, Backend(policies, compiler, model), on_miss)
     state.sparse = _judged(model, compile_in_place(model, state.backend), state)
     if old is not None and old.hook is not None:
         old.hook.remove()
     state.hook = model.register_forward_pre_hook(stay_out_of_outer_graphs)
     set_compiled_call(model, state.sparse)
-    model.__dict__[_STATE] = state
+    model.__dict__[STATE] = state
     return model
 
 
 def _judged(
-    model: torch.nn.Module, compiled: Callable[..., Any], state: _State
+    model: torch.nn.Module, compiled: Callable[..., Any], state: State
 ) -> Callable[..., Any]:
     """Runs the compiled call; after each that compiled, says what `on_miss` wants said."""
 
@@ -159,7 +131,7 @@ def _judged(
     return run
 
 
-def _judge(model: torch.nn.Module, state: _State, new: Sequence[Record], first_call: bool) -> None:
+def _judge(model: torch.nn.Module, state: State, new: Sequence[Record], first_call: bool) -> None:
     """The first call must rewrite something; a later one must not lose what it rewrote."""
     backend, what = state.backend, type(model).__name__
     report = backend.report_on(new)
@@ -185,79 +157,6 @@ def _judge(model: torch.nn.Module, state: _State, new: Sequence[Record], first_c
         raise
 
 
-def restore(model: Module) -> Module:
-    """Undoes `sparsify`: the model runs as it did before, bit for bit.
-
-    Raises:
-        ValueError: if the model is not sparsified.
-    """
-    state = _require(model, "restore")
-    set_compiled_call(model, state.before)
-    if state.hook is not None:
-        state.hook.remove()
-    del model.__dict__[_STATE]
-    return model
-
-
-def policies_of(model: torch.nn.Module, verb: str) -> Policies:
-    """The policies that a model is under.
-
-    Raises:
-        TypeError, ValueError: naming `verb`, if it is not under `sparsify`.
-    """
-    policies = _require(model, verb).backend.policies
-    assert policies is not None
-    return policies
-
-
-@contextlib.contextmanager
-def traced_plain(model: torch.nn.Module) -> Iterator[None]:
-    """The model as if it were not under `sparsify`, for a trace that runs passes of its own."""
-    state, call = model.__dict__.pop(_STATE), compiled_call(model)
-    set_compiled_call(model, None)
-    try:
-        yield
-    finally:
-        set_compiled_call(model, call)
-        model.__dict__[_STATE] = state
-
-
-class full_attention:  # noqa: N801 (a verb to its callers)
-    """Dense attention now, sparse again after: a context manager, and a switch.
-
-        with moonfx.full_attention(model): ...       # dense inside
-        switch = moonfx.full_attention(model)        # dense from here
-        switch.off()                                 # sparse again; nothing is compiled anew
-
-    Dense attention runs through the same compiler. No state of the model or optimizer is lost.
-
-    Raises:
-        ValueError: if the model is not sparsified.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model, self.state, self.on = model, _require(model, "full_attention"), True
-        state = self.state
-        if state.dense is None:
-            dense = Backend(None, state.backend.compiler)
-            state.dense = compile_call(plain_call(model), dense)
-        state.switches += 1
-        set_compiled_call(model, state.dense)
-
-    def off(self) -> None:
-        """Sparse again, once every switch that is on has been turned off."""
-        self.state.switches -= self.on
-        self.on = False
-        if not self.state.switches and _state(self.model) is self.state:
-            set_compiled_call(self.model, self.state.sparse)
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *error: object) -> None:
-        self.off()
-
-
 def report(
     model: torch.nn.Module | ExportedProgram | torch.optim.Optimizer | None = None,
 ) -> Report:
@@ -275,7 +174,7 @@ def report(
         return _report_optimizer(model)
     if isinstance(model, ExportedProgram):
         return report_exported(model)
-    state = _state(model)
+    state = state_of(model)
     if state is not None:
         own = state.backend.report
         if compiled_call(model) not in (state.sparse, state.dense):
@@ -284,7 +183,7 @@ def report(
     known = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
     found = report_of(known)
     if found is None:
-        inside = _sparse_inside(model) if isinstance(model, torch.nn.Module) else []
+        inside = sparse_inside(model) if isinstance(model, torch.nn.Module) else []
         hint = f", but {', '.join(inside)} within it is: ask for its report" if inside else ""
         raise ValueError(
             "model must be under moonfx.sparsify, or compiled with backend='moonfx' and called "
@@ -349,13 +248,6 @@ def explain(
     return backend.report
 
 
-def records_of_model(model: torch.nn.Module) -> list[Record]:
-    """The graphs compiled so far for a model, or for one inside it, with what they hold."""
-    states = [state for module in model.modules() if (state := _state(module)) is not None]
-    own = [record for state in states for record in state.backend.records]
-    return own + records_of(model.parameters())
-
-
 def _copied(argument: Any) -> Any:
     """An argument that the call may change (a KV cache); a tensor is only read."""
     return argument if isinstance(argument, torch.Tensor) else copy.deepcopy(argument)
@@ -368,13 +260,8 @@ def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
     return {name: first[id(module)] for name, module in every}
 
 
-def _sparse_inside(model: torch.nn.Module) -> list[str]:
-    """The names of the modules in a model that are under `sparsify` themselves."""
-    return [name for name, m in model.named_modules() if name and _state(m) is not None]
-
-
 def _check_submodules(model: torch.nn.Module) -> None:
-    if inside := _sparse_inside(model):
+    if inside := sparse_inside(model):
         raise ValueError(
             f"model holds modules under moonfx.sparsify already ({', '.join(inside)}), and one "
             "policy would undo the other: moonfx.restore them and use layers={name: policy}"
@@ -392,19 +279,3 @@ def _check_model(model: object) -> None:
             "model must be a torch.nn.Module that torch.compile takes, an fx.GraphModule or an "
             f"ExportedProgram, got {type(model).__name__}"
         )
-
-
-def _state(model: object) -> _State | None:
-    found = getattr(model, "__dict__", {}).get(_STATE)
-    return found if isinstance(found, _State) else None
-
-
-def _require(model: torch.nn.Module, verb: str) -> _State:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{verb}: model must be a torch.nn.Module, got {type(model).__name__}")
-    state = _state(model)
-    if state is None:
-        raise ValueError(
-            f"{verb}: model must be under moonfx.sparsify, and this {type(model).__name__} is not"
-        )
-    return state

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.capture import buffer_value, input_name, may_be_trained, nested_graphs
+from moonfx.capture.graph_nodes import buffer_value, input_name, may_be_trained, nested_graphs
 from moonfx.passes.graph.aliases import last_writes
 from moonfx.passes.graph.memory_versions import Memory
 from moonfx.passes.graph.modes import Mode, inside, modes

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import fx
 
-from moonfx.capture import readable, trace_artifact, tracing
-from moonfx.report import row_of
+from moonfx.capture.trace_log import readable, trace_artifact, tracing
+from moonfx.report.attention import row_of
 from moonfx.site import AttentionSite
 
 

@@ -13,7 +13,7 @@ from moonfx.passes.context import Context
 from moonfx.passes.dump import Dump
 from moonfx.passes.masks import classify_mask
 from moonfx.passes.newton_schulz import rewrite as newton_schulz
-from moonfx.report import row_of
+from moonfx.report.attention import row_of
 
 log = logging.getLogger("moonfx.passes")
 sites_log = logging.getLogger("moonfx.sites")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moonfx.capture import count_as_stepped, share_hooks, stands_for_step, without_hooks
+from moonfx.capture.optimizers import count_as_stepped, share_hooks, stands_for_step, without_hooks
 from moonfx.optim.matrices import Layout
 from moonfx.optim.state import low_bit
 from moonfx.optim.step.adamw_rest import Rest

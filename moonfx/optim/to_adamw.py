@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moonfx.capture import count_as_stepped, replace_step, share_hooks
+from moonfx.capture.optimizers import count_as_stepped, replace_step, share_hooks
 from moonfx.optim.muon import GROUP_KEYS, PARAMETER_KEYS, Muon
 from moonfx.optim.state.adamw import Group, dequantized, is_finite, is_low_bit, quantize
 from moonfx.optim.state.handover import State, moments_of

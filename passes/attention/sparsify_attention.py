@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.capture import fake_values
+from moonfx.capture.sizes import fake_values
 from moonfx.passes.attention import output_strides as layout
 from moonfx.passes.attention.logsumexp import give_lse
 from moonfx.passes.attention.mask_operands import CannotWrite, Writer, Written, call

@@ -6,7 +6,8 @@ Fake values, from which compilers take shapes and strides, are those that the op
 import torch
 from torch import fx
 
-from moonfx.capture import fake_values, is_higher_order
+from moonfx.capture.graph_nodes import is_higher_order
+from moonfx.capture.sizes import fake_values
 from moonfx.passes.attention.output_strides import rerun, same_layout
 from moonfx.passes.context import Context
 from moonfx.passes.graph.aliases import writes

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from moonfx.capture import storage_of
+from moonfx.capture.sizes import storage_of
 from moonfx.passes.graph.aliases import aliases, is_opaque, writes
 from moonfx.passes.graph.nodes import short
 

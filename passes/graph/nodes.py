@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.capture import body_position, expression, is_captured
+from moonfx.capture.graph_nodes import body_position, is_captured
+from moonfx.capture.sizes import expression
 
 aten = torch.ops.aten
 

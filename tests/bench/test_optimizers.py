@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import moonfx
-from moonfx import backend
+from moonfx.backend import entry
 from moonfx.bench.attention.contenders import Absent
 from moonfx.bench.harness import machine
 from moonfx.bench.optimizers import newton_schulz, optimizer, step_contenders, steps, verdict
@@ -20,7 +20,7 @@ from moonfx.bench.optimizers import other_packages as others
 from moonfx.bench.optimizers.matrices import MODELS, fewer, sweep
 from moonfx.bench.optimizers.verdict import Judged, judge
 from moonfx.bench.optimizers.written_muon import WrittenMuon
-from moonfx.capture import empty_inductor_caches
+from moonfx.capture.inductor import empty_inductor_caches
 from moonfx.cli import command as cli
 
 CPU = torch.device("cpu")
@@ -217,7 +217,7 @@ QUICK = ["--model", "tiny", "--repeats", "1", "--steps", "1"]
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that cost no compilation: Inductor would take a minute."""
-    monkeypatch.setitem(backend.DEFAULTS, "compiler", "eager")
+    monkeypatch.setitem(entry.DEFAULTS, "compiler", "eager")
     monkeypatch.setitem(MODELS, "tiny", {(8, 16): 1, (16, 8): 1})
     monkeypatch.setattr(step_contenders, "VOCABULARY", 16)
     monkeypatch.setattr(step_contenders, "GAINS", 2)

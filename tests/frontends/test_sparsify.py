@@ -10,7 +10,7 @@ import torch
 
 import moonfx
 from moonfx import LayerPolicy, capture
-from moonfx.backend import NothingRewritten
+from moonfx.backend.on_miss import NothingRewritten
 from moonfx.ops import moba
 from tests.support.tiny import Plain, TinyLM, gradients, tokens
 

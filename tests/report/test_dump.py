@@ -16,7 +16,7 @@ from tests.support.tiny import TinyLM, tokens
 
 PROGRAM = """
     import torch, moonfx
-    from tests.tiny import TinyLM, tokens
+    from tests.support.tiny import TinyLM, tokens
     model = TinyLM()
     model.layers[1].dropout = 0.5
     moonfx.sparsify(model, 16, 2, compiler="eager")(tokens())

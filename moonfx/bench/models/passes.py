@@ -20,7 +20,7 @@ from torch import fx
 from tqdm import tqdm
 
 import moonfx
-from moonfx import backend
+from moonfx.backend import rewriter
 from moonfx.bench.harness import machine
 
 LAYERS = (2, 8, 32)
@@ -86,7 +86,7 @@ def once(form: str, layers: int, length: int) -> dict[str, float]:
     model: Any = LlamaForCausalLM._from_config(config, attn_implementation=form).eval()
     tokens = torch.zeros((1, length), dtype=torch.int64)
     spent: dict[str, float] = dict.fromkeys((*PARTS, "nodes"), 0.0)
-    capture, run_passes = backend.capture, backend.run_passes
+    capture, run_passes = rewriter.capture, rewriter.run_passes
     reached = 0.0
 
     def timed_capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -106,13 +106,13 @@ def once(form: str, layers: int, length: int) -> dict[str, float]:
 
     torch.compiler.reset()
     gc.collect()
-    backend.capture, backend.run_passes = timed_capture, timed_passes  # type: ignore[assignment]
+    rewriter.capture, rewriter.run_passes = timed_capture, timed_passes  # type: ignore[assignment]
     start = time.process_time()
     try:
         with torch.no_grad():
             report = moonfx.explain(model, tokens, block=16, topk=4)
     finally:
-        backend.capture, backend.run_passes = capture, run_passes
+        rewriter.capture, rewriter.run_passes = capture, run_passes
     if len(report.rewritten) != layers or report.graphs != 1:
         raise RuntimeError(f"expected {layers} sparse attentions in one graph:\n{report}")
     spent["dynamo"] = reached - start

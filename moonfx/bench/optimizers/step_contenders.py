@@ -22,7 +22,7 @@ from moonfx.bench.harness import machine
 from moonfx.bench.optimizers import other_packages as others
 from moonfx.bench.optimizers.matrices import Shapes
 from moonfx.bench.optimizers.written_muon import WrittenMuon
-from moonfx.capture import empty_inductor_caches
+from moonfx.capture.inductor import empty_inductor_caches
 from moonfx.ops.newton_schulz import newton_schulz_flops
 from moonfx.ops.newton_schulz_cost import MUON
 

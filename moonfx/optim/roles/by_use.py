@@ -18,17 +18,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from moonfx.capture import (
-    CaptureError,
-    break_reasons,
-    capture,
-    compile_call,
-    empty_results,
-    plain_call,
-)
+from moonfx.capture.compiled_calls import compile_call, plain_call
+from moonfx.capture.dynamo_frames import break_reasons, empty_results
+from moonfx.capture.retrace import CaptureError, capture
+from moonfx.model_state import records_of_model
 from moonfx.passes.parameters.dataflow import GraphCall, Run
 from moonfx.passes.parameters.roles import Found, uses_in
-from moonfx.sparsify import records_of_model
 
 log = logging.getLogger("moonfx.optim")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from moonfx.capture import load_hooks
+from moonfx.capture.optimizers import load_hooks
 from moonfx.optim.matrices import Layout
 from moonfx.optim.state.adamw import FIRST, Group, moment, steps_of
 from moonfx.optim.state.handover import State, muon_state, second_moment

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moonfx.capture import bare_step, no_hooks, without_hooks
+from moonfx.capture.optimizers import bare_step, no_hooks, without_hooks
 
 ADAMW = "adamw"
 # What belongs to the object that was converted, or to those who drive it, and not to its class.

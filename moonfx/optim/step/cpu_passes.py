@@ -7,7 +7,7 @@ plain tensors that nobody watches. Everybody else gets the torch operations that
 from torch import Tensor
 from torch.nn import Parameter
 
-from moonfx.capture import watched
+from moonfx.capture.optimizers import watched
 from moonfx.kernels.cpu import muon as muon_cpu
 from moonfx.optim.matrices import Layout
 

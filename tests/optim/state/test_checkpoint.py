@@ -109,7 +109,7 @@ CONTINUE = """
 import sys
 from pathlib import Path
 import torch
-from tests.optim.test_checkpoint import Run
+from tests.optim.state.test_checkpoint import Run
 folder = Path(sys.argv[1])
 torch.set_num_threads(int(sys.argv[2]))  # the sums of a product go by threads
 for dtype in (torch.float32, torch.bfloat16):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import moonfx
 from moonfx.kernels.reference.moba import moba_attention
-from moonfx.report import Report
+from moonfx.report.report import Report
 from tests.passes.attention.forms import outcome
 
 transformers = pytest.importorskip("transformers")
