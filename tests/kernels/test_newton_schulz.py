@@ -22,7 +22,7 @@ from moonfx.kernels.torch_ops import newton_schulz
 from moonfx.ops import newton_schulz_cost
 from moonfx.ops import newton_schulz_runs as runs_
 from moonfx.ops.newton_schulz import newton_schulz_flops, newton_schulz_form
-from tests.kernels.newton_schulz_cases import (
+from tests.support.newton_schulz_cases import (
     CASES,
     COEFFICIENTS,
     GRAM,

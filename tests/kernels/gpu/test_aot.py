@@ -52,7 +52,7 @@ def aot(*arguments: str) -> list[str]:
     """Lines that aot.py prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.aot", *arguments],
+        [sys.executable, "-m", "tests.support.aot", *arguments],
         capture_output=True,
         text=True,
         check=False,

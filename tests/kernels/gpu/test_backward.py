@@ -14,9 +14,9 @@ from moonfx.kernels.gpu import backward_schedule as gpu_backward_plan
 from moonfx.kernels.gpu import block_index as gpu_index
 from moonfx.kernels.gpu.problem import Layout, layout
 from moonfx.kernels.reference import moba as reference
-from tests.kernels.gpu.test_problem import NoWaits
 from tests.kernels.torch_ops.test_moba import TOLERANCE
 from tests.support.moba_cases import FEATURES, Case
+from tests.support.no_waits import NoWaits
 
 NAMES = ("dq", "dk", "dv", "dbias")
 

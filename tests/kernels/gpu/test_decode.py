@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moonfx.kernels.common.arguments import Policy
 from moonfx.kernels.reference import moba as reference
-from tests.kernels.no_waits import NoWaits
 from tests.support.moba_cases import Case, feature_cases
+from tests.support.no_waits import NoWaits
 
 gpu = pytest.importorskip("moonfx.kernels.gpu.moba", reason="needs Triton")
 from moonfx.kernels.gpu import decode as gpu_decode  # noqa: E402

@@ -14,7 +14,7 @@ import triton.language as tl  # noqa: E402
 from moonfx.kernels.gpu import block_index as gpu_index  # noqa: E402
 from moonfx.kernels.gpu import counting_sort as gpu_sort  # noqa: E402
 from moonfx.kernels.gpu import moba as gpu  # noqa: E402
-from tests.kernels.gpu.interpreter_memory import watched  # noqa: E402
+from tests.support.interpreter_memory import watched  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret,

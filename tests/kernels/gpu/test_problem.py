@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moonfx.kernels.gpu.problem import Layout, layout
-from tests.kernels.no_waits import NoWaits
 from tests.support.moba_cases import PACKINGS, PADDINGS, Case
+from tests.support.no_waits import NoWaits
 
 
 def made(case: Case) -> Layout:

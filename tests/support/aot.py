@@ -1,6 +1,6 @@
 """Compiles what the GPU kernels would launch, and prints what it needs of each chip.
 
-    python -m tests.kernels.aot --chips sm_90 --dims 64,128 --only attend
+    python -m tests.support.aot --chips sm_90 --dims 64,128 --only attend
 
 No GPU is needed; TRITON_INTERPRET must not be set. `aot_capture` says what is recorded, and
 `aot_resources` what is read.
@@ -23,8 +23,8 @@ from moonfx.kernels.common.arguments import Policy
 from moonfx.kernels.gpu import configs as gpu_configs
 from moonfx.kernels.gpu import moba as gpu
 from moonfx.kernels.gpu.configs import ARCHITECTURES
-from tests.kernels.aot_capture import Launch, recording
-from tests.kernels.aot_resources import Resources, resources
+from tests.support.aot_capture import Launch, recording
+from tests.support.aot_resources import Resources, resources
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FEATURES = ("plain", "everything", "dense", "decode")
