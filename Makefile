@@ -25,7 +25,7 @@ gpu: $(READY)
 
 # Registers, spills, shared memory and matrix instructions of the GPU kernels; needs no GPU.
 aot: $(READY)
-	$(BIN)/python -m tests.kernels.aot --chips all --features plain,everything,dense,decode
+	$(BIN)/python -m tests.support.aot --chips all --features plain,everything,dense,decode
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -22,9 +22,9 @@ from moonfx.passes.attention.heads import folded_heads, views_itself
 from moonfx.passes.attention.sink_logits import Sink, join_of
 from moonfx.passes.attention.subtracted_max import peak_of
 from moonfx.passes.attention.upstream import (
+    constant_of,
     is_scalar,
     product_above,
-    constant_of,
     reaches_product,
 )
 from moonfx.passes.context import Context

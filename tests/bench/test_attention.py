@@ -28,6 +28,7 @@ from moonfx.bench.attention.results import Run, read
 from moonfx.bench.harness import machine
 from moonfx.bench.models import compile_time, model, passes
 from moonfx.cli import command as cli
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference import moba as reference
 from moonfx.ops.flops import attended_keys
 
@@ -131,7 +132,7 @@ def test_the_mask_of_flex_attention_lists_the_chosen_blocks_and_no_others():
     """Read from its tiles and its mask_mod, by the reference's choice."""
     case = replace(SPARSE, batch=1, length=1024, queries=1024, block=256, topk=2)
     given = contenders.inputs(case, CPU)
-    chosen = reference.select_blocks(given.query, given.key, 256, 2, sinks=1)
+    chosen = reference.select_blocks(given.query, given.key, MobaArguments(256, 2, sinks=1))
     mask = flex.block_mask(case, given.query, given.key)
     tiles = torch.zeros(1, 4, 8, 9)
     for counts_of, index in (
@@ -357,7 +358,7 @@ def chosen_blocks(case):
     one = replace(case, batch=1, heads=counts.group(case), kv_heads=1)
     given = contenders.inputs(one, CPU)
     return reference.select_blocks(
-        given.query, given.key, case.block, case.topk, sinks=case.sinks
+        given.query, given.key, MobaArguments(case.block, case.topk, sinks=case.sinks)
     ).flatten(0, 2)
 
 
@@ -365,7 +366,7 @@ def test_expected_rows_of_a_block_are_those_of_a_random_gate():
     """Means of 200 draws; the standard error of each is below 0.3 rows of 32 to 128."""
     case = replace(SPARSE, batch=200, heads=1, kv_heads=1)
     given = contenders.inputs(case, CPU)
-    chosen = reference.select_blocks(given.query, given.key, 32, 3, sinks=1)
+    chosen = reference.select_blocks(given.query, given.key, MobaArguments(32, 3, sinks=1))
     drawn = chosen.sum((1, 2)).double().mean(0)
     torch.testing.assert_close(drawn, counts.blocks(case).rows, rtol=0, atol=1.5)
 

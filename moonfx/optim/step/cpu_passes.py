@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from moonfx.capture.optimizers import watched
+from moonfx.kernels.cpu import library
 from moonfx.kernels.cpu import muon as muon_cpu
 from moonfx.optim.matrices import Layout
 
@@ -22,7 +23,7 @@ def takes(weight: Tensor, grad: Tensor, buffer: Tensor, layout: Layout) -> bool:
         return False
     repeated_columns = layout.dim == 1 and layout.outer > 1  # steps of two sizes within a row
     same = grad.dtype == buffer.dtype == weight.dtype
-    return same and not repeated_columns and muon_cpu.available()
+    return same and not repeated_columns and library.available() is None
 
 
 def gather(
