@@ -13,6 +13,9 @@ from torch import Tensor
 
 from moonfx.kernels.common.arguments import Coefficients
 
+# Keller Jordan's (a, b, c), the same in every step (kellerjordan.github.io/posts/muon).
+JORDAN = (3.4445, -4.7750, 2.0315)
+
 
 def scalar_map(values: Tensor, coefficients: Coefficients) -> Tensor:
     """What the steps make of singular values."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moonfx.passes.parameters.dataflow import Run
+from moonfx.passes.parameters.dataflow import DataFlow
 from moonfx.passes.parameters.roles import Found, uses_in
 from moonfx.report.attention import Row
 from moonfx.report.newton_schulz import IterationRow
@@ -36,7 +36,7 @@ class Record:
     parameters: list[weakref.ref[torch.Tensor]]
     of_optimizer: bool = False
     iterations: list[IterationRow] = field(default_factory=list)
-    run: Run | None = None
+    run: DataFlow | None = None
     found: dict[int, Found] = field(default_factory=dict)
     optimizer: weakref.ref[torch.optim.Optimizer] | None = None
     frame: int | None = None

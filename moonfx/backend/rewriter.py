@@ -27,7 +27,7 @@ from moonfx.capture.inductor import compile_graph
 from moonfx.capture.retrace import CaptureError, capture, held_tensors
 from moonfx.passes.context import Context
 from moonfx.passes.graph.memory_versions import Memory
-from moonfx.passes.parameters.dataflow import GraphCall, Run
+from moonfx.passes.parameters.dataflow import DataFlow, GraphCall
 from moonfx.passes.pass_manager import WITHOUT_ATTENTION, Passes, run_passes
 from moonfx.passes.symbolic import input_masks as given_masks
 from moonfx.policy import LayerPolicy, Policies
@@ -163,7 +163,7 @@ class Backend:
         """Keeps what `Record.uses` needs; not the graph."""
         try:
             returned = () if is_piece(gm) else None
-            record.run = Run([GraphCall(captured, example_inputs)], returned)
+            record.run = DataFlow([GraphCall(captured, example_inputs)], returned)
         except Exception:
             if os.environ.get("MOONFX_VERIFY"):
                 raise

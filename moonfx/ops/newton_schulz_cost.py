@@ -22,7 +22,6 @@ from moonfx.ops import newton_schulz_runs
 from moonfx.ops.dispatch import BACKENDS, find_triton_kernels, triton_kernels
 
 FORMS = ("auto", "plain", "symmetric", "gram")
-MUON = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients, of every step
 
 # A form with runs must save this much of the symmetric form's FLOPs: it is a little less precise.
 WORTH = 0.95

@@ -31,8 +31,8 @@ from moonfx.bench.optimizers import other_packages as others
 from moonfx.bench.optimizers import verdict
 from moonfx.bench.optimizers.newton_schulz_table import FORMS, Timing, draw, notes, table
 from moonfx.bench.optimizers.verdict import Judged, take_turns
+from moonfx.kernels.reference.newton_schulz import JORDAN
 from moonfx.ops.newton_schulz import newton_schulz_flops, newton_schulz_form
-from moonfx.ops.newton_schulz_cost import MUON
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +103,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def loop(X: Tensor, steps: int) -> list[Tensor]:
     """What optimizers write, for each matrix of a batch."""
-    a, b, c = MUON
+    a, b, c = JORDAN
     done = []
     for matrix in X:
         Y = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -130,7 +130,7 @@ def measure(
     for name in FORMS:
         if name in options.only or (name == form and not as_written):
             operator = torch.ops.moonfx.newton_schulz
-            calls[name] = functools.partial(operator, X, list(MUON) * steps, name)
+            calls[name] = functools.partial(operator, X, list(JORDAN) * steps, name)
     # Another shape is one compilation more of the same functions: Dynamo stops after a few of them.
     torch.compiler.reset()
     for name in [name for name in others.NAMES if name in options.only]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from moonfx.bench.attention.contenders import Absent
 from moonfx.bench.harness import machine
-from moonfx.ops.newton_schulz_cost import MUON
+from moonfx.kernels.reference.newton_schulz import JORDAN
 
 INSTALL = {
     "gram-newton-schulz": "pip install gram-newton-schulz",
@@ -81,7 +81,7 @@ def or_absent() -> Iterator[None]:
 def gram_iteration(steps: int, device: torch.device) -> Iteration:
     package = imported("gram_newton_schulz", "gram-newton-schulz")
     kernels, without = gram_kernels(device)
-    made = package.GramNewtonSchulz(ns_use_kernels=kernels, ns_coefficients=[list(MUON)] * steps)
+    made = package.GramNewtonSchulz(ns_use_kernels=kernels, ns_coefficients=[list(JORDAN)] * steps)
     return Iteration(made, f"the same coefficients, normalizes as well, float16{without}")
 
 
@@ -93,7 +93,7 @@ def gram_muon(parameters: list[nn.Parameter], steps: int, device: torch.device) 
         **RATES,
         momentum=0.95,
         adjust_lr="rms_norm",
-        ns_coefficients=[list(MUON)] * steps,
+        ns_coefficients=[list(JORDAN)] * steps,
         ns_use_kernels=kernels,
     )
     return Step(made, f"the same coefficients, float16{without}")

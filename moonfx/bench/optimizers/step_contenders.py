@@ -23,8 +23,8 @@ from moonfx.bench.optimizers import other_packages as others
 from moonfx.bench.optimizers.matrices import Shapes
 from moonfx.bench.optimizers.written_muon import WrittenMuon
 from moonfx.capture.inductor import empty_inductor_caches
+from moonfx.kernels.reference.newton_schulz import JORDAN
 from moonfx.ops.newton_schulz import newton_schulz_flops
-from moonfx.ops.newton_schulz_cost import MUON
 
 OURS = ("moonfx", "converted")
 BACKENDS: dict[str, Any] = {"inductor": "inductor", "moonfx": "moonfx"}
@@ -175,7 +175,7 @@ def ready(device: torch.device, names: tuple[str, ...]) -> None:
     """
     for dtype in (torch.bfloat16, torch.float32):
         matrix = torch.ones(8, 8, device=device, dtype=dtype)
-        torch.ops.moonfx.newton_schulz(matrix, list(MUON), "symmetric")
+        torch.ops.moonfx.newton_schulz(matrix, list(JORDAN), "symmetric")
     options = argparse.Namespace(steps=1, rest=False)
     setting = Setting.make({(8, 16): 2}, "float32", "bfloat16", options, device)
     for name in names:

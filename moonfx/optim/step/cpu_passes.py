@@ -15,7 +15,7 @@ from moonfx.optim.matrices import Layout
 _PLAIN = (Tensor, Parameter)
 
 
-def takes(weight: Tensor, grad: Tensor, buffer: Tensor, layout: Layout) -> bool:
+def supports(weight: Tensor, grad: Tensor, buffer: Tensor, layout: Layout) -> bool:
     """Whether the matrices of a parameter with these tensors can be handed to the kernels."""
     tensors = (weight, grad, buffer)
     plain = all(type(x) in _PLAIN and x.is_cpu and x.is_contiguous() for x in tensors)
