@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import moonfx
-from moonfx.bench.attention.cases import DTYPES
 from moonfx.bench.harness import machine
+from moonfx.bench.harness.arguments import DTYPES
 from moonfx.bench.models import smollm2
 from moonfx.ops.flops import attended_keys
 from moonfx.policy import check_block_topk_sinks
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps({"where": where, "policy": policy(options), "results": results}, indent=1))
         return 0
-    print("\n".join(f"{name}: {words}" for name, words in where.items()))
+    print(machine.text(where))
     print(
         f"SmolLM2-135M-Instruct, {options.block}/{options.topk}/{options.sinks}, "
         f'compiler="{options.compiler}"; best of {options.repeats} turns\n'

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps({**where, "length": options.length, "cases": rows}, indent=2))
         return 0
-    print("\n".join(f"{name}: {text}" for name, text in where.items()))
+    print(machine.text(where))
     print(f"Llama of width 64, {options.length} tokens; medians of {options.repeats}\n")
     print(tabulate([list(row.values()) for row in rows], list(rows[0]), floatfmt=".3g"))
     return 0
