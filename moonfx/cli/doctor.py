@@ -140,7 +140,7 @@ def check_compiler() -> list[Check]:
         missing = Check(component, "-", needed_by, MISSING, fix)
         return [missing, Check("OpenMP", "-", NEEDS_OPENMP, MISSING, fix)]
     if (reason := cpu.available()) is not None:
-        show = "python -c 'from moonfx.kernels import cpu; print(cpu.available())'"
+        show = "python -c 'from moonfx.kernels.cpu import moba; print(moba.available())'"
         row = Check(component, reason.partition("\n")[0], needed_by, BROKEN, show)
     else:
         version = cpu_build.run([*compiler, "--version"]).stdout.partition("\n")[0]
@@ -189,7 +189,7 @@ def check_triton_kernels() -> Check:
     component = "Triton kernels"
     if not torch.cuda.is_available():
         return Check(component, "-", NEEDS_TRITON, ABSENT)
-    show = "python -c 'from moonfx.kernels import gpu; print(gpu.available())'"
+    show = "python -c 'from moonfx.kernels.gpu import moba; print(moba.available())'"
     kernels, reason = importlib.import_module("moonfx.ops.dispatch").find_triton_kernels()
     if kernels is None:
         if importlib.util.find_spec("triton") is None:

@@ -11,12 +11,16 @@ from pathlib import Path
 PAGE = "docs/benchmarks.md"
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """`--from`, `--markdown` and `--into`: what a table is made of, and where it goes."""
+def add(parser: argparse.ArgumentParser, files: int | str = "+") -> None:
+    """`--from`, `--markdown` and `--into`: what a table is made of, and where it goes.
+
+    Args:
+        files: of `--from`, as argparse's nargs.
+    """
     parser.add_argument(
         "--from",
         dest="read",
-        nargs="+",
+        nargs=files,
         metavar="JSON",
         help="measure nothing: read what --json wrote",
     )

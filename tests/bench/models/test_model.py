@@ -8,21 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moonfx.bench.models import model
 from moonfx.cli import command as cli
+from tests.support import tiny_smollm2
 
 
 @pytest.mark.parametrize("work", model.WORKS)
 def test_a_model_is_timed_dense_and_sparse_on_the_same_tokens(work, monkeypatch, capsys):
-    transformers = pytest.importorskip("transformers")
-
-    def load(dtype):
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 256}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-        made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
-        return made.to(dtype), lambda text, return_tensors: transformers.BatchEncoding(
-            {"input_ids": torch.tensor([list(text.encode()[:4096])])}
-        )
-
-    monkeypatch.setattr(model.smollm2, "load", load)
+    monkeypatch.setattr(model.smollm2, "load", tiny_smollm2.load)
     words = ["--length", "256", "--train-length", "192", "--block", "16", "--topk", "3"]
     words += ["--repeats", "1", "--json", "--work", work]
     assert cli.main(["bench", "model", *words]) == 0
