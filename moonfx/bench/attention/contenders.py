@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from moonfx.bench.attention.cases import DTYPES, Case
+from moonfx.bench.attention.cases import Case
+from moonfx.bench.harness.arguments import DTYPES
+from moonfx.bench.harness.machine import Absent
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference import moba as reference
 from moonfx.ops.moba import moba_attention
@@ -29,10 +31,6 @@ BACKENDS = {
 }
 BASELINES = ("expanded", "enable_gqa")
 Attention = Callable[..., Tensor]
-
-
-class Absent(Exception):
-    """Why a contender cannot take part in a case."""
 
 
 class Inputs(NamedTuple):

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from moonfx.bench.attention.cases import Case
-from moonfx.bench.attention.contenders import Absent, Inputs, run
+from moonfx.bench.attention.contenders import Inputs, run
+from moonfx.bench.harness.machine import Absent
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference import moba as reference
 
