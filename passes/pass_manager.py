@@ -1,12 +1,12 @@
 """The passes in their order, and the loop that runs them."""
 
 import logging
-import os
 import time
 from collections.abc import Callable
 
 from torch import fx
 
+from moonfx.environment import verifying
 from moonfx.passes.attention import find_attention, sparsify_attention
 from moonfx.passes.cleanup import remove_dead, symbolic_alpha, verify
 from moonfx.passes.context import Context
@@ -33,7 +33,7 @@ def _apart(name: str, run: Pass) -> Pass:
         try:
             return run(graph, context)
         except Exception as error:
-            if os.environ.get("MOONFX_VERIFY"):
+            if verifying():
                 raise
             context.failures.append(f"{name}: {type(error).__name__}: {error}")
             log.exception("the pass %s failed, others went on; please report this", name)
@@ -66,10 +66,10 @@ def run_passes(context: Context, passes: Passes = PASSES, *, check: bool | None 
     Returns:
         How many sites became sparse, and how many Newton-Schulz iterations an operator.
     """
-    check = bool(os.environ.get("MOONFX_VERIFY")) if check is None else check
+    check = verifying() if check is None else check
     dump = Dump(context.gm)
     for number, (name, run) in enumerate(passes, 1):
-        dump.write(f"{number:02}_{name}_before", context.sites)
+        dump.before(f"{number:02}_{name}", context.sites)
         start = time.perf_counter()
         count = sum(run(gm.graph, context) for gm in list(context.graphs()))
         log.debug("%s: %d in %.1f ms", name, count, 1e3 * (time.perf_counter() - start))
@@ -78,7 +78,7 @@ def run_passes(context: Context, passes: Passes = PASSES, *, check: bool | None 
         if check:
             for gm in context.graphs():
                 verify.run(gm.graph, context)
-        dump.write(f"{number:02}_{name}_after", context.sites)
+        dump.after(f"{number:02}_{name}", context.sites)
     for gm in reversed(list(context.graphs())):
         gm.recompile()
     for row in (row_of(site) for site in context.sites if site.reject is None):

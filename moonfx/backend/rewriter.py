@@ -1,7 +1,6 @@
 """Captures one graph, runs the passes on it under its model's policies, records what they found."""
 
 import logging
-import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -22,9 +21,10 @@ from moonfx.capture.dynamo_frames import (
     returns_gradients,
 )
 from moonfx.capture.exported_program import capture_exported, exported_again, is_decomposed
-from moonfx.capture.graph_nodes import graph_root, name_invoked_bodies
+from moonfx.capture.graph_nodes import graph_root, name_invoked_bodies, placeholders
 from moonfx.capture.inductor import compile_graph
 from moonfx.capture.retrace import CaptureError, capture, held_tensors
+from moonfx.environment import verifying
 from moonfx.passes.context import Context
 from moonfx.passes.graph.memory_versions import Memory
 from moonfx.passes.parameters.dataflow import DataFlow, GraphCall
@@ -145,11 +145,9 @@ class Backend:
         if context is None:
             return gm, {}
         name_invoked_bodies(captured, retraced=True)
-        placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
+        inputs = placeholders(captured.graph)
         guards = {
-            placeholders.index(node): values
-            for node, values in context.proofs.items()
-            if node in placeholders
+            inputs.index(node): values for node, values in context.proofs.items() if node in inputs
         }
         return captured, guards
 
@@ -165,7 +163,7 @@ class Backend:
             returned = () if is_piece(gm) else None
             record.run = DataFlow([GraphCall(captured, example_inputs)], returned)
         except Exception:
-            if os.environ.get("MOONFX_VERIFY"):
+            if verifying():
                 raise
             log.exception("the uses of a graph's parameters stay unknown; please report this")
 
@@ -209,7 +207,7 @@ class Backend:
         except DenseLastUnknown:
             raise
         except Exception as error:
-            if os.environ.get("MOONFX_VERIFY"):
+            if verifying():
                 raise
             failure = f"a pass failed, attentions stay: {type(error).__name__}: {error}"
             record.failure = record.failure or failure
@@ -257,8 +255,7 @@ class Backend:
 
 def _writes_to_parameters(captured: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
     """Whether a graph changes a parameter that it is given, itself or through a view."""
-    placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
-    pairs = zip(placeholders, example_inputs, strict=True)
+    pairs = zip(placeholders(captured.graph), example_inputs, strict=True)
     given = [n for n, x in pairs if isinstance(x, torch.nn.Parameter)]
     memory = Memory(captured.graph) if given else None
     return memory is not None and any(memory.written_at(node) for node in given)

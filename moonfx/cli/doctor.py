@@ -3,7 +3,6 @@
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from moonfx import environment
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.cpu import library as cpu_build
 from moonfx.kernels.gpu import configs as gpu_configs
@@ -136,7 +136,7 @@ def check_compiler() -> list[Check]:
         compiler = cpu_build.find_compiler()
     except cpu_build.BuildError:
         # A CXX that is no program hides every compiler that there may be.
-        fix = "unset CXX" if os.environ.get("CXX") else "apt-get install -y g++"
+        fix = "unset CXX" if environment.compiler() else "apt-get install -y g++"
         missing = Check(component, "-", needed_by, MISSING, fix)
         return [missing, Check("OpenMP", "-", NEEDS_OPENMP, MISSING, fix)]
     if (reason := cpu_build.available()) is not None:
