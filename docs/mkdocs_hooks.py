@@ -1,7 +1,7 @@
 """What `make docs` asks of mkdocs beside its settings; mkdocs calls these functions by name.
 
-README.md and CONTRIBUTING.md lie at the top of the repository, where GitHub and pip look for them. On
-the site they are pages like the others, so links between them and the pages are rewritten there:
+README.md and CONTRIBUTING.md lie at the top of the repository, where GitHub and pip look for them.
+On the site they are pages like the others, so links between them and the pages are rewritten there:
 docs/passes.md becomes passes.md.
 """
 
