@@ -57,6 +57,15 @@ def test_every_page_has_a_place_on_the_site() -> None:
     assert [name for name in pages if f" {name}\n" not in navigation] == []
 
 
+def test_the_readme_has_the_perplexities_of_the_benchmarks_page() -> None:
+    name = "docs/benchmarks/perplexity.json"
+    table = re.compile(f"<!-- {name} -->(.*)<!-- /{name} -->", re.S)
+    pages = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+    readme, benchmarks = (table.findall(page.read_text(encoding="utf-8")) for page in pages)
+    assert len(readme) == 1
+    assert readme == benchmarks
+
+
 def test_every_environment_variable_is_explained() -> None:
     read = re.compile(
         r"\bMOONFX_[A-Z]+(?:_[A-Z]+)*\b|(?:environ\.get|environ\.setdefault|getenv)\(\s*\"(\w+)\""
