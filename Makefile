@@ -37,6 +37,17 @@ types: $(READY)
 	@cd build/types/moonfx && ln -s ../../../moonfx/* ../../../passes ../../../kernels .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 
+# The site in build/site, from docs/, README.md and CONTRIBUTING.md, with mkdocs in a virtual environment of its own.
+# Strictly: a dead link, a page without a place or an undocumented public name fails.
+.PHONY: docs
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/ready: requirements-docs.txt
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
 demo: $(READY)
 	$(BIN)/python examples/sparsify_smollm2.py
 

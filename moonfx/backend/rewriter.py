@@ -112,8 +112,8 @@ class Backend:
         if self.policies is None:
             return gm, {}
         held = held_tensors(gm).values()
-        inputs = (x for x in (*example_inputs, *held) if isinstance(x, torch.nn.Parameter))
-        parameters: list[weakref.ref[torch.Tensor]] = [weakref.ref(x) for x in inputs]
+        given = (x for x in (*example_inputs, *held) if isinstance(x, torch.nn.Parameter))
+        parameters: list[weakref.ref[torch.Tensor]] = [weakref.ref(x) for x in given]
         called_by = owner()
         record = Record([], None, parameters, of_optimizer=bool(held))
         record.frame, record.broken = compiled_frame(), break_after(gm)
