@@ -16,8 +16,8 @@ from moonfx.capture.graph_nodes import (
     BUFFER,
     CAPTURED,
     INPUT,
-    name_in_model,
     body_position,
+    name_in_model,
     name_invoked_bodies,
     nested_graphs,
 )

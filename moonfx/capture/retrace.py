@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moonfx.capture.dynamo_frames import owner, returns_gradients
 from moonfx.capture.functorch_regions import isolate_transforms, under_transform
-from moonfx.capture.graph_nodes import BUFFER, CAPTURED, DATA, TRAINED, BODY_OPERATORS
+from moonfx.capture.graph_nodes import BODY_OPERATORS, BUFFER, CAPTURED, DATA, TRAINED
 from moonfx.capture.repeated_calls import Key, Written, key_of, remember
 
 Repeats = dict[Key, Written | None]

@@ -1,9 +1,9 @@
 """What the operators cost: FLOPs by the keys attended, for torch.utils.flop_counter."""
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 import moonfx.ops.moba  # noqa: F401  (registers the operators)
+from moonfx.ops.flop_formulas import register_flop_formula
 
 
 def attended_keys(queries: int, keys: int, block: int, topk: int, causal: bool = True) -> int:
