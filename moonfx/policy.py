@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 
@@ -48,6 +48,12 @@ def _names(name: str, given: object) -> tuple[str, ...]:
     if not isinstance(given, kinds) or not all(isinstance(each, str) for each in given):
         raise TypeError(f"{name} must be a list of names, got {given!r} ({type(given).__name__})")
     return tuple(sorted(set(given)))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The words that end an error on an unknown name: the nearest known one, "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 @dataclass(frozen=True)

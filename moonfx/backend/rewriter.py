@@ -28,7 +28,7 @@ from moonfx.capture.retrace import CaptureError, capture, held_tensors
 from moonfx.passes.context import Context
 from moonfx.passes.graph.memory_versions import Memory
 from moonfx.passes.parameters.dataflow import GraphCall, Run
-from moonfx.passes.pass_manager import WITHOUT_ATTENTION, Passes, run_passes
+from moonfx.passes.pass_manager import WITHOUT_ATTENTION, Passes, check_passes, run_passes
 from moonfx.passes.symbolic import input_masks as given_masks
 from moonfx.policy import LayerPolicy, Policies
 from moonfx.report.attention import row_of
@@ -51,6 +51,8 @@ class Backend:
         compiler: one of COMPILERS.
         model: the model whose graphs these are, where it is known.
         config: Inductor options to pass on.
+    Raises:
+        ValueError: if the policies disable a pass that there is not.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class Backend:
         model: torch.nn.Module | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
+        if policies is not None:
+            check_passes(policies.disable_passes)
         self.policies, self.compiler = policies, compiler
         self.config = config or {}
         self.names: dict[int, str] = {}
@@ -116,6 +120,7 @@ class Backend:
         parameters: list[weakref.ref[torch.Tensor]] = [weakref.ref(x) for x in inputs]
         called_by = owner()
         record = Record([], None, parameters, of_optimizer=bool(held))
+        record.disabled = self.policies.disable_passes
         record.frame, record.broken = compiled_frame(), break_after(gm)
         if isinstance(called_by, torch.optim.Optimizer):
             record.optimizer, record.of_optimizer = weakref.ref(called_by), True
@@ -174,7 +179,8 @@ class Backend:
 
         What was proved of a buffer's values was proved of those that the program holds.
         """
-        record = Record([], None, [])
+        assert self.policies is not None
+        record = Record([], None, [], disabled=self.policies.disable_passes)
         self.records.append(record)
         exported = capture_exported(program)
         if self.run_passes(exported.gm, "", record) is None:
@@ -203,7 +209,8 @@ class Backend:
         """
         assert self.policies is not None
         flags = self.policies.causal_only, self.policies.recompute_routing
-        context = Context(captured, self.policy_of, self.names, root, *flags)
+        disabled = self.policies.disable_passes
+        context = Context(captured, self.policy_of, self.names, root, *flags, disabled)
         try:
             rewritten = run_passes(context, *passes)
         except DenseLastUnknown:
