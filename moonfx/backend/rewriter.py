@@ -26,7 +26,7 @@ from moonfx.capture.graph_nodes import graph_root, name_invoked_bodies
 from moonfx.capture.inductor import compile_graph
 from moonfx.capture.retrace import CaptureError, capture, held_tensors
 from moonfx.passes.context import Context
-from moonfx.passes.graph.memory_versions import Memory
+from moonfx.passes.graph.memory_versions import writes_to_parameters
 from moonfx.passes.parameters.dataflow import GraphCall, Run
 from moonfx.passes.pass_manager import WITHOUT_ATTENTION, Passes, check_passes, run_passes
 from moonfx.passes.symbolic import input_masks as given_masks
@@ -142,7 +142,7 @@ class Backend:
             captured = capture(gm, example_inputs)
             context = self.run_passes(captured, root, record, WITHOUT_ATTENTION)
         if called_by is None and record.iterations:
-            record.of_optimizer = record.of_optimizer or _writes_to_parameters(
+            record.of_optimizer = record.of_optimizer or writes_to_parameters(
                 captured, example_inputs
             )
         if record.of_optimizer:
@@ -222,8 +222,8 @@ class Backend:
             record.failure = record.failure or failure
             log.exception("a pass failed, and the graph's attentions stay; please report this")
             return None
-        apart = [f"a pass failed, what the others did stays: {f}" for f in context.failures]
-        record.failure = "\n".join(filter(None, [record.failure, *apart])) or None
+        isolated = [f"a pass failed, what the others did stays: {f}" for f in context.failures]
+        record.failure = "\n".join(filter(None, [record.failure, *isolated])) or None
         record.rows += map(row_of, context.sites)
         record.iterations = rows_of(context.iterations)
         return context if rewritten else None
@@ -260,15 +260,6 @@ class Backend:
     def unused(self) -> list[str]:
         """Keys of `layers` that fit no attention seen so far."""
         return [] if self.policies is None else self.policies.unused([n for n, _ in self.layers])
-
-
-def _writes_to_parameters(captured: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """Whether a graph changes a parameter that it is given, itself or through a view."""
-    placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
-    pairs = zip(placeholders, example_inputs, strict=True)
-    given = [n for n, x in pairs if isinstance(x, torch.nn.Parameter)]
-    memory = Memory(captured.graph) if given else None
-    return memory is not None and any(memory.written_at(node) for node in given)
 
 
 def _key(site: AttentionSite) -> tuple[str, int]:

@@ -61,8 +61,8 @@ class Report:
         """
         self.graphs += 1
         known = self._of_code.get(code, [])
-        self._of_code[code] = iterations.either(known, alike)
-        self.iterations = iterations.both(self._of_code.values())
+        self._of_code[code] = iterations.merge_recompiled(known, alike)
+        self.iterations = iterations.sum_pieces(self._of_code.values())
         seen: dict[tuple[Any, ...], int] = {}
         for row in rows:
             found = outcome(row)

@@ -10,7 +10,8 @@ by storages.
 
 import bisect
 import operator
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -140,6 +141,19 @@ class Memory:
             if hasattr(source.target, "_schema") and not aliases(source):
                 return []  # one of several new tensors
         return aliases(node)
+
+
+def writes_to_parameters(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether a graph changes a parameter that it is given, itself or through a view.
+
+    Args:
+        inputs: what its placeholders stand for, in their order.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    pairs = zip(placeholders, inputs, strict=True)
+    given = [n for n, x in pairs if isinstance(x, torch.nn.Parameter)]
+    memory = Memory(gm.graph) if given else None
+    return memory is not None and any(memory.written_at(node) for node in given)
 
 
 def _storage(node: fx.Node) -> object:
