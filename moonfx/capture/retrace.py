@@ -205,7 +205,7 @@ class _Retrace(fx.Interpreter):
         known = self.written.get(call[0]) if call else None
         if known is not None:
             value = self._like(known, n)
-            node = known.again(n, operands, tracer.graph)
+            node = known.replay(n, operands, tracer.graph)
             track_tensor(value, fx.Proxy(node, tracer), constant=None, tracer=tracer)
             return value
         last = next(iter(reversed(tracer.graph.nodes)), None)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
+import moonfx.ops.moba  # noqa: F401  (registers the operators)
+from moonfx.ops.flop_formulas import register_flop_formula
 from moonfx.ops.moba import parse
 
 
