@@ -1,65 +1,19 @@
-"""The user's verbs: sparsify, report, explain, full_attention, restore."""
+"""The user's verbs: sparsify, report, explain.
 
-import contextlib
-import copy
-import functools
-from collections.abc import Callable, Iterator, Sequence
+What a verb needs is imported when it is called: torch.compile and sympy take longer to import than
+torch itself, and many a process that imports moonfx calls none of its verbs.
+"""
+
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 import torch
-from torch import fx
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map
-from torch.utils.hooks import RemovableHandle
 
-from moonfx.backend import (
-    ON_MISS,
-    Backend,
-    NothingRewritten,
-    Record,
-    check_choice,
-    miss,
-    records_of,
-    report_of,
-    report_of_step,
-)
-from moonfx.backend.on_miss import skipped
-from moonfx.capture import (
-    COMPILERS,
-    compile_call,
-    compile_in_place,
-    compiled_call,
-    copy_of_graph_module,
-    empty_results,
-    is_compiled_module,
-    plain_call,
-    set_compiled_call,
-    stay_out_of_outer_graphs,
-)
-from moonfx.exported import explain_exported, report_exported, sparsify_exported
 from moonfx.policy import LayerPolicy, Layers, Policies
-from moonfx.report import Report
+from moonfx.report.report import Report
 
-Module = TypeVar("Module", bound=torch.nn.Module)
 Model = TypeVar("Model", bound=torch.nn.Module | ExportedProgram)
-
-_STATE = "_moonfx"
-
-
-class _State:
-    """What moonfx keeps on a model; copies and pickles of the model do not take it along."""
-
-    def __init__(self, before: Callable[..., Any] | None, backend: Backend, on_miss: str) -> None:
-        self.before, self.backend, self.on_miss = before, backend, on_miss
-        self.sparse: Callable[..., Any] | None = None
-        self.dense: Callable[..., Any] | None = None
-        self.judged = 0
-        self.skipped = False
-        self.switches = 0
-        self.hook: RemovableHandle | None = None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return (type(None), ())
 
 
 def sparsify(
@@ -74,6 +28,7 @@ def sparsify(
     recompute_routing: bool = False,
     on_miss: str = "warn",
     compiler: str = "inductor",
+    disable_passes: Collection[str] = (),
 ) -> Model:
     """Makes a model run its dense causal attention as MoBA block-sparse attention.
 
@@ -105,6 +60,7 @@ def sparsify(
         on_miss: "warn", "raise" or "ignore" when the first call finds nothing to rewrite.
         compiler: "inductor", "aot_eager" or "eager": what runs the rewritten graph. Not for an
             ExportedProgram, which runs as its user runs it.
+        disable_passes: names of passes that do not run, to find out which one something comes from.
     Returns:
         The same object; for a GraphModule or an ExportedProgram a new one.
     Raises:
@@ -112,150 +68,14 @@ def sparsify(
         NothingRewritten: from the first call, with on_miss="raise"; the model is then as before.
     """
     default = LayerPolicy(block, topk, sinks)
-    policies = Policies(default, layers, dense_last, causal_only, recompute_routing)
-    check_choice("on_miss", on_miss, ON_MISS)
-    check_choice("compiler", compiler, COMPILERS)
+    policies = Policies(default, layers, dense_last, causal_only, recompute_routing, disable_passes)
     if isinstance(model, ExportedProgram):
-        if compiler != "inductor":
-            raise ValueError(
-                f"compiler={compiler!r} is not for an ExportedProgram, which is rewritten and not "
-                "compiled: call its module() as it is, or give that to torch.compile"
-            )
-        return sparsify_exported(model, policies, on_miss)  # type: ignore[return-value]
-    _check_model(model)
-    policies.check_names(_canonical_names(model))
-    _check_submodules(model)
-    if isinstance(model, fx.GraphModule):
-        model = copy_of_graph_module(model)  # type: ignore[assignment]
-    old = _state(model)
-    before = old.before if old is not None else compiled_call(model)
-    state = _State(before, Backend(policies, compiler, model), on_miss)
-    state.sparse = _judged(model, compile_in_place(model, state.backend), state)
-    if old is not None and old.hook is not None:
-        old.hook.remove()
-    state.hook = model.register_forward_pre_hook(stay_out_of_outer_graphs)
-    set_compiled_call(model, state.sparse)
-    model.__dict__[_STATE] = state
-    return model
+        from moonfx.exported import sparsify_exported
 
+        return sparsify_exported(model, policies, on_miss, compiler)  # type: ignore[return-value]
+    from moonfx.modules import sparsify_module
 
-def _judged(
-    model: torch.nn.Module, compiled: Callable[..., Any], state: _State
-) -> Callable[..., Any]:
-    """Runs the compiled call; after each that compiled, says what `on_miss` wants said."""
-
-    @functools.wraps(compiled)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        result = compiled(*args, **kwargs)
-        if state.judged < len(state.backend.records):
-            new = state.backend.records[state.judged :]
-            first, state.judged = state.judged == 0, len(state.backend.records)
-            _judge(model, state, new, first)
-        elif not state.judged and not state.skipped:
-            state.skipped = True
-            _judge(model, state, [], True)
-        return result
-
-    return run
-
-
-def _judge(model: torch.nn.Module, state: _State, new: Sequence[Record], first_call: bool) -> None:
-    """The first call must rewrite something; a later one must not lose what it rewrote."""
-    backend, what = state.backend, type(model).__name__
-    report = backend.report_on(new)
-    if not first_call:
-        lost = report.declined or any(record.failure for record in new)
-        if lost and not report.rewritten and state.on_miss != "ignore":
-            miss("warn", report, what, f"a new kind of call of {what} is dense")
-        return
-    try:
-        if not new:
-            problem = (
-                f"nothing of {what} was compiled, and it runs dense: it, or what calls it, is "
-                "under torch.compiler.disable, torch.vmap or another transform of torch.func"
-            )
-            miss(state.on_miss, report, what, problem)
-        elif not report.rewritten:
-            miss(state.on_miss, report, what)
-        elif unused := backend.unused():
-            problem = f"no attention of {what} fits layers[{', '.join(unused)}]"
-            miss(state.on_miss, report, what, problem)
-    except NothingRewritten:
-        restore(model)
-        raise
-
-
-def restore(model: Module) -> Module:
-    """Undoes `sparsify`: the model runs as it did before, bit for bit.
-
-    Raises:
-        ValueError: if the model is not sparsified.
-    """
-    state = _require(model, "restore")
-    set_compiled_call(model, state.before)
-    if state.hook is not None:
-        state.hook.remove()
-    del model.__dict__[_STATE]
-    return model
-
-
-def policies_of(model: torch.nn.Module, verb: str) -> Policies:
-    """The policies that a model is under.
-
-    Raises:
-        TypeError, ValueError: naming `verb`, if it is not under `sparsify`.
-    """
-    policies = _require(model, verb).backend.policies
-    assert policies is not None
-    return policies
-
-
-@contextlib.contextmanager
-def traced_plain(model: torch.nn.Module) -> Iterator[None]:
-    """The model as if it were not under `sparsify`, for a trace that runs passes of its own."""
-    state, call = model.__dict__.pop(_STATE), compiled_call(model)
-    set_compiled_call(model, None)
-    try:
-        yield
-    finally:
-        set_compiled_call(model, call)
-        model.__dict__[_STATE] = state
-
-
-class full_attention:  # noqa: N801 (a verb to its callers)
-    """Dense attention now, sparse again after: a context manager, and a switch.
-
-        with moonfx.full_attention(model): ...       # dense inside
-        switch = moonfx.full_attention(model)        # dense from here
-        switch.off()                                 # sparse again; nothing is compiled anew
-
-    Dense attention runs through the same compiler. No state of the model or optimizer is lost.
-
-    Raises:
-        ValueError: if the model is not sparsified.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model, self.state, self.on = model, _require(model, "full_attention"), True
-        state = self.state
-        if state.dense is None:
-            dense = Backend(None, state.backend.compiler)
-            state.dense = compile_call(plain_call(model), dense)
-        state.switches += 1
-        set_compiled_call(model, state.dense)
-
-    def off(self) -> None:
-        """Sparse again, once every switch that is on has been turned off."""
-        self.state.switches -= self.on
-        self.on = False
-        if not self.state.switches and _state(self.model) is self.state:
-            set_compiled_call(self.model, self.state.sparse)
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *error: object) -> None:
-        self.off()
+    return sparsify_module(model, policies, on_miss, compiler)  # type: ignore[return-value]
 
 
 def report(
@@ -270,30 +90,24 @@ def report(
         ValueError: if moonfx knows nothing of the model or optimizer.
     """
     if model is None:
+        from moonfx.backend.records import report_of
+
         return report_of(None) or Report()
     if isinstance(model, torch.optim.Optimizer):
         return _report_optimizer(model)
     if isinstance(model, ExportedProgram):
+        from moonfx.exported import report_exported
+
         return report_exported(model)
-    state = _state(model)
-    if state is not None:
-        own = state.backend.report
-        if compiled_call(model) not in (state.sparse, state.dense):
-            own.failures.append("the model was compiled anew after sparsify, and runs that")
-        return own
-    known = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
-    found = report_of(known)
-    if found is None:
-        inside = _sparse_inside(model) if isinstance(model, torch.nn.Module) else []
-        hint = f", but {', '.join(inside)} within it is: ask for its report" if inside else ""
-        raise ValueError(
-            "model must be under moonfx.sparsify, or compiled with backend='moonfx' and called "
-            f"once; this {type(model).__name__} is neither{hint}"
-        )
-    return found
+    from moonfx.modules import report_module
+
+    return report_module(model)
 
 
 def _report_optimizer(optimizer: torch.optim.Optimizer) -> Report:
+    from moonfx.backend.records import report_of_step
+    from moonfx.backend.step_messages import skipped
+
     found = report_of_step(optimizer)
     if found is None:
         raise ValueError(
@@ -313,6 +127,7 @@ def explain(
     layers: Layers | None = None,
     dense_last: int = 0,
     causal_only: bool = True,
+    disable_passes: Collection[str] = (),
     **kwargs: Any,
 ) -> Report:
     """Says what `sparsify` would do for one call, and changes nothing.
@@ -323,88 +138,19 @@ def explain(
     Args:
         model: as for `sparsify`.
         *args, **kwargs: what the model is called with; nothing for an ExportedProgram.
-        block, topk, sinks, layers, dense_last, causal_only: the policy, as for `sparsify`.
+        block, topk, sinks, layers, dense_last, causal_only, disable_passes: as for `sparsify`.
     Raises:
         TypeError, ValueError: for a bad argument.
     """
-    policies = Policies(LayerPolicy(block, topk, sinks), layers, dense_last, causal_only)
+    policies = Policies(
+        LayerPolicy(block, topk, sinks), layers, dense_last, causal_only, False, disable_passes
+    )
     if isinstance(model, ExportedProgram):
         if args or kwargs:
             raise TypeError("explain: an ExportedProgram holds its shapes; give no call arguments")
+        from moonfx.exported import explain_exported
+
         return explain_exported(model, policies)
-    _check_model(model)
-    policies.check_names(_canonical_names(model))
-    if isinstance(model, fx.GraphModule):
-        model = copy_of_graph_module(model)
-    backend = Backend(policies, "eager", model)
+    from moonfx.modules import explain_module
 
-    def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        backend.rewrite(gm, example_inputs)
-        return empty_results(gm) or gm.forward
-
-    args, kwargs = tree_map(_copied, (args, kwargs))
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices=devices):
-        compile_call(plain_call(model), trace)(*args, **kwargs)
-    return backend.report
-
-
-def records_of_model(model: torch.nn.Module) -> list[Record]:
-    """The graphs compiled so far for a model, or for one inside it, with what they hold."""
-    states = [state for module in model.modules() if (state := _state(module)) is not None]
-    own = [record for state in states for record in state.backend.records]
-    return own + records_of(model.parameters())
-
-
-def _copied(argument: Any) -> Any:
-    """An argument that the call may change (a KV cache); a tensor is only read."""
-    return argument if isinstance(argument, torch.Tensor) else copy.deepcopy(argument)
-
-
-def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
-    """Each name of each module, shared modules by all of theirs -> the name that reports use."""
-    first = {id(module): name for name, module in model.named_modules()}
-    every = model.named_modules(remove_duplicate=False)
-    return {name: first[id(module)] for name, module in every}
-
-
-def _sparse_inside(model: torch.nn.Module) -> list[str]:
-    """The names of the modules in a model that are under `sparsify` themselves."""
-    return [name for name, m in model.named_modules() if name and _state(m) is not None]
-
-
-def _check_submodules(model: torch.nn.Module) -> None:
-    if inside := _sparse_inside(model):
-        raise ValueError(
-            f"model holds modules under moonfx.sparsify already ({', '.join(inside)}), and one "
-            "policy would undo the other: moonfx.restore them and use layers={name: policy}"
-        )
-
-
-def _check_model(model: object) -> None:
-    if is_compiled_module(model):
-        raise TypeError(
-            "model is already compiled: give moonfx.sparsify the model itself, or use "
-            "torch.compile(model, backend='moonfx')"
-        )
-    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            "model must be a torch.nn.Module that torch.compile takes, an fx.GraphModule or an "
-            f"ExportedProgram, got {type(model).__name__}"
-        )
-
-
-def _state(model: object) -> _State | None:
-    found = getattr(model, "__dict__", {}).get(_STATE)
-    return found if isinstance(found, _State) else None
-
-
-def _require(model: torch.nn.Module, verb: str) -> _State:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{verb}: model must be a torch.nn.Module, got {type(model).__name__}")
-    state = _state(model)
-    if state is None:
-        raise ValueError(
-            f"{verb}: model must be under moonfx.sparsify, and this {type(model).__name__} is not"
-        )
-    return state
+    return explain_module(model, policies, args, kwargs)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.capture import buffer_value, input_name, may_be_trained, nested_graphs
+from moonfx.capture.graph_nodes import buffer_value, input_name, may_be_trained, nested_graphs
 from moonfx.passes.graph.aliases import last_writes
 from moonfx.passes.graph.memory_versions import Memory
 from moonfx.passes.graph.modes import Mode, inside, modes
@@ -37,6 +37,7 @@ class Context:
             not known.
         causal_only: whether bidirectional self-attention stays dense.
         recompute_routing: whether the backward chooses blocks again instead of keeping the choice.
+        disabled: names of passes that do not run.
         iterations: the Newton-Schulz iterations found.
         proofs: constants and given masks of the graph that a rewrite rests on -> their values.
         failures: passes that failed and left the graph to the others.
@@ -48,6 +49,7 @@ class Context:
     root: str | None = ""
     causal_only: bool = True
     recompute_routing: bool = False
+    disabled: tuple[str, ...] = ()
     sites: list[AttentionSite] = field(default_factory=list)
     iterations: list[NewtonSchulzSite] = field(default_factory=list)
     proofs: dict[fx.Node, tuple[float, float] | Given] = field(default_factory=dict)

@@ -25,7 +25,7 @@ MODES = ["wheel", "editable", "bare checkout"]
 # What a process sees of moonfx, as JSON.
 PROBE = """
 import importlib.util, json
-import moonfx, moonfx.kernels.reference, moonfx.passes.sparsify_attention
+import moonfx, moonfx.kernels.reference.moba, moonfx.passes.attention.sparsify_attention
 
 def where(name):
     spec = importlib.util.find_spec(name)
@@ -68,7 +68,7 @@ def __getattr__(name):
 '''
 
 LLAMA_BESIDE_KERNELS = """
-import json, kernels, moonfx, moonfx.kernels.reference
+import json, kernels, moonfx, moonfx.kernels.reference.moba
 import transformers
 from transformers.utils.import_utils import is_kernels_available
 
@@ -190,7 +190,7 @@ def test_moonfx_with_its_passes_and_kernels_imports_from(mode, installations, tm
 def test_the_dynamo_backend_is_found_by_name_from(mode, installations, tmp_path):
     # No import of moonfx: Dynamo finds it through the entry point alone.
     words = "from torch._dynamo import lookup_backend as f; print(f('moonfx').__module__)"
-    assert installations[mode].run("-c", words, cwd=tmp_path).split() == ["moonfx.backend"]
+    assert installations[mode].run("-c", words, cwd=tmp_path).split() == ["moonfx.backend.entry"]
 
 
 @pytest.mark.slow

@@ -21,13 +21,13 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 import moonfx.ops  # noqa: F401  (registers the operator)
-from moonfx.backend import Backend
-from moonfx.capture import compile_call, plain_call
+from moonfx.backend.rewriter import Backend
+from moonfx.capture.compiled_calls import compile_call, plain_call
+from moonfx.model_state import policies_of, traced_plain
 from moonfx.onnx import check, files, operator, sizes
 from moonfx.onnx.report import OnnxReport
 from moonfx.policy import Policies
-from moonfx.report import Report
-from moonfx.sparsify import policies_of, traced_plain
+from moonfx.report.report import Report
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 20

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from tabulate import tabulate
 
-from moonfx.report import Report
+from moonfx.report.report import Report
 
 
 class OnnxMismatch(RuntimeError):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from moonfx.capture import Size, expression
+from moonfx.capture.sizes import Size, expression
 
 
 def by_name(

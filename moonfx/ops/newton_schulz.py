@@ -41,14 +41,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from moonfx.kernels.common.arguments import Coefficients
 from moonfx.kernels.cpu import newton_schulz as newton_schulz_cpu
-from moonfx.kernels.reference.newton_schulz import JORDAN, Coefficients
+from moonfx.kernels.reference.newton_schulz import JORDAN
 from moonfx.kernels.torch_ops import newton_schulz as by_torch
 from moonfx.ops import newton_schulz_runs
 from moonfx.ops.checks import dtype_name, shape
 from moonfx.ops.dispatch import triton_kernels
+from moonfx.ops.flop_formulas import register_flop_formula
 from moonfx.ops.newton_schulz_cost import (
     FORMS,
     best_form,

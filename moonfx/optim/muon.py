@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moonfx.capture import count_as_stepped, load_hooks, share_hooks, stands_for_step, without_hooks
+from moonfx.capture.optimizers import (
+    count_as_stepped,
+    load_hooks,
+    share_hooks,
+    stands_for_step,
+    without_hooks,
+)
 from moonfx.optim.matrices import Layout
 from moonfx.optim.roles.table import RoleRow
 from moonfx.optim.settings import MUON, Settings

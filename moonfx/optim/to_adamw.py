@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moonfx.capture import count_as_stepped, replace_step, share_hooks
+from moonfx.capture.optimizers import count_as_stepped, replace_step, share_hooks
 from moonfx.optim.muon import Muon
 from moonfx.optim.settings import GROUP_KEYS, MUON, PARAMETER_KEYS
 from moonfx.optim.state.adamw import Group, is_low_bit, quantize

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.capture import same_size
+from moonfx.capture.sizes import same_size
 from moonfx.passes.attention import output_strides as layout
 from moonfx.passes.graph.nodes import argument, insert, permutation
 from moonfx.passes.graph.operators import CASTS, COPIES, DIVIDE, FOLDS, MULTIPLY

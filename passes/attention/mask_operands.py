@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import fx
 
-from moonfx.capture import Size, expression, same_size
+from moonfx.capture.sizes import Size, expression, same_size
 from moonfx.passes.context import Context
 from moonfx.passes.graph.nodes import body_of
 from moonfx.passes.masks.padding import heads_of

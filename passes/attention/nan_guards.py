@@ -14,7 +14,8 @@ import sympy
 import torch
 from torch import fx
 
-from moonfx.passes.attention.scores import Scores, constant_of
+from moonfx.passes.attention.scores import Scores
+from moonfx.passes.attention.upstream import constant_of
 from moonfx.passes.context import Context
 from moonfx.passes.graph.nodes import argument
 from moonfx.passes.graph.operators import COPIES, MASKED_FILL, WHERE

@@ -16,7 +16,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from moonfx.capture import hint, is_higher_order, same_size
+from moonfx.capture.graph_nodes import is_higher_order
+from moonfx.capture.sizes import hint, same_size
 from moonfx.passes.context import Context
 from moonfx.passes.graph.aliases import writes
 

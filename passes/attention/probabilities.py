@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from moonfx.capture import same_size
+from moonfx.capture.sizes import same_size
 from moonfx.passes.attention import einsum
 from moonfx.passes.attention.heads import folded_heads, views_itself
 from moonfx.passes.attention.nan_guards import Guard, guard_of
-from moonfx.passes.attention.scores import reaches_product
 from moonfx.passes.attention.softmax import Softmax
+from moonfx.passes.attention.upstream import reaches_product
 from moonfx.passes.context import Context
 from moonfx.passes.graph.nodes import argument, permutation, short
 from moonfx.passes.graph.operators import (

@@ -14,7 +14,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -22,6 +21,12 @@ from moonfx.passes.attention import einsum
 from moonfx.passes.attention.heads import folded_heads, views_itself
 from moonfx.passes.attention.sink_logits import Sink, join_of
 from moonfx.passes.attention.subtracted_max import peak_of
+from moonfx.passes.attention.upstream import (
+    constant_of,
+    is_scalar,
+    product_above,
+    reaches_product,
+)
 from moonfx.passes.context import Context
 from moonfx.passes.graph.nodes import argument, insert, short
 from moonfx.passes.graph.operators import (
@@ -31,12 +36,10 @@ from moonfx.passes.graph.operators import (
     COPIES,
     DISTANCES,
     DIVIDE,
-    FAR,
     FOLDS,
     MASKED_FILL,
     MULTIPLY,
     PRODUCTS,
-    SCORES_PASS,
     SUBTRACT,
     TANH,
     WHERE,
@@ -45,7 +48,6 @@ from moonfx.passes.symbolic.expressions import MASKED_BELOW
 from moonfx.site import Reject
 
 aten = torch.ops.aten
-
 SCALED_LATE = "the mask is scaled after it was added; scale the scores first"
 
 
@@ -108,7 +110,7 @@ class _Walk:
         """A Reject if the softmax is over a product of tensors at all, else None: no attention."""
         if reaches_product(self.start):
             return Reject(reason, node)
-        near = _product_above(self.start)
+        near = product_above(self.start)
         if near is not None and near.target in DISTANCES:
             return Reject("the scores are a distance (cdist), not query @ key^T", near)
         return Reject(reason, node) if near is not None else None
@@ -202,7 +204,7 @@ def _scaled(node: fx.Node, walk: _Walk) -> Step:
         if not 0 < factor < math.inf:
             return walk.reject(node, f"the scores are scaled by {factor}; a scale must be above 0")
         walk.scale = walk.scale * factor if multiply else walk.scale / factor
-    elif isinstance(given, fx.Node) and _is_scalar(given):
+    elif isinstance(given, fx.Node) and is_scalar(given):
         walk.factors.append((given, "mul" if multiply else "div"))
     elif multiply and isinstance(given, fx.Node) and not walk.softcap:
         walk.masks.append((given, "times"))  # a mask of 0 and 1, if it is anything
@@ -358,58 +360,3 @@ def _product(node: fx.Node, walk: _Walk) -> Step:
             return Reject(SCALED_LATE, node)
     walk.scale *= alpha
     return walk.arrived(node, query, key, form)
-
-
-def constant_of(value: object, context: Context) -> float | None:
-    """A scalar that the graph itself fixes, or the one value of all of a tensor, or None."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int | float):
-        return float(value)
-    if isinstance(value, fx.Node):
-        held = value.meta.get("val")
-        rank = len(held.shape) if isinstance(held, torch.Tensor) else 0
-        index = [sympy.Dummy(integer=True, nonnegative=True) for _ in range(rank)]
-        found = context.reader.broadcast(value, index)
-        if getattr(found, "is_number", False) and found.is_extended_real:
-            return float(found)
-    return None
-
-
-def _is_scalar(value: fx.Node) -> bool:
-    """A tensor or a symbolic number that holds one value for all heads and positions."""
-    held = value.meta.get("val")
-    return held.dim() == 0 if isinstance(held, torch.Tensor) else held is not None
-
-
-def reaches_product(node: object) -> bool:
-    """Whether a node is query @ key^T behind elementwise operators, seen from the softmax."""
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, list | tuple):
-            stack.extend(node)
-        if not isinstance(node, fx.Node) or node in seen:
-            continue
-        seen.add(node)
-        if node.target in PRODUCTS and len(node.meta["val"].shape) >= 3:
-            return True
-        if node.target in SCORES_PASS:
-            stack.extend(node.args)
-    return False
-
-
-def _product_above(start: fx.Node) -> fx.Node | None:
-    """A product or a distance of tensors anywhere near above the softmax."""
-    upstream = [start]
-    seen: set[fx.Node] = set()
-    while upstream:
-        current = upstream.pop()
-        if current in seen or len(seen) > FAR:
-            continue
-        seen.add(current)
-        if current.target in PRODUCTS | DISTANCES:
-            return current
-        upstream.extend(current.all_input_nodes)
-    return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from moonfx.capture import same_size
+from moonfx.capture.sizes import same_size
 from moonfx.passes.attention.heads import views_itself
 from moonfx.passes.graph.nodes import argument, insert
 from moonfx.passes.graph.operators import CASTS, COPIES

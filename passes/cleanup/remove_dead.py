@@ -7,7 +7,7 @@ after   body(x), and the nodes that made the mask are gone
 from torch import fx
 
 from moonfx.passes.context import Context
-from moonfx.passes.graph.aliases import remove_dead_code
+from moonfx.passes.graph.dead_code import remove_dead_code
 from moonfx.passes.graph.nodes import body_of, operands_of, set_operands
 
 

@@ -6,10 +6,12 @@ Fake values, from which compilers take shapes and strides, are those that the op
 import torch
 from torch import fx
 
-from moonfx.capture import fake_values, is_higher_order
+from moonfx.capture.graph_nodes import is_higher_order
+from moonfx.capture.sizes import fake_values
 from moonfx.passes.attention.output_strides import rerun, same_layout
 from moonfx.passes.context import Context
 from moonfx.passes.graph.aliases import writes
+from moonfx.passes.graph.nodes import arguments_of
 
 OPERATOR = torch.ops.moonfx.moba_attention.default
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -29,12 +31,13 @@ def run(graph: fx.Graph, context: Context) -> int:
     for node in graph.nodes:
         if node.target is not OPERATOR:
             continue
-        query, key, value = (node.args[i].meta["val"] for i in range(3))
+        given = arguments_of(node)
+        query, key, value = (given[name].meta["val"] for name in ("query", "key", "value"))
         if not query.dim() == key.dim() == value.dim() == 4:
             raise InvalidGraph(f"{node.name}: operands are not [B, H, N, D]")
         if not query.dtype == key.dtype == value.dtype:
             raise InvalidGraph(f"{node.name}: operands differ in dtype")
-        key_mask = node.args[7] if len(node.args) > 7 else None
+        key_mask = given["key_mask"]
         if isinstance(key_mask, fx.Node) and key_mask.meta["val"].dtype != torch.bool:
             raise InvalidGraph(f"{node.name}: key_mask is not bool")
     for site in context.sites:

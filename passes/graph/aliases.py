@@ -11,18 +11,15 @@ import operator
 import torch
 from torch import fx
 
-from moonfx.capture import is_data, is_higher_order
+from moonfx.capture.graph_nodes import is_data, is_higher_order
 from moonfx.passes.graph import unmarked_aliases as unmarked
-from moonfx.passes.graph.nodes import argument, body_of, operands_of
+from moonfx.passes.graph.nodes import body_of, operands_of
 
 aten = torch.ops.aten
-
 # Changes what autograd thinks of a tensor, never its values.
 _HARMLESS = {aten.detach_.default}
-
 # Higher-order operators that only read.
 _READ_ONLY = ("flex_attention",)
-
 # Functions without a schema: on numbers, and of torch's own names.
 _ON_NUMBERS = ("_operator", "operator", "math", "builtins")
 _NAMED = ("_operator", "operator", "torch")
@@ -88,7 +85,6 @@ _IN_PLACE = {
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
     *("iand", "ior", "ixor", "ilshift", "irshift", "setitem", "delitem"),
 }
-
 Places = list[tuple[int, str]]
 
 
@@ -166,46 +162,6 @@ def made_in_place(node: fx.Node, settled: set[fx.Node]) -> list[fx.Node]:
     if not (lone and (fresh or target in settled)):
         return []
     return [target, node]
-
-
-def _draws_nothing(node: fx.Node) -> bool:
-    """Whether a dropout, or attention with one, is inactive: no random number is drawn."""
-    if node.target is aten.dropout.default:
-        return not argument(node, 2, "train") or argument(node, 1, "p") == 0.0
-    if node.target is aten.scaled_dot_product_attention.default:
-        return argument(node, 4, "dropout_p", 0.0) == 0.0
-    return False
-
-
-def remove_dead_code(graph: fx.Graph) -> None:
-    """Removes nodes that nobody reads and that do nothing else, in this graph alone.
-
-    Graph.eliminate_dead_code keeps what works in place or may draw a number, and so the dense
-    scores behind an inactive dropout; and it drops the methods of tensor subclasses that write, and
-    in bodies that other nodes call whatever it knows nothing of.
-    """
-    settled: set[fx.Node] = set()
-    for node in graph.nodes:
-        settled.update(made_in_place(node, settled))
-    for node in reversed(list(graph.nodes)):
-        if not node.users and (node in settled or _draws_nothing(node) or not _is_impure(node)):
-            graph.erase_node(node)
-
-
-def _is_impure(node: fx.Node) -> bool:
-    """Whether a node may do something beside its result."""
-    if node.is_impure() or writes(node):
-        return True
-    if node.op == "call_function" and is_higher_order(node):
-        body = body_of(node)
-        return body is not None and any(_acts(inner) for inner in body.graph.nodes)
-    return is_opaque(node)
-
-
-def _acts(node: fx.Node) -> bool:
-    return (
-        node.op not in ("placeholder", "output") and not _draws_nothing(node) and _is_impure(node)
-    )
 
 
 def last_writes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

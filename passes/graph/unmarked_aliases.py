@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from moonfx.capture import is_composite
+from moonfx.capture.graph_nodes import is_composite
 from moonfx.passes.graph.nodes import argument, short
 
 

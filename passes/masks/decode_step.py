@@ -6,7 +6,7 @@ key = cat([past, new], tokens), new with one token        the last token sees ev
 import torch
 from torch import fx
 
-from moonfx.capture import same_size
+from moonfx.capture.sizes import same_size
 from moonfx.passes.graph.operators import COPIES
 from moonfx.site import AttentionSite
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import sympy
 from torch import fx
 
-from moonfx.capture import input_name
+from moonfx.capture.graph_nodes import input_name
 from moonfx.passes.masks.additive import MASKED_BESIDE_BIAS, Added
 from moonfx.passes.symbolic.expressions import MASKED_BELOW, Expr, describe, loads, name_of
 from moonfx.passes.symbolic.indices import HEAD, KEY, QUERY, Lengths

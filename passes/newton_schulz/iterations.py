@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from moonfx.capture import is_plain
+from moonfx.capture.sizes import is_plain
 from moonfx.passes.context import Context
 from moonfx.passes.graph.memory_versions import Memory, Value
 from moonfx.passes.graph.nodes import short

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.capture import expression
+from moonfx.capture.sizes import expression
 from moonfx.passes.newton_schulz.polynomials import Terms, product
 
 aten = torch.ops.aten

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.capture import hint, module_path, source_line
+from moonfx.capture.graph_nodes import module_path, source_line
+from moonfx.capture.sizes import hint
 from moonfx.passes.context import Context
 from moonfx.passes.graph import node_order as reorder
 from moonfx.passes.graph.memory_versions import Memory

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.capture import buffer_value, hint_or_none, input_name
+from moonfx.capture.graph_nodes import buffer_value, input_name
+from moonfx.capture.sizes import hint_or_none
 from moonfx.passes.graph.nodes import aten, body_of, operands_of
 from moonfx.passes.graph.operators import SHAPE_ONLY
 

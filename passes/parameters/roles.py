@@ -14,7 +14,7 @@ reads as two different things, has the role None and a reason: something else mu
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from moonfx.capture import module_path, source_line
+from moonfx.capture.graph_nodes import module_path, source_line
 from moonfx.passes.graph.nodes import aten
 from moonfx.passes.graph.operators import ADD, DIVIDE, EXP, MULTIPLY, SOFTMAX, SUBTRACT
 from moonfx.passes.graph.walks import upstream

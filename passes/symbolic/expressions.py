@@ -5,10 +5,12 @@ kept where every value of it is exact: an index in bfloat16 is not, above 256.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import sympy
 import torch
+from torch import fx
 
 Expr = Any  # sympy.Expr or sympy.logic.boolalg.Boolean
 
@@ -158,3 +160,17 @@ def describe(expr: Expr) -> str:
     """An expression for a reason: short, with loads as reads."""
     text = str(expr).replace("load_", "")
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+Index = tuple[Expr, ...]
+
+
+class Reader(Protocol):
+    """What a rule asks of symbolic/reader.py for."""
+
+    def read(self, node: object, index: Sequence[Expr]) -> Expr: ...
+
+    def broadcast(self, node: object, index: Index) -> Expr: ...
+
+
+Rule = Callable[[Reader, fx.Node, Index], Expr | None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from moonfx.capture import expression, same_size
+from moonfx.capture.sizes import expression, same_size
 from moonfx.passes.symbolic.expressions import Expr
 from moonfx.site import AttentionSite
 

@@ -17,9 +17,9 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from moonfx.capture import buffer_value, expression, fake_values
-from moonfx.passes.symbolic.expressions import Expr
-from moonfx.passes.symbolic.rules import Index
+from moonfx.capture.graph_nodes import buffer_value
+from moonfx.capture.sizes import expression, fake_values
+from moonfx.passes.symbolic.expressions import Expr, Index
 
 aten = torch.ops.aten
 

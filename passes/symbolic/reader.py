@@ -15,10 +15,12 @@ import sympy
 import torch
 from torch import fx
 
-from moonfx.capture import buffer_value, expression
+from moonfx.capture.graph_nodes import buffer_value
+from moonfx.capture.sizes import expression
 from moonfx.passes.graph.nodes import dtype, shape
 from moonfx.passes.symbolic.expressions import (
     Expr,
+    Index,
     choose,
     constant,
     head_symbols,
@@ -28,7 +30,7 @@ from moonfx.passes.symbolic.expressions import (
 )
 from moonfx.passes.symbolic.indices import BATCH
 from moonfx.passes.symbolic.input_masks import Given, given_of, where_kept
-from moonfx.passes.symbolic.rules import RULES, Index
+from moonfx.passes.symbolic.rules import RULES
 
 
 class Reader:

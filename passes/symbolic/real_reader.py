@@ -15,10 +15,10 @@ import sympy
 from torch import fx
 
 from moonfx.passes.graph.nodes import dtype
-from moonfx.passes.symbolic.expressions import Expr, head_symbols, loads, stored, to_number
+from moonfx.passes.symbolic.expressions import Expr, Index, head_symbols, loads, stored, to_number
 from moonfx.passes.symbolic.indices import KEY, QUERY
 from moonfx.passes.symbolic.reader import Reader
-from moonfx.passes.symbolic.rules import CASTS, RULES, VIEWS, Index
+from moonfx.passes.symbolic.rules import CASTS, RULES, VIEWS
 
 
 class RealReader(Reader):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moonfx
-from moonfx.capture import capture, module_path, source_line
+from moonfx.capture.graph_nodes import module_path, source_line
+from moonfx.capture.retrace import capture
 from tests.support.tiny import TinyLM, gradients, tokens
 
 

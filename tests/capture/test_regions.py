@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moonfx
 from moonfx import LayerPolicy
-from moonfx import backend as backend_module
+from moonfx.backend import rewriter
 from tests.support.tiny import Attention, TinyLM, tokens
 
 
@@ -105,13 +105,13 @@ def test_regions_compiled_once_take_policies_of_their_own_and_share_code_where_a
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     graphs: list[torch.fx.GraphModule] = []
-    original = backend_module.compile_graph
+    original = rewriter.compile_graph
 
     def spy(gm, *rest):  # type: ignore[no-untyped-def]
         graphs.append(gm)
         return original(gm, *rest)
 
-    monkeypatch.setattr(backend_module, "compile_graph", spy)
+    monkeypatch.setattr(rewriter, "compile_graph", spy)
     torch.manual_seed(0)
     model, plain = Nested(layers=4), TinyLM(layers=4)
     plain.load_state_dict(model.state_dict())

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moonfx import capture as capture_module
-from moonfx.capture import capture
+from moonfx.capture import retrace
+from moonfx.capture.retrace import capture
 
 X = torch.ones(2, 3, 4)
 
@@ -110,14 +110,14 @@ def captured(call, *args, grad=True, dynamic=False):
 
     def backend(gm, inputs):
         skipped = []
-        was, known = capture_module.key_of, capture_module.Written.again
-        capture_module.Written.again = lambda *a: skipped.append(1) or known(*a)
+        was, known = retrace.key_of, retrace.Written.replay
+        retrace.Written.replay = lambda *a: skipped.append(1) or known(*a)
         try:
             ours = described(capture(gm, inputs))
-            capture_module.key_of = lambda *a: None
+            retrace.key_of = lambda *a: None
             traced = described(capture(gm, inputs))
         finally:
-            capture_module.key_of, capture_module.Written.again = was, known
+            retrace.key_of, retrace.Written.replay = was, known
         found.append((ours, traced, len(skipped)))
         return gm.forward
 

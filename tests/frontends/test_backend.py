@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import moonfx
-from moonfx import backend as backend_module
-from moonfx import capture as capture_module
 from moonfx import fallback
-from moonfx.backend import NothingRewritten
-from moonfx.capture import CaptureError, Stamp
+from moonfx.backend import rewriter
+from moonfx.backend.on_miss import NothingRewritten
+from moonfx.capture import cache_key, inductor
+from moonfx.capture.cache_key import Stamp
+from moonfx.capture.retrace import CaptureError
 from moonfx.kernels.cpu import moba as cpu
 from tests.support.tiny import Plain, TinyLM, gradients, tokens
 
@@ -73,6 +74,12 @@ OPTIONS = [
     (dict(causal_only="yes"), "causal_only must be True or False, got 'yes'"),
     (dict(recompute_routing=1), "recompute_routing must be True or False, got 1"),
     (dict(inductor="max-autotune"), "inductor must be a dict of Inductor options"),
+    (
+        dict(disable_passes=["clasify_mask"]),
+        r"disable_passes: no pass is named 'clasify_mask' \(did you mean 'classify_mask'\?\); "
+        "known: .*find_attention, classify_mask, sparsify_attention, newton_schulz",
+    ),
+    (dict(disable_passes="tvm"), r"disable_passes must be a list of names, got 'tvm' \(str\)"),
 ]
 
 
@@ -84,13 +91,13 @@ def test_options_are_checked(options: dict[str, object], message: str) -> None:
 
 def test_inductor_options_and_modes_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, object]] = []
-    original = backend_module.compile_graph
+    original = rewriter.compile_graph
 
     def spy(gm, inputs, compiler, stamp, config):  # type: ignore[no-untyped-def]
         seen.append(dict(config))
         return original(gm, inputs, "eager", stamp, config)
 
-    monkeypatch.setattr(backend_module, "compile_graph", spy)
+    monkeypatch.setattr(rewriter, "compile_graph", spy)
     compiled(TinyLM(), compiler="inductor", inductor={"epilogue_fusion": False})(tokens())
     torch.compile(TinyLM(), backend="moonfx", mode="max-autotune-no-cudagraphs")(tokens())
     assert seen[0] == {"epilogue_fusion": False}
@@ -117,7 +124,7 @@ def test_a_failed_capture_runs_the_graph_as_it_was_and_says_so(
     def fail(*args: object) -> None:
         raise CaptureError("DataDependentOutputException: injected")
 
-    monkeypatch.setattr(backend_module, "capture", fail)
+    monkeypatch.setattr(rewriter, "capture", fail)
     moonfx.sparsify(model, 16, 2, compiler="eager")
     with pytest.warns(UserWarning, match="not captured, runs as it was: .*injected"):
         assert torch.equal(model(x), dense)
@@ -135,7 +142,7 @@ def test_a_failed_pass_runs_the_graph_as_it_was_and_says_so(
         raise KeyError("injected")
 
     monkeypatch.delenv("MOONFX_VERIFY", raising=False)
-    monkeypatch.setattr(backend_module, "run_passes", fail)
+    monkeypatch.setattr(rewriter, "run_passes", fail)
     moonfx.sparsify(model, 16, 2, compiler="eager")
     with pytest.warns(UserWarning, match="KeyError: 'injected'"):
         assert torch.equal(model(x), dense)
@@ -146,7 +153,7 @@ def test_without_a_cpp_compiler_it_runs_eager_with_one_warning(
 ) -> None:
     model, x = TinyLM(), tokens()
     expected = moonfx.sparsify(model, 16, 2, compiler="eager")(x)
-    monkeypatch.setattr(capture_module, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(inductor, "cpp_compiler", lambda: None)
     monkeypatch.setattr(cpu, "available", lambda: "no C++ compiler found")
     fallback.forget()
     moonfx.sparsify(model, 16, 2, compiler="inductor")
@@ -232,13 +239,13 @@ def test_attention_inside_activation_checkpointing_is_found_and_still_recomputed
     compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs: list[torch.fx.GraphModule] = []
-    original = backend_module.compile_graph
+    original = rewriter.compile_graph
 
     def spy(gm, *rest):  # type: ignore[no-untyped-def]
         graphs.append(gm)
         return original(gm, *rest)
 
-    monkeypatch.setattr(backend_module, "compile_graph", spy)
+    monkeypatch.setattr(rewriter, "compile_graph", spy)
     model, x = Checkpointed(), tokens()
     dense = model(x)
     expected = gradients(model, dense.square().sum())
@@ -258,5 +265,5 @@ def test_the_stamp_follows_the_sources_and_the_policy(monkeypatch: pytest.Monkey
     first = Stamp("16/2/1").uuid()
     assert Stamp("16/2/1").uuid() == first
     assert Stamp("16/3/1").uuid() != first
-    monkeypatch.setattr(capture_module, "source_hash", lambda: "edited")
+    monkeypatch.setattr(cache_key, "source_hash", lambda: "edited")
     assert Stamp("16/2/1").uuid() != first

@@ -14,8 +14,8 @@ from torch.export import Dim, ExportedProgram, export, load, save
 
 import moonfx
 from moonfx import LayerPolicy
-from moonfx.backend import NothingRewritten
-from moonfx.report import Report
+from moonfx.backend.on_miss import NothingRewritten
+from moonfx.report.report import Report
 from tests.support.tiny import Plain
 
 WIDTH, HEADS, WORDS, N = 32, 4, 50, 72

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import moonfx
-from moonfx.backend import NothingRewritten, records_of
-from tests.passes.newton_schulz.cases import always
+from moonfx.backend.on_miss import NothingRewritten
+from moonfx.backend.records import records_of
+from moonfx.backend.rewriter import Backend
+from tests.support.newton_schulz.cases import always
 
 SHAPES = ((6, 4), (4, 6), (4, 6), (5, 5))
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -96,13 +98,13 @@ def test_a_compiled_muon_equals_the_eager_one(
 def test_a_schedule_of_a_tensor_lr_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
     as_written(monkeypatch)
     graphs = []
-    rewrite = moonfx.backend.Backend.rewrite
+    rewrite = Backend.rewrite
 
     def count(self: Any, *args: Any) -> Any:
         graphs.append(args)
         return rewrite(self, *args)
 
-    monkeypatch.setattr(moonfx.backend.Backend, "rewrite", count)
+    monkeypatch.setattr(Backend, "rewrite", count)
 
     def make(made: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Muon(made, lr=torch.tensor(0.01))

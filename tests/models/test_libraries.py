@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moonfx
-from moonfx.report import Report, Row
+from moonfx.report.attention import Row
+from moonfx.report.report import Report
 from tests.support.agreement import LENGTH, ROUNDING, Tolerance, compiled
 
 WIDTH, HEADS, HEAD_DIM = 32, 4, 8

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import moonfx
-import moonfx.backend
-from tests.passes.newton_schulz.cases import always
+from moonfx.backend.rewriter import Backend
 from tests.support import muon_steps as written
+from tests.support.newton_schulz.cases import always
 
 Make = Callable[..., torch.optim.Optimizer]
 Rows = list[tuple[tuple[int, ...], int, int]]
@@ -39,13 +39,13 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """One entry for each graph that is compiled."""
     found: list[None] = []
-    rewrite = moonfx.backend.Backend.rewrite
+    rewrite = Backend.rewrite
 
     def count(self: Any, *args: Any) -> Any:
         found.append(None)
         return rewrite(self, *args)
 
-    monkeypatch.setattr(moonfx.backend.Backend, "rewrite", count)
+    monkeypatch.setattr(Backend, "rewrite", count)
     return found
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import moonfx
-from moonfx.backend import NothingRewritten
-from moonfx.report import Report
+from moonfx.backend.on_miss import NothingRewritten
+from moonfx.report.report import Report
 from tests.support.agreement import (
     BLOCK,
     FEW,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import moonfx
-from moonfx.report import Report
+from moonfx.report.report import Report
 from tests.support.zoo import HEADS, VOCABULARY, build, logits, oracle
 
 pytest.importorskip("transformers")

@@ -7,7 +7,8 @@ import pytest
 from torch import fx
 
 from moonfx.policy import LayerPolicy
-from moonfx.report import Report, Row, row_of
+from moonfx.report.attention import Row, row_of
+from moonfx.report.report import Report
 from moonfx.site import AttentionSite, Mask, Reject
 
 SPARSE = Row(

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 import moonfx
 from moonfx import LayerPolicy
-from moonfx.backend import Backend
-from moonfx.capture import compile_call, plain_call
+from moonfx.backend.rewriter import Backend
+from moonfx.capture.compiled_calls import compile_call, plain_call
 from moonfx.policy import Policies
-from moonfx.report import Report
+from moonfx.report.report import Report
 
 BLOCK, FULL, FEW = 16, 6, 2  # 16 * 6 tokens cover the 80 of the tables
 LENGTH = 80

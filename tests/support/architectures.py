@@ -34,8 +34,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import moonfx
 from moonfx.cli.tiny_config import tiny
-from moonfx.report import Report
-from moonfx.report import Row as ReportRow
+from moonfx.report.attention import Row as ReportRow
+from moonfx.report.report import Report
 
 NAMES: list[str] = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 FORMS = ("eager", "sdpa")

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moonfx.bench.attention.cases import DTYPES
-from moonfx.bench.attention.contenders import Absent
 from moonfx.bench.harness import machine
+from moonfx.bench.harness.arguments import DTYPES
+from moonfx.bench.harness.machine import Absent
 from moonfx.bench.optimizers import options as matrix_options
 from moonfx.bench.optimizers import other_packages as others
 from moonfx.bench.optimizers import verdict
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = found.to_dict() if found else None
         print(json.dumps({**results, "verdict": given}, indent=1))
         return status
-    print("\n".join(f"{name}: {text}" for name, text in where.items()))
+    print(machine.text(where))
     print(f"{options.steps} steps, best of {options.repeats}\n")
     print("\n".join([table(done), *notes(done, left_out)]))
     if found is not None:

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moonfx.bench.attention.contenders import Absent
 from moonfx.bench.harness import machine
+from moonfx.bench.harness.machine import Absent
 from moonfx.kernels.reference.newton_schulz import JORDAN
 
 INSTALL = {
@@ -32,7 +32,7 @@ INSTALL = {
 }
 NAMES = tuple(INSTALL)
 # What they multiply in, whatever they are given.
-DTYPES = {"gram-newton-schulz": torch.float16, "dion": torch.bfloat16}
+MULTIPLIES_IN = {"gram-newton-schulz": torch.float16, "dion": torch.bfloat16}
 RATES = {"lr": 1e-3, "weight_decay": 0.1, "nesterov": True}
 DION_STEPS = 5
 
@@ -154,7 +154,7 @@ def version(name: str) -> str:
 
 def check_patience(name: str, flops: float, device: torch.device, patience: float) -> None:
     """Raises Absent for a call that would take longer: a CPU may have no fast float16 products."""
-    dtype = DTYPES[name]
+    dtype = MULTIPLIES_IN[name]
     rate = product_rate(device, dtype, torch.get_num_threads())
     if flops / rate > patience:
         raise Absent(

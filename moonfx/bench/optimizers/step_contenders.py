@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 import moonfx
-from moonfx.bench.attention.cases import DTYPES
-from moonfx.bench.attention.contenders import Absent
 from moonfx.bench.harness import machine
+from moonfx.bench.harness.arguments import DTYPES
+from moonfx.bench.harness.machine import Absent
 from moonfx.bench.optimizers import other_packages as others
 from moonfx.bench.optimizers.matrices import Shapes
 from moonfx.bench.optimizers.written_muon import WrittenMuon
-from moonfx.capture import empty_inductor_caches
+from moonfx.capture.inductor import empty_inductor_caches
 from moonfx.kernels.reference.newton_schulz import JORDAN
 from moonfx.ops.newton_schulz import newton_schulz_flops
 
@@ -147,7 +147,7 @@ class Setting:
     def in_bfloat16(self, who: str, but: str = "") -> None:
         """Raises Absent where another dtype is asked for."""
         if self.iterate != "bfloat16":
-            dtype = str(others.DTYPES.get(but, torch.bfloat16)).removeprefix("torch.")
+            dtype = str(others.MULTIPLIES_IN.get(but, torch.bfloat16)).removeprefix("torch.")
             raise Absent(f"{who} iterates in {dtype}, not in {self.iterate}")
 
     def adamw(self) -> list[torch.optim.Optimizer]:

@@ -9,7 +9,6 @@ flow, each with the parameters it was called with.
 import contextlib
 import copy
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,17 +17,13 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from moonfx.capture import (
-    CaptureError,
-    break_reasons,
-    capture,
-    compile_call,
-    empty_results,
-    plain_call,
-)
+from moonfx.capture.compiled_calls import compile_call, plain_call
+from moonfx.capture.dynamo_frames import break_reasons, empty_results
+from moonfx.capture.retrace import CaptureError, capture
+from moonfx.environment import verifying
+from moonfx.model_state import records_of_model
 from moonfx.passes.parameters.dataflow import DataFlow, GraphCall
 from moonfx.passes.parameters.roles import Found, uses_in
-from moonfx.sparsify import records_of_model
 
 log = logging.getLogger("moonfx.optim")
 
@@ -116,7 +111,7 @@ def uses_of_call(model: nn.Module, example: tuple[Any, ...] | dict[str, Any]) ->
     try:
         return Uses(uses_in(flow, names), complete, failures, reason)
     except Exception as error:
-        if os.environ.get("MOONFX_VERIFY"):
+        if verifying():
             raise
         log.exception("the uses of a model's parameters could not be read; please report this")
         return Uses({}, False, [*failures, f"{type(error).__name__}: {error}"])

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moonfx.capture import bare_step, no_hooks, without_hooks
 from moonfx.capture.marks import never_traced
+from moonfx.capture.optimizers import bare_step, no_hooks, without_hooks
 from moonfx.optim.settings import ADAMW
 
 # What belongs to the object that was converted, or to those who drive it, and not to its class.

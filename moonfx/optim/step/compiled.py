@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moonfx.capture import compile_step
+from moonfx.capture.compiled_calls import compile_step
 from moonfx.optim.matrices import Layout
 from moonfx.optim.step.update import Matrix, UpdateRule, count, update
 

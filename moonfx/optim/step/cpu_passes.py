@@ -7,7 +7,8 @@ plain tensors that nobody watches. Everybody else gets the torch operations that
 from torch import Tensor
 from torch.nn import Parameter
 
-from moonfx.capture import watched
+from moonfx.capture.optimizers import watched
+from moonfx.kernels.cpu import library
 from moonfx.kernels.cpu import muon as muon_cpu
 from moonfx.optim.matrices import Layout
 
@@ -22,7 +23,7 @@ def supports(weight: Tensor, grad: Tensor, buffer: Tensor, layout: Layout) -> bo
         return False
     repeated_columns = layout.dim == 1 and layout.outer > 1  # steps of two sizes within a row
     same = grad.dtype == buffer.dtype == weight.dtype
-    return same and not repeated_columns and muon_cpu.available()
+    return same and not repeated_columns and library.available() is None
 
 
 def gather(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import moonfx
-from moonfx import backend
+from moonfx.backend import rewriter
 from moonfx.optim.matrices import Layout
 from moonfx.optim.roles import by_use as trace
 from moonfx.optim.roles.classify import classify
@@ -58,8 +58,8 @@ def test_a_recorded_graph_is_not_kept_alive(monkeypatch: pytest.MonkeyPatch) -> 
         graphs.append(weakref.ref(captured := capture(gm, example_inputs)))
         return captured
 
-    capture = backend.capture
-    monkeypatch.setattr(backend, "capture", watched)
+    capture = rewriter.capture
+    monkeypatch.setattr(rewriter, "capture", watched)
     model = TinyLM(layers=1)
     by_sparsify(model)
     (record,) = trace.records_of_model(model)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import moonfx
-from moonfx.report import Report
+from moonfx.report.report import Report
 
 B, H, N, D = 2, 4, 24, 8
 SCALE = D**-0.5

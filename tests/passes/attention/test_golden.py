@@ -7,8 +7,8 @@ import expecttest
 import torch
 from torch import fx
 
-from moonfx.backend import Backend
-from moonfx.capture import compile_call
+from moonfx.backend.rewriter import Backend
+from moonfx.capture.compiled_calls import compile_call
 from moonfx.policy import LayerPolicy, Policies
 from tests.support.zoo import build, logits
 

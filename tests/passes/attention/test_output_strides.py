@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from moonfx.backend import Backend
-from moonfx.capture import compile_call
+from moonfx.backend.rewriter import Backend
+from moonfx.capture.compiled_calls import compile_call
 from moonfx.passes.attention import output_strides as layout
 from moonfx.passes.cleanup import verify
 from moonfx.passes.context import Context

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import fx
 
-from moonfx.passes.graph.aliases import last_writes, remove_dead_code
+from moonfx.passes.graph.aliases import last_writes
+from moonfx.passes.graph.dead_code import remove_dead_code
 from moonfx.passes.graph.memory_versions import Memory
 
 aten = torch.ops.aten

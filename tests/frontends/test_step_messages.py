@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
 import moonfx
-import moonfx.backend
-from moonfx.backend import records_of
-from moonfx.capture import CaptureError
+from moonfx.backend import rewriter
+from moonfx.backend.records import records_of
+from moonfx.capture.retrace import CaptureError
+from moonfx.passes import pass_manager
 from moonfx.passes.attention import find_attention
-from tests.passes.newton_schulz.cases import always
+from tests.support.newton_schulz.cases import always
 
 Parameters = list[nn.Parameter]
 
@@ -114,13 +115,13 @@ MISSES: list[tuple[str, Callable[[Parameters], torch.optim.Optimizer], str]] = [
         "declined",
         lambda p: Plain(p, cubic),
         r"no Newton-Schulz iteration of the step of Plain .* is proved: a cubic step: the "
-        r"operator's has A\^2 \(test_on_miss.py:\d+\)",
+        r"operator's has A\^2 \(test_step_messages.py:\d+\)",
     ),
     (
         "in pieces",
         lambda p: InPieces(p, torch.clone),
         "the step of InPieces .* came in pieces, and none holds a Newton-Schulz iteration; it was "
-        r"broken at test_on_miss.py:\d+: .*: mend the breaks",
+        r"broken at test_step_messages.py:\d+: .*: mend the breaks",
     ),
     (
         "a helper for each size",
@@ -288,7 +289,7 @@ def test_a_step_that_cannot_be_captured_says_that_it_runs_as_it_was(
     def fail(*_: object) -> None:
         raise CaptureError("injected")
 
-    monkeypatch.setattr(moonfx.backend, "capture", fail)
+    monkeypatch.setattr(rewriter, "capture", fail)
     optimizer = Plain(parameters(), descend)
     with pytest.warns(UserWarning, match="the step of Plain .* runs as it was\n(.|\n)*injected"):
         compiled(optimizer.step, on_miss="warn")()
@@ -311,9 +312,9 @@ def test_a_failing_pass_for_attentions_leaves_the_iterations_faster(
 
     named = tuple(
         (name, fail if name == "find_attention" else run)
-        for name, run in moonfx.backend.run_passes.__defaults__[0]
+        for name, run in pass_manager.run_passes.__defaults__[0]
     )
-    monkeypatch.setattr(moonfx.backend.run_passes, "__defaults__", (named,))
+    monkeypatch.setattr(pass_manager.run_passes, "__defaults__", (named,))
     assert find_attention.run is not fail
     optimizer = Plain(parameters(), lambda made: [p.data.sub_(iterate(p.grad)) for p in made])
     compiled(optimizer.step)()
