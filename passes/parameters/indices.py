@@ -1,7 +1,7 @@
 """What an index of a gather is made of: the best of some scores, positions, or tokens."""
 
 from moonfx.passes.graph.nodes import aten
-from moonfx.passes.graph.walks import upstream
+from moonfx.passes.graph.walks import reachable
 from moonfx.passes.parameters.dataflow import INPUT, FlowValue
 from moonfx.passes.parameters.heads_and_routers import CHOICES
 from moonfx.passes.parameters.values import is_float, op_name
@@ -16,13 +16,13 @@ _COMPARES = {"eq", "ne", "lt", "le", "gt", "ge"}
 
 def is_of_choices(index: FlowValue) -> bool:
     """Whether an index is made of the best of some scores."""
-    values = upstream([index], stop=is_product, inputs=lambda value: value.reads)
+    values = reachable([index], lambda value: () if is_product(value) else value.reads)
     return any(value.target in CHOICES for value in values)
 
 
 def is_of_positions(index: FlowValue) -> bool:
     """Whether an index says where a token is, and not what it is."""
-    values = list(upstream([index], inputs=_decided_by))
+    values = reachable([index], _decided_by)
     return any(map(_is_position, values)) and not any(map(_is_tokens, values))
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from moonfx.capture.graph_nodes import module_path, source_line
 from moonfx.passes.graph.nodes import aten
 from moonfx.passes.graph.operators import ADD, DIVIDE, EXP, MULTIPLY, SOFTMAX, SUBTRACT
-from moonfx.passes.graph.walks import upstream
+from moonfx.passes.graph.walks import reachable
 from moonfx.passes.parameters.dataflow import DataFlow, FlowValue, Worklist
 from moonfx.passes.parameters.element_positions import REARRANGE, SAME, is_pointwise
 from moonfx.passes.parameters.fused_projections import BlockPattern, FusedBlocks, follow, pattern_of
@@ -155,14 +155,10 @@ class _Reader:
         names = ", ".join(dict.fromkeys(map(op_name, use.through)))
         by = names or "a product of another form"
         where = self.where(use.op)
-        weights = upstream(self.weights([use.value]), inputs=lambda x: self.weights(x.reads))
+        weights = reachable([use.value], lambda value: value.reads, stop=self.flow.active)
         if any(x.target in ROOTS or "norm" in op_name(x) for x in weights):
             return Found("weight norm", f"the weight at {where} is computed of it and of a norm")
         return Found(None, f"its use is not clear: the weight at {where} is computed of it by {by}")
-
-    def weights(self, values: Sequence[FlowValue]) -> list[FlowValue]:
-        """Those values that do not depend on the model's input."""
-        return [x for x in values if not self.flow.active(x)]
 
     def computed_weight(self, parameter: FlowValue, kinds: dict[str, list[Use]]) -> Found:
         return self.computed(kinds)

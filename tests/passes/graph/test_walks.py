@@ -1,10 +1,10 @@
-"""A walk gives each node once, and nothing beyond where it stops."""
+"""A walk comes to all that a node is made of, or that is made of it, up to where it stops."""
 
 import operator
 
 from torch import fx
 
-from moonfx.passes.graph.walks import upstream
+from moonfx.passes.graph.walks import downstream, reachable, upstream
 
 
 def diamond() -> tuple[fx.Node, ...]:
@@ -18,21 +18,20 @@ def diamond() -> tuple[fx.Node, ...]:
     return x, left, right, joined, out
 
 
-def test_a_walk_gives_each_node_once_and_its_start_first() -> None:
+def test_a_walk_comes_to_all_that_a_node_is_made_of_or_that_is_made_of_it() -> None:
     x, left, right, joined, out = diamond()
-    found = list(upstream([out]))
-    assert found[0] is out
-    assert len(found) == 5
-    assert set(found) == {x, left, right, joined, out}
+    assert upstream([joined]) == {joined, left, right, x}
+    assert downstream([left]) == {left, joined, out}
+    assert upstream([]) == downstream([]) == set()
 
 
-def test_where_a_walk_stops_is_given_and_not_what_it_reads() -> None:
-    x, left, right, joined, _ = diamond()
-    assert set(upstream([joined], stop=lambda n: n is left)) == {joined, left, right, x}
-    assert set(upstream([joined], stop=lambda n: n in (left, right))) == {joined, left, right}
+def test_where_a_walk_stops_is_left_out_and_what_only_lies_past_it() -> None:
+    x, left, right, joined, out = diamond()
+    assert upstream([joined], stop=lambda n: n is left) == {joined, right, x}
+    assert upstream([joined], stop=lambda n: n in (left, right)) == {joined}
+    assert downstream([x], stop=lambda n: n is joined) == {x, left, right, out}
 
 
-def test_a_circle_is_walked_once_and_what_is_given_twice_too() -> None:
-    assert list(upstream([0], inputs=lambda n: [(n + 1) % 3])) == [0, 1, 2]
-    assert list(upstream([1, 1, 2], inputs=lambda n: [])) == [2, 1]
-    assert list(upstream([], inputs=lambda n: [n])) == []
+def test_a_walk_around_a_circle_ends() -> None:
+    assert reachable([0], lambda n: [(n + 1) % 3]) == {0, 1, 2}
+    assert reachable([0, 4], lambda n: [n + 1], stop=lambda n: n > 2) == {0, 1, 2}
