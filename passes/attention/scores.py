@@ -22,13 +22,14 @@ from moonfx.passes.attention.heads import folded_heads, views_itself
 from moonfx.passes.attention.sink_logits import Sink, join_of
 from moonfx.passes.attention.subtracted_max import peak_of
 from moonfx.passes.attention.upstream import (
+    constant_of,
     is_scalar,
     product_above,
-    constant_of,
     reaches_product,
 )
 from moonfx.passes.context import Context
-from moonfx.passes.graph.nodes import argument, insert, short
+from moonfx.passes.graph.nodes import argument, insert
+from moonfx.passes.graph.nodes import operator_name as short
 from moonfx.passes.graph.operators import (
     ADD,
     CASTS,
