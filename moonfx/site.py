@@ -9,12 +9,13 @@ from torch import fx
 from moonfx.policy import LayerPolicy
 
 
-@dataclass
-class Reject:
+class Reject(Exception):
     """A reason for leaving something as it is, and the node that stands in the way."""
 
-    reason: str
-    node: fx.Node
+    def __init__(self, reason: str, node: fx.Node) -> None:
+        super().__init__(reason, node)
+        self.reason = reason
+        self.node = node
 
     def __str__(self) -> str:
         return f"{self.reason} (node {self.node.name})"

@@ -150,9 +150,9 @@ class Backend:
         if context is None:
             return gm, {}
         name_invoked_bodies(captured, retraced=True)
-        inputs = placeholders(captured.graph)
+        given = placeholders(captured.graph)
         guards = {
-            inputs.index(node): values for node, values in context.proofs.items() if node in inputs
+            given.index(node): values for node, values in context.proofs.items() if node in given
         }
         return captured, guards
 

@@ -35,7 +35,7 @@ from moonfx.passes.attention.softmax import logarithm_of, read_softmax
 from moonfx.passes.attention.upstream import constant_of, reaches_product
 from moonfx.passes.context import Context
 from moonfx.passes.graph.dead_code import remove_dead_code
-from moonfx.passes.graph.nodes import short
+from moonfx.passes.graph.nodes import operator_name as short
 from moonfx.passes.graph.operators import EXP, LOG_SOFTMAX, POWERS, SOFTMAX
 from moonfx.site import AttentionSite, Reject
 

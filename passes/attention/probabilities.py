@@ -17,7 +17,8 @@ from moonfx.passes.attention.nan_guards import Guard, guard_of
 from moonfx.passes.attention.softmax import Softmax
 from moonfx.passes.attention.upstream import reaches_product
 from moonfx.passes.context import Context
-from moonfx.passes.graph.nodes import argument, permutation, short
+from moonfx.passes.graph.nodes import argument, permutation
+from moonfx.passes.graph.nodes import operator_name as short
 from moonfx.passes.graph.operators import (
     CASTS,
     COPIES,

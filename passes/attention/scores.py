@@ -28,7 +28,8 @@ from moonfx.passes.attention.upstream import (
     reaches_product,
 )
 from moonfx.passes.context import Context
-from moonfx.passes.graph.nodes import argument, insert, short
+from moonfx.passes.graph.nodes import argument, insert
+from moonfx.passes.graph.nodes import operator_name as short
 from moonfx.passes.graph.operators import (
     ADD,
     CASTS,
