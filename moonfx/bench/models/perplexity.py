@@ -33,7 +33,7 @@ HEADERS = ("text", "tokens", "dense perplexity", "sparse perplexity", "over dens
 
 
 @dataclass(frozen=True)
-class Result:
+class Reading:
     """One text: `tokens` read, and the perplexity of the last of them, densely and sparsely."""
 
     text: str
@@ -48,13 +48,13 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Results of one machine. where: hardware and versions, by name. last: tokens scored."""
+class Perplexities:
+    """Readings of one machine. where: hardware and versions, by name. last: tokens scored."""
 
     where: dict[str, str]
     policy: dict[str, int]
     last: int
-    results: list[Result]
+    results: list[Reading]
 
     def to_json(self) -> str:
         results = [asdict(r) | {"over_dense": r.over_dense} for r in self.results]
@@ -64,15 +64,15 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns 0, or 2 for a wrong argument."""
     options = parse(argv)
-    run = options.run or measured(options)
+    found = options.kept or measured(options)
     if options.into:
-        into_page.place(Path(options.into), options.read[0], markdown(run))
+        into_page.place(Path(options.into), options.read[0], markdown(found))
     elif options.json:
-        print(run.to_json())
+        print(found.to_json())
     elif options.markdown:
-        print(markdown(run))
+        print(markdown(found))
     else:
-        print(f"{machine.text(run.where)}\n{heading(run)}\n\n{grid(run, 'simple')}")
+        print(f"{machine.text(found.where)}\n{heading(found)}\n\n{grid(found, 'simple')}")
     return 0
 
 
@@ -104,7 +104,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.length <= options.block * options.topk:
         parser.error("--length must be more than --block times --topk: up to there it is dense")
     try:
-        options.run = read(options.read[0]) if options.read else None
+        options.kept = read(options.read[0]) if options.read else None
         for name in options.texts:
             source_of(name)
     except ValueError as error:
@@ -126,7 +126,7 @@ def source_of(name: str) -> str:
     raise ValueError(f"--texts: {name} is no file, here or in the standard library")
 
 
-def measured(options: argparse.Namespace) -> Run:
+def measured(options: argparse.Namespace) -> Perplexities:
     where = machine.describe(torch.device("cpu"))
     model, tokenizer = smollm2.load(torch.float32)
     texts = {
@@ -139,8 +139,8 @@ def measured(options: argparse.Namespace) -> Run:
     for name, tokens in tqdm(texts.items(), unit="text", leave=False, disable=None):
         # model.forward goes past what sparsify put on the model.
         dense, sparse = (perplexity(call, tokens, options.last) for call in (model.forward, model))
-        results.append(Result(name, tokens.shape[1], dense, sparse))
-    return Run(where, policy(options), options.last, results)
+        results.append(Reading(name, tokens.shape[1], dense, sparse))
+    return Perplexities(where, policy(options), options.last, results)
 
 
 def check_lengths(texts: Mapping[str, Tensor], options: argparse.Namespace) -> None:
@@ -161,7 +161,7 @@ def perplexity(call: Callable[..., Any], tokens: Tensor, last: int) -> float:
     return math.exp(F.cross_entropy(logits[0, :-1].float(), tokens[0, -last:]).item())
 
 
-def read(path: str) -> Run:
+def read(path: str) -> Perplexities:
     """What `--json` wrote.
 
     Raises:
@@ -169,33 +169,33 @@ def read(path: str) -> Run:
     """
     try:
         said = json.loads(Path(path).read_text(encoding="utf-8"))
-        names = Result.__dataclass_fields__
-        results = [Result(**{k: v for k, v in r.items() if k in names}) for r in said["results"]]
-        return Run(said["where"], said["policy"], said["last"], results)
+        names = Reading.__dataclass_fields__
+        results = [Reading(**{k: v for k, v in r.items() if k in names}) for r in said["results"]]
+        return Perplexities(said["where"], said["policy"], said["last"], results)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--from must name what `moonfx bench perplexity --json` wrote, got {path}"
         ) from error
 
 
-def markdown(run: Run) -> str:
+def markdown(found: Perplexities) -> str:
     """The table of docs/benchmarks.md."""
-    where = "; ".join(f"{name}: {run.where[name]}" for name in ("hardware", "versions"))
-    return f"{where}.\n\n{heading(run)}\n\n{grid(run, 'github')}"
+    where = "; ".join(f"{name}: {found.where[name]}" for name in ("hardware", "versions"))
+    return f"{where}.\n\n{heading(found)}\n\n{grid(found, 'github')}"
 
 
-def heading(run: Run) -> str:
-    sizes = "/".join(str(run.policy[name]) for name in ("block", "topk", "sinks"))
+def heading(found: Perplexities) -> str:
+    sizes = "/".join(str(found.policy[name]) for name in ("block", "topk", "sinks"))
     return (
         f"SmolLM2-135M-Instruct, float32, block/topk/sinks {sizes}; "
-        f"perplexity of the last {run.last:,} tokens"
+        f"perplexity of the last {found.last:,} tokens"
     )
 
 
-def grid(run: Run, style: str) -> str:
+def grid(found: Perplexities, style: str) -> str:
     rows = [
         (r.text, f"{r.tokens:,}", f"{r.dense:.2f}", f"{r.sparse:.2f}", f"{r.over_dense:+.1%}")
-        for r in run.results
+        for r in found.results
     ]
     align = ("left", *["right"] * 4)
     return tabulate(rows, HEADERS, tablefmt=style, colalign=align, disable_numparse=True)
