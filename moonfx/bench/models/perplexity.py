@@ -2,9 +2,9 @@
 
 SmolLM2-135M-Instruct reads the first tokens of each text, densely and after moonfx.sparsify, in
 float32, and nothing is trained. Perplexity is that of the last tokens, each of which would densely
-attend all tokens before it. The texts are files of Python's standard library, so they change with
-its version. A text whose passages recur costs most: what a token repeats may lie in a block that it
-does not attend.
+attend all tokens before it. The texts are Python's own, so they change with its version: files of
+the standard library, and the help topics, one after the other. A text whose passages recur costs
+most: what a token repeats may lie in a block that it does not attend.
 """
 
 import argparse
@@ -12,8 +12,9 @@ import json
 import math
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from moonfx.bench.models import smollm2
 from moonfx.bench.models.options import add_numbers, add_policy, check_policy, policy
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
-TEXTS = ("typing.py", "argparse.py", "pydoc_data/topics.py")
+TOPICS = "help topics"
+TEXTS = ("typing.py", "inspect.py", TOPICS)
 HEADERS = ("text", "tokens", "dense perplexity", "sparse perplexity", "over dense")
 
 
@@ -86,8 +88,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--texts",
         nargs="+",
         default=TEXTS,
-        metavar="FILE",
-        help=f"files of the standard library, or your own ({' '.join(TEXTS)})",
+        metavar="TEXT",
+        help=f"'{TOPICS}', files of the standard library, or your own ({', '.join(TEXTS)})",
     )
     add_numbers(
         parser,
@@ -96,7 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_policy(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    into_page.add(parser, files=1)
+    into_page.add(parser)
     options = parser.parse_args(argv)
     check_policy(parser, options)
     if not 1 <= options.last < options.length:
@@ -104,7 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.length <= options.block * options.topk:
         parser.error("--length must be more than --block times --topk: up to there it is dense")
     try:
-        options.kept = read(options.read[0]) if options.read else None
+        options.kept = read(options.read) if options.read else None
         for name in options.texts:
             source_of(name)
     except ValueError as error:
@@ -115,11 +117,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def source_of(name: str) -> str:
-    """The text of a file of the standard library, or of any other.
+    """Python's help topics, or the text of a file of the standard library, or of any other.
 
     Raises:
         ValueError: if there is no such file.
     """
+    if name == TOPICS:
+        return "\n".join(topics.values())
     for path in (LIBRARY / name, Path(name)):
         if path.is_file():
             return path.read_text(encoding="utf-8")
@@ -161,17 +165,30 @@ def perplexity(call: Callable[..., Any], tokens: Tensor, last: int) -> float:
     return math.exp(F.cross_entropy(logits[0, :-1].float(), tokens[0, -last:]).item())
 
 
-def read(path: str) -> Perplexities:
-    """What `--json` wrote.
+def read(paths: Sequence[str]) -> Perplexities:
+    """Files that `--json` wrote, of one machine and policy, as one.
 
     Raises:
-        ValueError: if the file is none.
+        ValueError: if a file is none, or if they are of different machines, versions or policies.
     """
+    first, *others = (from_json(path) for path in paths)
+    for path, other in zip(paths[1:], others, strict=True):
+        if decisive(other) != decisive(first):
+            raise ValueError(f"--from: {path} is of another machine, version or policy")
+    return replace(first, results=[r for one in (first, *others) for r in one.results])
+
+
+def decisive(found: Perplexities) -> tuple[Any, ...]:
+    """What readings must share to stand in one table."""
+    return found.where["hardware"], found.where["versions"], found.policy, found.last
+
+
+def from_json(path: str) -> Perplexities:
     try:
-        said = json.loads(Path(path).read_text(encoding="utf-8"))
+        kept = json.loads(Path(path).read_text(encoding="utf-8"))
         names = Reading.__dataclass_fields__
-        results = [Reading(**{k: v for k, v in r.items() if k in names}) for r in said["results"]]
-        return Perplexities(said["where"], said["policy"], said["last"], results)
+        results = [Reading(**{k: v for k, v in r.items() if k in names}) for r in kept["results"]]
+        return Perplexities(kept["where"], kept["policy"], kept["last"], results)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--from must name what `moonfx bench perplexity --json` wrote, got {path}"
