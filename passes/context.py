@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from moonfx.passes.symbolic.input_masks import Given, is_frozen
 from moonfx.passes.symbolic.reader import Reader
 from moonfx.passes.symbolic.real_reader import RealReader
 from moonfx.policy import LayerPolicy
-from moonfx.site import AttentionSite, NewtonSchulzSite, Reject
+from moonfx.site import AttentionSite, Declined, NewtonSchulzSite
 
 log = logging.getLogger("moonfx.passes")
 
@@ -219,9 +219,19 @@ class Context:
             outside = self.outer(node)
             stack += node.all_input_nodes if outside is None else [outside]
 
-    def decline(self, site: AttentionSite, reject: Reject) -> None:
-        site.reject, site.action = reject, "declined"
-        log.info("%s (%s): declined: %s", site.layer, site.line, reject)
+    def decline(self, site: AttentionSite, reason: Declined) -> None:
+        """Leaves a site as it is, for a reason."""
+        site.reject = reason.with_traceback(None)  # whose frames would keep the graph
+        site.action = "declined"
+        log.info("%s (%s): declined: %s", site.layer, site.line, reason)
+
+    def replaced(self, old: fx.Node, new: fx.Node, but: Collection[fx.Node] = ()) -> None:
+        """Gives another node to all users of a node but some, and to attentions that it enters."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in but)
+        for site in self.sites:
+            for name in ("query", "key", "value"):
+                if getattr(site, name) is old:
+                    setattr(site, name, new)
 
 
 def _has_floats(value: object) -> bool:

@@ -7,7 +7,12 @@ from collections.abc import Callable
 
 from torch import fx
 
-from moonfx.passes.attention import find_attention, sparsify_attention
+from moonfx.passes.attention import (
+    canonicalize,
+    find_attention,
+    lay_out_heads,
+    sparsify_attention,
+)
 from moonfx.passes.cleanup import remove_dead, symbolic_alpha, verify
 from moonfx.passes.context import Context
 from moonfx.passes.dump import Dump
@@ -44,7 +49,9 @@ def _apart(name: str, run: Pass) -> Pass:
 
 
 PASSES: Passes = (
+    ("canonicalize", canonicalize.run),
     ("find_attention", find_attention.run),
+    ("lay_out_heads", lay_out_heads.run),
     ("classify_mask", classify_mask.run),
     ("sparsify_attention", sparsify_attention.run),
     ("newton_schulz", _apart("newton_schulz", newton_schulz.run)),

@@ -20,9 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moonfx.passes.graph.nodes import insert
+from moonfx.passes.graph.nodes import insert, short
 
 aten = torch.ops.aten
+
+_WRITTEN_AS = "moonfx_written_as"
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,14 @@ def as_scores(node: fx.Node) -> fx.Node | None:
     query = _laid_out(found.first, found.left, batch, queries + found.summed, node)
     key = _laid_out(found.second, found.right, batch, keys + found.summed, node)
     key = insert(aten.transpose.int, (key, -2, -1), node)
-    return _replace(node, insert(aten.matmul.default, (query, key), node))
+    product = insert(aten.matmul.default, (query, key), node)
+    product.meta[_WRITTEN_AS] = short(node)
+    return _replace(node, product)
+
+
+def written_as(product: fx.Node) -> str:
+    """The operator's name for a product of scores, as the graph had it: "einsum", "matmul"."""
+    return str(product.meta.get(_WRITTEN_AS, short(product)))
 
 
 def takes(node: fx.Node, probabilities: fx.Node) -> bool:

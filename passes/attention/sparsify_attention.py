@@ -22,7 +22,7 @@ from moonfx.passes.attention.logsumexp import give_lse
 from moonfx.passes.attention.mask_operands import CannotWrite, Writer, Written, call
 from moonfx.passes.context import Context
 from moonfx.policy import LayerPolicy
-from moonfx.site import AttentionSite, Reject
+from moonfx.site import AttentionSite, Declined
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ def run(graph: fx.Graph, context: Context) -> int:
     rewritten = 0
     written: Written = {}
     for site in context.sites:
-        if site.output.graph is not graph or site.reject is not None:
+        if site.output.graph is not graph or site.reject is not None or not site.laid_out:
             continue
         policy = context.policy(site, context.sites, context.root)
         if not isinstance(policy, LayerPolicy):
@@ -46,7 +46,7 @@ def run(graph: fx.Graph, context: Context) -> int:
         try:
             rewrite(site, policy, written, context)
         except (CannotWrite, layout.CannotKeep) as reason:
-            context.decline(site, Reject(str(reason), site.output))
+            context.decline(site, Declined(str(reason), site.output))
             continue
         site.action, rewritten = "sparse", rewritten + 1
     if rewritten:
@@ -122,9 +122,10 @@ def _with_sink_logits(out: fx.Node, both: fx.Node, logits: fx.Node, dtype: torch
     """Attention whose denominator has exp(logit of the head) more."""
     lse = call(operator.getitem, both, 1)
     heads = lse.meta["val"].shape[1]
-    if logits.meta["val"].numel() != heads:
+    given = logits.meta["val"].numel()
+    if given not in (1, heads):
         raise CannotWrite("sink logits of heads that lie in the batch and cannot be told apart")
-    logits = call(aten.reshape.default, logits, [heads, 1])
+    logits = call(aten.reshape.default, logits, [given, 1])
     sink = call(aten.to.dtype, logits, torch.float32)
     share = call(aten.sigmoid.default, call(aten.sub.Tensor, lse, sink))
     kept = call(aten.mul.Tensor, out, call(aten.unsqueeze.default, share, -1))

@@ -20,7 +20,7 @@ from moonfx.passes.newton_schulz.operators import BUFFERS, read_by
 from moonfx.passes.newton_schulz.polynomials import quintic
 from moonfx.passes.newton_schulz.steps import Coefficients, Step
 from moonfx.passes.newton_schulz.views import VIEWS
-from moonfx.site import Reject
+from moonfx.site import Declined as Reject
 
 aten = torch.ops.aten
 

@@ -29,7 +29,8 @@ from moonfx.passes.newton_schulz.diagonal_writes import Diagonals
 from moonfx.passes.newton_schulz.foreach import Rows
 from moonfx.passes.newton_schulz.iterations import Chain, chains
 from moonfx.passes.newton_schulz.steps import find_steps
-from moonfx.site import NewtonSchulzSite, Reject
+from moonfx.site import Declined as Reject
+from moonfx.site import NewtonSchulzSite
 
 aten = torch.ops.aten
 OPERATOR = torch.ops.moonfx.newton_schulz.default

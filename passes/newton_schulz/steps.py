@@ -22,7 +22,7 @@ from moonfx.passes.newton_schulz.operands import TooLong, Unclear, shape
 from moonfx.passes.newton_schulz.operators import is_arithmetic, read_by, terms_of
 from moonfx.passes.newton_schulz.polynomials import Terms, quintic, sides, transposed
 from moonfx.passes.newton_schulz.views import RESHAPES
-from moonfx.site import Reject
+from moonfx.site import Declined as Reject
 
 Coefficients = tuple[float, float, float]
 
