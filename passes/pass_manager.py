@@ -101,7 +101,7 @@ def _in_order_of_execution(context: Context) -> None:
 
     def place(node: fx.Node) -> tuple[int, ...]:
         if node not in position:
-            call = context.call_of(node.graph)
+            call = context.nesting.call_of(node.graph)
             prefix = place(call) if call is not None else ()
             for index, each in enumerate(node.graph.nodes):
                 position[each] = (*prefix, index)

@@ -28,7 +28,7 @@ _WRITTEN_AS = "moonfx_written_as"
 
 
 @dataclass(frozen=True)
-class Product:
+class Contraction:
     """A two-operand einsum over one letter.
 
     Args:
@@ -43,11 +43,11 @@ class Product:
     result: str
     summed: str
 
-    def swapped(self) -> "Product":
-        return Product(self.second, self.first, self.right, self.left, self.result, self.summed)
+    def swapped(self) -> "Contraction":
+        return Contraction(self.second, self.first, self.right, self.left, self.result, self.summed)
 
 
-def read(node: fx.Node) -> Product | None:
+def read(node: fx.Node) -> Contraction | None:
     """An einsum as the matrix product that it is, else None."""
     if node.target is not aten.einsum.default or len(node.args) < 2 or node.kwargs.get("path"):
         return None
@@ -73,7 +73,7 @@ def read(node: fx.Node) -> Product | None:
     one_sided = set(left) ^ set(right)
     if len(summed) != 1 or not one_sided <= set(result) or not set(result) <= set(left + right):
         return None
-    return Product(first, second, left, right, result, summed.pop())
+    return Contraction(first, second, left, right, result, summed.pop())
 
 
 def _hidden(operand: fx.Node, part: str) -> int:
@@ -106,7 +106,7 @@ def written_as(product: fx.Node) -> str:
     return str(product.meta.get(_WRITTEN_AS, short(product)))
 
 
-def takes(node: fx.Node, probabilities: fx.Node) -> bool:
+def contracts_keys(node: fx.Node, probabilities: fx.Node) -> bool:
     """Whether an einsum sums over the last dim of one of its operands, the probabilities."""
     found = read(node)
     if found is None:

@@ -76,13 +76,12 @@ def _anchored(node: fx.Node, context: Context) -> Iterator[tuple[AttentionSite, 
 
 
 def _site(node: fx.Node, context: Context, form: str, **found: Any) -> AttentionSite:
-    anchor = node
-    if not node.meta.get("nn_module_stack") and (call := context.call_of(node.graph)) is not None:
-        anchor = call
+    call = None if node.meta.get("nn_module_stack") else context.nesting.call_of(node.graph)
+    anchor = node if call is None else call
     operands = {"query": node, "key": node, "value": node, "output": node, **found}
     return AttentionSite(
         form=form,
-        layer=context.in_this_call(node, module_path(anchor, context.names, context.root)),
+        layer=context.nesting.in_this_call(node, module_path(anchor, context.names, context.root)),
         line=source_line(node if node.stack_trace else anchor),
         **operands,
     )

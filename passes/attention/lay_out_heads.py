@@ -24,7 +24,7 @@ from moonfx.capture.sizes import same_size
 from moonfx.passes.attention import output_strides as layout
 from moonfx.passes.attention.hazards import check_modes, check_writes
 from moonfx.passes.attention.heads import heads_in_batch
-from moonfx.passes.attention.repeated_heads import one_repeated, ungrouped, whole
+from moonfx.passes.attention.repeated_heads import one_repeated, uncopied, ungrouped
 from moonfx.passes.attention.shapes import check_shapes
 from moonfx.passes.attention.upstream import constant_of
 from moonfx.passes.context import Context
@@ -212,7 +212,7 @@ def _narrow(node: fx.Node, dim: int) -> fx.Node | None:
     """Keys or values with size 1 along a dim that attention repeats them along, or None."""
     if same_size(node.meta["val"].shape[dim], 1):
         return node
-    return one_repeated(whole(node), dim)
+    return one_repeated(uncopied(node), dim)
 
 
 def _without_heads(mask: fx.Node, before: fx.Node) -> fx.Node:

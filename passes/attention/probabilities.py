@@ -191,7 +191,7 @@ def _enters(node: fx.Node, product: fx.Node) -> bool:
     """Whether a node is the left operand of a product, summed over its last dim."""
     if product.target in MATMUL:
         return product.args[0] is node
-    return einsum.takes(product, node)
+    return einsum.contracts_keys(product, node)
 
 
 def _passes(node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ _JOINS = {aten.cat.default, aten.stack.default}
 
 def ungrouped(node: fx.Node, dim: int, before: fx.Node) -> fx.Node | None:
     """x with node == repeat_interleave(x, group, dim), or None."""
-    node = whole(node)
+    node = uncopied(node)
     if node.op != "call_function":
         return None
     if (order := permutation(node)) is not None:
@@ -34,7 +34,7 @@ def ungrouped(node: fx.Node, dim: int, before: fx.Node) -> fx.Node | None:
         return source if same else None  # type: ignore[return-value]
     if node.target not in FOLDS:
         return one_repeated(node, dim)
-    wide = whole(node.args[0])
+    wide = uncopied(node.args[0])
     before_fold, after = wide.meta["val"].shape, node.meta["val"].shape
     if len(before_fold) != len(after) + 1 or not same_size(
         after[dim], before_fold[dim] * before_fold[dim + 1]
@@ -50,7 +50,7 @@ def ungrouped(node: fx.Node, dim: int, before: fx.Node) -> fx.Node | None:
     if narrow.target is aten.unsqueeze.default:
         at = int(narrow.args[1]) % len(before_fold)  # type: ignore[arg-type]
         if at == dim + 1:
-            return whole(narrow.args[0])
+            return uncopied(narrow.args[0])
     return insert(aten.squeeze.dim, (narrow, dim + 1), before)
 
 
@@ -69,7 +69,7 @@ def one_repeated(node: fx.Node, dim: int) -> fx.Node | None:
         return first if same_size(first.meta["val"].shape[dim], 1) else None
     if node.target not in (aten.expand.default, aten.repeat.default):
         return None
-    source = whole(node.args[0])
+    source = uncopied(node.args[0])
     wide, narrow = node.meta["val"].shape, source.meta["val"].shape
     if len(wide) != len(narrow) or not same_size(narrow[dim], 1):
         return None
@@ -77,7 +77,7 @@ def one_repeated(node: fx.Node, dim: int) -> fx.Node | None:
     return source if kept else None
 
 
-def whole(node: Any) -> Any:
+def uncopied(node: Any) -> Any:
     """The node under copies and slices that take everything, as x[:, :, None] leaves them."""
     while isinstance(node, fx.Node) and (node.target in COPIES or _takes_everything(node)):
         node = node.args[0]

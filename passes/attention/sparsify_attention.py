@@ -42,7 +42,7 @@ def run(graph: fx.Graph, context: Context) -> int:
             site.action = policy
             continue
         site.policy = policy
-        context.rest_on_constants(site)
+        _note_proofs(site, context)
         try:
             rewrite(site, policy, written, context)
         except (CannotWrite, layout.CannotKeep) as reason:
@@ -84,6 +84,21 @@ def rewrite(site: AttentionSite, policy: LayerPolicy, written: Written, context:
         )
     old.replace_all_uses_with(new)
     site.output = new
+
+
+def _note_proofs(site: AttentionSite, context: Context) -> None:
+    """Keeps the constants between the site's operands and its output, and in its masks."""
+    ends = {site.query, site.key, site.value}
+    seen, stack = set(ends), [site.output, *(mask for mask, _ in site.masks)]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in context.reader.constants:
+            context.proofs[node] = context.reader.constants[node]
+        outside = context.nesting.outer(node)
+        stack += node.all_input_nodes if outside is None else [outside]
 
 
 def _of_the_mask(

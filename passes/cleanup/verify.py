@@ -108,10 +108,10 @@ FORM = (
 
 # --- what moonfx::moba_attention is given, by the names of its schema -----------------------------
 
-Given = dict[str, Any]
+Arguments = dict[str, Any]
 
 
-def given_to(node: fx.Node) -> Given:
+def given_to(node: fx.Node) -> Arguments:
     """An operator's arguments by name: numbers as they are, tensors as their fake values."""
     given = {}
     for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
@@ -122,36 +122,36 @@ def given_to(node: fx.Node) -> Given:
     return given
 
 
-def _operands(given: Given) -> str | None:
+def _operands(given: Arguments) -> str | None:
     ranks = {given[name].dim() for name in ("query", "key", "value")}
     return None if ranks == {4} else "operands are not [B, H, N, D]"
 
 
-def _dtypes(given: Given) -> str | None:
+def _dtypes(given: Arguments) -> str | None:
     dtypes = {given[name].dtype for name in ("query", "key", "value")}
     return None if len(dtypes) == 1 else "operands differ in dtype"
 
 
-def _policy(given: Given) -> str | None:
+def _policy(given: Arguments) -> str | None:
     block, topk, sinks = (given[name] for name in ("block", "topk", "sinks"))
     return None if block >= 1 and topk >= 1 and sinks >= 0 else f"no policy: {block}/{topk}/{sinks}"
 
 
-def _key_mask(given: Given) -> str | None:
+def _key_mask(given: Arguments) -> str | None:
     mask = given["key_mask"]
     if mask is None or (mask.dtype == torch.bool and mask.dim() == 2):
         return None
     return "key_mask is not bool" if mask.dim() == 2 else "key_mask is not [B, Nk]"
 
 
-def _key_bias(given: Given) -> str | None:
+def _key_bias(given: Arguments) -> str | None:
     bias = given["key_bias"]
     if bias is None or (bias.dtype == torch.float32 and bias.dim() == 3):
         return None
     return "key_bias is not float32 [B, Hq, Nk]"
 
 
-def _segments(given: Given) -> str | None:
+def _segments(given: Arguments) -> str | None:
     segments = given["segments"]
     if segments is None or (_is_integer(segments.dtype) and segments.dim() == 2):
         return None

@@ -14,11 +14,10 @@ from torch import fx
 
 from moonfx.passes.context import Context
 from moonfx.passes.masks.decode_step import appended
-from moonfx.passes.masks.prove import Given, Proof, prove
+from moonfx.passes.masks.prove import Proof, ReadMask, prove
 from moonfx.passes.masks.self_attention import same_tokens
 from moonfx.passes.symbolic.expressions import Expr, head_symbol, loads, name_of
 from moonfx.passes.symbolic.indices import BATCH, HEAD, KEY, QUERY, Lengths, lengths_of
-from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, Declined, Mask
 
 
@@ -65,7 +64,7 @@ def classify(site: AttentionSite, context: Context) -> Mask:
     return Mask(kind, proof.padding, proof.segments, proof.bias)
 
 
-def _read(node: fx.Node, how: str, site: AttentionSite, context: Context) -> Given:
+def _read(node: fx.Node, how: str, site: AttentionSite, context: Context) -> ReadMask:
     """A mask at (batch, head, query, key)."""
     index = mask_index(site, len(node.meta["val"].shape))
     if index is None:
@@ -75,7 +74,7 @@ def _read(node: fx.Node, how: str, site: AttentionSite, context: Context) -> Giv
     value = reader.broadcast(node, index).subs(head_symbol(site.heads or 1), HEAD)
     written = [x for x in loads(value) if context.mutated(reader.leaf(x))]
     if not written:
-        return Given(value, how, site.mask_scales.get(node, 1.0))
+        return ReadMask(value, how, site.mask_scales.get(node, 1.0))
     name = name_of(written[0])
     if written[0].has(QUERY, KEY):
         raise Declined(f"the mask is written to in place ('{name}'); use where() instead", node)
@@ -103,7 +102,7 @@ def mask_index(site: AttentionSite, rank: int) -> tuple[Expr, ...] | None:
 
 
 def _proved(
-    given: tuple[Given, ...], lengths: Lengths, site: AttentionSite, context: Context
+    given: tuple[ReadMask, ...], lengths: Lengths, site: AttentionSite, context: Context
 ) -> Proof:
     """The proof for these masks, made once for all layers that have them."""
     once = (given, lengths, site.causal, site.sees_constants)
@@ -122,8 +121,8 @@ def _already_sparse(proof: Proof, site: AttentionSite, context: Context) -> str:
     """What a user may know of a window in the way: that it is no longer than what MoBA attends."""
     if proof.window is None:
         return ""
-    policy = context.policy(site, context.sites, context.root)
-    if not isinstance(policy, LayerPolicy):
+    policy = context.likely_policy(site, context.sites, context.root)
+    if policy is None:
         return ""
     attended = policy.block * policy.topk
     if (proof.window <= attended) != True:  # noqa: E712
@@ -136,7 +135,7 @@ def _check_both_ways(site: AttentionSite, lengths: Lengths, context: Context) ->
     """Raises Declined if attention whose queries see later keys cannot be sparse."""
     node = site.masks[0][0] if site.masks else site.output
     if lengths.one_query:
-        what = "whose mask hides no key behind it and" if site.masks else "without a mask"
+        what = "whose mask hides no later key and" if site.masks else "without a mask"
         raise Declined(
             f"one query {what} whose keys are not a cache that it was appended to: "
             "cross-attention or pooling, for all that can be proved",

@@ -236,7 +236,7 @@ def _reject(chain: Chain, memory: Memory, context: Context) -> Reject | None:
         return Reject("a matrix without entries", node)
     if not all(map(math.isfinite, (x for numbers in chain.coefficients for x in numbers))):
         return Reject("a coefficient is infinite or not a number", node)
-    if context.needs_gradient(node, memory):
+    if context.gradients.needed(node, memory):
         return Reject("gradients flow through it, and the operator has none", node)
     chain.column = not value.is_contiguous()
     if chain.column and not value.mT.is_contiguous():

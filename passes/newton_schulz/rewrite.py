@@ -40,7 +40,7 @@ def run(graph: fx.Graph, context: Context) -> int:
     """Returns how many iterations it replaced."""
     calls = [node for node in graph.nodes if node.target is OPERATOR]
     context.iterations += [_already(call, context) for call in calls]
-    outer = context.call_of(graph) is None
+    outer = context.nesting.call_of(graph) is None
     memory = Memory(graph, outer)
     rows: Rows | None = None
     diagonals = Diagonals(graph, memory)
@@ -86,7 +86,7 @@ def _chosen(
     legal = [chain for chain in found if chain.reject is None]
     while True:
         if apart:
-            memory = Memory(graph, context.call_of(graph) is None)
+            memory = Memory(graph, context.nesting.call_of(graph) is None)
         chosen: Chosen = []
         for members in _buckets(legal, graph, memory, sites):
             form, why = plan.form_of(members)
