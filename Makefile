@@ -7,8 +7,10 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 READY := .venv/ready
+TREE := build/tree
 
-.PHONY: test sweep gpu aot lint types demo bench setup clean
+# The tree is laid out anew each time.
+.PHONY: test check sweep gpu aot lint types demo bench setup clean $(TREE)
 
 test: lint types
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=15 -m "not sweep"
@@ -25,17 +27,35 @@ gpu: $(READY)
 
 # Registers, spills, shared memory and matrix instructions of the GPU kernels; needs no GPU.
 aot: $(READY)
-	$(BIN)/python -m tests.kernels.aot --chips all --features plain,everything,dense,decode
+	$(BIN)/python -m tests.support.aot --chips all --features plain,everything,dense,decode
 
-lint: $(READY)
+# Style, and which folder may import which (pyproject.toml, [tool.importlinter]).
+lint: $(READY) $(TREE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd $(TREE) && ../../$(BIN)/lint-imports --no-cache --no-logo ../../pyproject.toml
 
-# passes/ and kernels/ are typed as moonfx.passes and moonfx.kernels, so mypy reads the tree as it is installed.
-types: $(READY)
-	@rm -rf build/types && mkdir -p build/types/moonfx
-	@cd build/types/moonfx && ln -s ../../../moonfx/* ../../../passes ../../../kernels .
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
+types: $(READY) $(TREE)
+	cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
+
+# The package as it is installed, passes/ and kernels/ inside it, for what reads its imports. import-linter passes over
+# a folder without an __init__.py, which neither has at the top of the repository.
+$(TREE):
+	@rm -rf $@ && mkdir -p $@/moonfx/passes $@/moonfx/kernels
+	@touch $@/moonfx/passes/__init__.py $@/moonfx/kernels/__init__.py
+	@ln -s $(CURDIR)/moonfx/* $@/moonfx && ln -s $(CURDIR)/passes/* $@/moonfx/passes
+	@ln -s $(CURDIR)/kernels/* $@/moonfx/kernels
+
+# The site in build/site, from docs/, README.md and CONTRIBUTING.md, with mkdocs in a virtual environment of its own.
+# Strictly: a dead link, a page without a place or an undocumented public name fails.
+.PHONY: docs
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/ready: requirements-docs.txt
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
 
 demo: $(READY)
 	$(BIN)/python examples/sparsify_smollm2.py

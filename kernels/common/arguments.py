@@ -1,16 +1,38 @@
-"""What a call asks of a kernel beside its query, key and value."""
+"""What a call asks of a kernel beside its tensors: one type for MoBA, one for Newton-Schulz.
 
-from typing import NamedTuple
+Below the operator no signature spells these arguments: a function takes `MobaArguments` and reads
+what it computes with. A new one is a field here, and is read where it is computed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
+Coefficients = Sequence[tuple[float, float, float]]
 
-class Policy(NamedTuple):
-    """The arguments after the tensors, in every kernel's order, as reference/moba.py defines them.
+
+@dataclass(frozen=True)
+class MobaArguments:
+    """The arguments after query, key and value, in the operator's order and with its defaults.
+
+    Shape letters: B batch, Hq query heads, Hkv key/value heads, Nk keys, D head dim. What each
+    means is defined in kernels/reference/moba.py; moonfx/ops/checks.py says what it may be.
 
     Args:
-        key_mask: bool [B, Nk]. key_bias: float32 [B or 1, Hq or 1, Nk]. segments: integers [B, Nk].
-        block_means: float32 [B, Hkv, m, D], m at least the blocks before the last key's.
+        block: tokens in a block, >= 1.
+        topk: blocks per query, the own block and the sinks counted, >= 1.
+        sinks: first blocks that are always chosen, < topk.
+        scale: factor on q.k in the softmax, D**-0.5 by default; the gate has none.
+        key_mask: bool [B, Nk], True for a real token; None when all are.
+        causal: whether a query sees only the keys at or before its own position. If not, Nq = Nk.
+        softcap: bound on the scaled scores; 0 for none.
+        key_bias: float32 [B or 1, Hq or 1, Nk], added to the scaled and capped scores; None for 0.
+        segments: integers [B, Nk], the sequence that each token is of; None for one per row.
+        block_means: float32 [B, Hkv, m, D], m >= (Nk - 1) // block, causal and without segments:
+            the mean of the real keys of each row's block, which the gate reads in place of the
+            keys; only those of a query's candidates are read. None for those of the keys.
     """
 
     block: int
@@ -23,3 +45,18 @@ class Policy(NamedTuple):
     key_bias: Tensor | None = None
     segments: Tensor | None = None
     block_means: Tensor | None = None
+
+    def scale_for(self, head_dim: int) -> float:
+        """The factor on q.k: the scale, or the default of D**-0.5."""
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+    def named(self) -> dict[str, Any]:
+        """Each argument by its name, in the operator's order; tensors are not copied."""
+        return {name: getattr(self, name) for name in NAMES}
+
+    def values(self) -> tuple[Any, ...]:
+        """The arguments in the operator's order."""
+        return tuple([getattr(self, name) for name in NAMES])
+
+
+NAMES = tuple(field.name for field in fields(MobaArguments))

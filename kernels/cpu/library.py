@@ -1,6 +1,8 @@
 """Compiles the CPU kernel on first use and keeps the library in a per-user cache.
 
-    library() -> (ctypes.CDLL, None), or (None, why there is none and what to do about it)
+    library()      (ctypes.CDLL, None), or (None, why there is none and what to do about it)
+    available()    that reason alone, None if the kernels run here
+    load()         the library, or an error
 
 The file's name is a hash of all that decides its content: sources, flags, the compiler's version
 and the processor's features. So neither an upgrade nor another machine with the same home directory
@@ -20,6 +22,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 MAIN = "main.cpp"
 # Not -ffast-math: -inf marks what is masked, and a NaN must come through.
 FLAGS = [
@@ -34,6 +38,12 @@ EXTRAS = (
     ("-march=native",),
     ("-fopenmp",),
     (),
+)
+RETURN_INT64 = (
+    "moonfx_forward",
+    "moonfx_backward",
+    "moonfx_bfloat16",
+    "moonfx_newton_schulz",
 )
 TIMEOUT = 300.0  # seconds for one run of the compiler
 
@@ -118,7 +128,7 @@ def build() -> Path:
 def library() -> tuple[ctypes.CDLL | None, str | None]:
     """The loaded kernel, or the reason why there is none; decided once per process."""
     try:
-        return ctypes.CDLL(str(build())), None
+        loaded = ctypes.CDLL(str(build()))
     except BuildError as error:
         return None, str(error)
     except OSError as error:
@@ -126,3 +136,29 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
             f"the CPU kernel cannot be written to or loaded from {cache_directory()} ({error}): "
             "set MOONFX_CACHE_DIR to a folder where files can be written and run"
         )
+    for name in RETURN_INT64:
+        getattr(loaded, name).restype = ctypes.c_int64
+    return loaded, None
+
+
+def available() -> str | None:
+    """Why the kernels do not run here, and the remedy; None if they do: compiled now if need be."""
+    return library()[1]
+
+
+def load() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    loaded, reason = library()
+    if loaded is None:
+        raise RuntimeError(reason)
+    return loaded
+
+
+def compute_dtype(loaded: ctypes.CDLL, dtype: torch.dtype) -> torch.dtype:
+    """What the library multiplies for tensors of `dtype`."""
+    native = dtype == torch.bfloat16 and loaded.moonfx_bfloat16()
+    return torch.bfloat16 if native else torch.float32

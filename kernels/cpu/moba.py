@@ -27,12 +27,15 @@ given they read no key outside the selected blocks.
 """
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from moonfx.kernels.cpu import library as cpu_build
+from moonfx.kernels.common.arguments import MobaArguments
+from moonfx.kernels.common.token_layout import zeros_by_token
+from moonfx.kernels.cpu.library import available, compute_dtype, load
+
+__all__ = ("available", "backward", "forward")  # a backend's face: moonfx/ops/dispatch.py
 
 STRIDED = (
     *("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"),
@@ -62,35 +65,6 @@ class Arguments(ctypes.Structure):
     ]
 
 
-def available() -> str | None:
-    """None if the kernel runs here (it is compiled now if need be), else why not and the remedy."""
-    return cpu_build.library()[1]
-
-
-def load() -> ctypes.CDLL:
-    library, reason = cpu_build.library()
-    if library is None:
-        raise RuntimeError(reason)
-    for name in ("moonfx_forward", "moonfx_backward", "moonfx_bfloat16"):
-        getattr(library, name).restype = ctypes.c_int64
-    return library
-
-
-def compute_dtype(library: ctypes.CDLL, dtype: torch.dtype) -> torch.dtype:
-    """What the library multiplies for tensors of `dtype`."""
-    native = dtype == torch.bfloat16 and library.moonfx_bfloat16()
-    return torch.bfloat16 if native else torch.float32
-
-
-def token_major(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros [B, H, N, D] over [B, N, H, D] storage: a model's transpose and reshape copy nothing.
-
-    Zeroed memory comes from the system already zero, at no cost that `empty` would save.
-    """
-    B, H, N, D = shape
-    return torch.zeros(B, N, H, D, dtype=dtype).transpose(1, 2)
-
-
 def ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = tensor.detach().to(dtype)
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
@@ -103,89 +77,69 @@ def call(
     numbers: dict[str, int | float],
 ) -> int:
     """Runs one entry point on `ready` tensors; returns the bytes of scratch that it used."""
-    arguments = Arguments(threads=torch.get_num_threads(), **numbers)
+    struct = Arguments(threads=torch.get_num_threads(), **numbers)
     for field, tensor in tensors.items():
         if tensor is not None:
-            setattr(arguments, field, tensor.data_ptr())
+            setattr(struct, field, tensor.data_ptr())
             if field in STRIDED:
-                setattr(arguments, f"{field}_at", Strides(*tensor.stride()[:3]))
+                setattr(struct, f"{field}_at", Strides(*tensor.stride()[:3]))
     query = tensors["query"]
     assert query is not None
     bfloat16 = ctypes.c_int64(query.dtype == torch.bfloat16)
-    used: int = getattr(library, name)(ctypes.byref(arguments), bfloat16)
+    used: int = getattr(library, name)(ctypes.byref(struct), bfloat16)
     if used < 0:
         raise MemoryError(f"{name}: no memory for the scratch of a query {tuple(query.shape)}")
     return used
 
 
-def problem(
-    query: Tensor,
-    value: Tensor,
-    block: int,
-    topk: int,
-    sinks: int,
-    scale: float | None,
-    causal: bool,
-    softcap: float,
-) -> dict[str, int | float]:
+def numbers_of(query: Tensor, value: Tensor, arguments: MobaArguments) -> dict[str, int | float]:
     """The numbers of Arguments by name."""
     B, Hq, Nq, D = query.shape
     Hkv, Nk, Dv = value.shape[1:]
     assert Nq <= Nk, (Nq, Nk)
-    assert causal or Nq == Nk, (Nq, Nk)
+    assert arguments.causal or Nq == Nk, (Nq, Nk)
     assert Hq % Hkv == 0, (Hq, Hkv)
-    shape = {"B": B, "Hq": Hq, "Hkv": Hkv, "Nq": Nq, "Nk": Nk, "D": D, "Dv": Dv}
-    policy = {"block": block, "topk": topk, "sinks": sinks, "causal": int(causal)}
-    return shape | policy | {"scale": D**-0.5 if scale is None else scale, "softcap": softcap}
-
-
-def about_keys(
-    query: Tensor,
-    key: Tensor,
-    key_mask: Tensor | None,
-    key_bias: Tensor | None,
-    segments: Tensor | None,
-    block_means: Tensor | None,
-) -> dict[str, Tensor | None]:
-    """What the keys carry beside themselves, as the library reads it."""
-    if key_bias is not None:
-        key_bias = key_bias.detach().float().expand(*query.shape[:2], key.shape[2])
     return {
-        "key_mask": None if key_mask is None else key_mask.contiguous(),
-        "key_bias": key_bias,
+        "B": B,
+        "Hq": Hq,
+        "Hkv": Hkv,
+        "Nq": Nq,
+        "Nk": Nk,
+        "D": D,
+        "Dv": Dv,
+        "block": arguments.block,
+        "topk": arguments.topk,
+        "sinks": arguments.sinks,
+        "causal": int(arguments.causal),
+        "scale": arguments.scale_for(D),
+        "softcap": arguments.softcap,
+    }
+
+
+def by_key(query: Tensor, key: Tensor, arguments: MobaArguments) -> dict[str, Tensor | None]:
+    """What the keys carry beside themselves, as the library reads it."""
+    mask, bias = arguments.key_mask, arguments.key_bias
+    segments, means = arguments.segments, arguments.block_means
+    if bias is not None:
+        bias = bias.detach().float().expand(*query.shape[:2], key.shape[2])
+    return {
+        "key_mask": None if mask is None else mask.contiguous(),
+        "key_bias": bias,
         "segments": None if segments is None else segments.long().contiguous(),
-        "block_means": None if block_means is None else ready(block_means, torch.float32),
+        "block_means": None if means is None else ready(means, torch.float32),
     }
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block: int,
-    topk: int,
-    sinks: int,
-    scale: float | None,
-    key_mask: Tensor | None,
-    causal: bool = True,
-    softcap: float = 0.0,
-    key_bias: Tensor | None = None,
-    segments: Tensor | None = None,
-    block_means: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, arguments: MobaArguments
 ) -> tuple[Tensor, Tensor]:
     """Attention over the selected blocks.
 
     Args:
         query: [B, Hq, Nq, D] float32, bfloat16 or float16, any strides.
         key, value: [B, Hkv, Nk, D] and [B, Hkv, Nk, Dv], query's dtype; Hkv divides Hq, Nq <= Nk.
-        scale: factor on q.k, D**-0.5 when None.
-        key_mask: bool [B, Nk], True for a real token; None when all are.
-        causal: False lets a query see all real keys, and later blocks be chosen; then Nq == Nk.
-        softcap: c > 0 makes a score c tanh(score / c); 0 for none.
-        key_bias: [B or 1, Hq or 1, Nk], added to the scores behind the softcap; scale > 0 then.
-        segments: integers [B, Nk]; a query sees the keys with its own token's number only.
-        block_means: float32 [B, Hkv, m, D], m >= (Nk - 1) // block, causal and without segments:
-            what the gate reads in place of the means of the keys.
+        arguments: as in kernels/reference/moba.py, whose results these are to rounding; with a
+            key_bias the scale is above 0.
     Returns:
         out [B, Hq, Nq, Dv] in query's dtype over token-major storage, and lse [B, Hq, Nq] float32,
         the natural logarithm. A query that sees no real key gives 0 and -inf.
@@ -193,12 +147,12 @@ def forward(
         RuntimeError: if there is no compiler. MemoryError: if there is no room for the scratch.
     """
     library = load()
-    numbers = problem(query, value, block, topk, sinks, scale, causal, softcap)
+    numbers = numbers_of(query, value, arguments)
     dtype = compute_dtype(library, query.dtype)
-    out = token_major((*query.shape[:3], value.shape[3]), dtype)
+    out = zeros_by_token((*query.shape[:3], value.shape[3]), dtype)
     lse = torch.empty(query.shape[:3], dtype=torch.float32)
     if lse.numel():
-        tensors = about_keys(query, key, key_mask, key_bias, segments, block_means) | {
+        tensors = by_key(query, key, arguments) | {
             "query": ready(query, dtype),
             "key": ready(key, dtype),
             "value": ready(value, dtype),
@@ -217,16 +171,7 @@ def backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    block: int,
-    topk: int,
-    sinks: int,
-    scale: float | None,
-    key_mask: Tensor | None,
-    causal: bool = True,
-    softcap: float = 0.0,
-    key_bias: Tensor | None = None,
-    segments: Tensor | None = None,
-    block_means: Tensor | None = None,
+    arguments: MobaArguments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `forward`.
 
@@ -239,15 +184,15 @@ def backward(
         RuntimeError: if there is no compiler. MemoryError: if there is no room for the scratch.
     """
     library = load()
-    numbers = problem(query, value, block, topk, sinks, scale, causal, softcap)
+    numbers = numbers_of(query, value, arguments)
     dtype = compute_dtype(library, query.dtype)
-    grad_query = token_major(query.shape, dtype)
-    grad_key, grad_value = (token_major(x.shape, torch.float32) for x in (key, value))
+    grad_query = zeros_by_token(query.shape, dtype)
+    grad_key, grad_value = (zeros_by_token(x.shape, torch.float32) for x in (key, value))
     grad_bias = None
-    if key_bias is not None:
+    if arguments.key_bias is not None:
         grad_bias = torch.zeros(*query.shape[:2], key.shape[2], dtype=torch.float32)
     if lse.numel():
-        tensors = about_keys(query, key, key_mask, key_bias, segments, block_means) | {
+        tensors = by_key(query, key, arguments) | {
             "query": ready(query, dtype),
             "key": ready(key, dtype),
             "value": ready(value, dtype),

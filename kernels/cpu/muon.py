@@ -12,7 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from moonfx.kernels.cpu import library as cpu_build
+from moonfx.kernels.cpu.library import load
 
 DTYPES = (torch.float32, torch.bfloat16)
 _POINTERS = ("weight", "grad", "buffer", "update")
@@ -29,10 +29,6 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in (*_SIZES, *_FLAGS)),
         *((name, ctypes.c_double) for name in _NUMBERS),
     ]
-
-
-def available() -> bool:
-    return cpu_build.library()[0] is not None
 
 
 def rows_of(matrix: Tensor) -> tuple[int, int, int] | None:
@@ -53,9 +49,7 @@ def rows_of(matrix: Tensor) -> tuple[int, int, int] | None:
 
 def call(name: str, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
     """Runs "gather" or "scatter" on one matrix, whose tensors lie as `rows_of` has it."""
-    library, reason = cpu_build.library()
-    if library is None:
-        raise RuntimeError(reason)
+    library = load()
     arguments = Arguments(threads=torch.get_num_threads(), **numbers)
     dtype = torch.float32
     for field, tensor in tensors.items():

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moonfx.kernels.cpu import moba as cpu
-from moonfx.kernels.reference.newton_schulz import Coefficients
+from moonfx.kernels.common.arguments import Coefficients
+from moonfx.kernels.cpu.library import compute_dtype, load
 
 SIZES = ("batch", "m", "n", "run_count", "threads")
 STRIDES = ("X_batch", "X_row", "X_column", "out_batch", "out_row", "out_column")
@@ -36,9 +36,8 @@ def newton_schulz(X: Tensor, coefficients: Coefficients, runs: Sequence[int]) ->
     Raises:
         RuntimeError: if there is no compiler. MemoryError: if there is no room for the scratch.
     """
-    library = cpu.load()
-    library.moonfx_newton_schulz.restype = ctypes.c_int64
-    dtype = cpu.compute_dtype(library, X.dtype)
+    library = load()
+    dtype = compute_dtype(library, X.dtype)
     rows = X.stride()[1:]
     given = X if X.dtype == dtype else X.detach().to(dtype)
     if 1 not in given.stride()[1:]:

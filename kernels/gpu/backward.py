@@ -14,7 +14,7 @@ gpu_backward_plan.SPLIT allow, and tables of the index's size.
 
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.gpu.backward_dkdv import gradients_of_keys
 from moonfx.kernels.gpu.backward_dq import gradient_of_query
 from moonfx.kernels.gpu.backward_preprocess import statistics
@@ -33,7 +33,7 @@ def gradients(
     lse: Tensor,
     layout: Layout,
     index: Index | None,
-    policy: Policy,
+    arguments: MobaArguments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Of q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv], not empty.
 
@@ -49,6 +49,6 @@ def gradients(
     if grad_lse is not None:
         grad_lse = grad_lse.detach().float().contiguous()
     rows = statistics(grad_out, grad_lse, out, lse.contiguous(), layout)
-    arguments = grad_out, query, key, value, rows, layout, index, policy
-    grad_key, grad_value, grad_bias = gradients_of_keys(*arguments)
-    return gradient_of_query(*arguments), grad_key, grad_value, grad_bias
+    of = grad_out, query, key, value, rows, layout, index, arguments
+    grad_key, grad_value, grad_bias = gradients_of_keys(*of)
+    return gradient_of_query(*of), grad_key, grad_value, grad_bias

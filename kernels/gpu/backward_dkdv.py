@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
+from moonfx.kernels.common.token_layout import empty_by_token
 from moonfx.kernels.gpu import configs as gpu_configs
 from moonfx.kernels.gpu import tile as gpu_tile
 from moonfx.kernels.gpu.backward_schedule import COLUMNS, plan
@@ -39,7 +40,6 @@ from moonfx.kernels.gpu.tile import (
     product,
     store_rows,
 )
-from moonfx.kernels.torch_ops.moba import empty_by_token
 
 _BLOCK, _OFFSET, _BEGIN, _WHOLE, _END, _PLACE, _PARTS, _STEP = map(tl.constexpr, range(8))
 _COLUMNS = tl.constexpr(len(COLUMNS))
@@ -421,7 +421,7 @@ def gradients_of_keys(
     statistics: Tensor,
     layout: Layout,
     index: Index | None,
-    policy: Policy,
+    arguments: MobaArguments,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dK and dV by token in their dtypes, and float32 db [B, Hq, Nk] if there is a bias.
 
@@ -431,7 +431,7 @@ def gradients_of_keys(
     _, kv_heads, length, dim = key.shape
     wide = value.shape[3]
     group, queries = layout.group, query.shape[2]
-    scores = gpu_tile.scores(query, length, policy)
+    scores = gpu_tile.scores(query, length, arguments)
     config = gpu_configs.choose(
         *("dkdv", max(dim, wide), key.dtype, layout.block, key.device), extras=scores.extras(layout)
     )
@@ -440,7 +440,7 @@ def gradients_of_keys(
     todo = plan(index, layout, kv_heads, config.block_n, columns * config.block_n * 4)
 
     # Not every key is in a block that some row chose: padding is in none.
-    complete = policy.key_mask is None and queries == length
+    complete = arguments.key_mask is None and queries == length
     grad_key, grad_value = (empty_by_token(x, x.shape[3]) for x in (key, value))
     grad_bias = scratch = statistics  # where there is none: not written
     if scores.BIAS:

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
+from moonfx.kernels.common.token_layout import empty_by_token
 from moonfx.kernels.gpu import block_index as gpu_index
 from moonfx.kernels.gpu import configs as gpu_configs
 from moonfx.kernels.gpu import tile as gpu_tile
@@ -36,7 +37,6 @@ from moonfx.kernels.gpu.tile import (
     product,
     store_rows,
 )
-from moonfx.kernels.torch_ops.moba import empty_by_token
 
 
 @triton.jit
@@ -280,7 +280,7 @@ def gradient_of_query(
     statistics: Tensor,
     layout: Layout,
     index: Index | None,
-    policy: Policy,
+    arguments: MobaArguments,
 ) -> Tensor:
     """dQ [B, Hq, Nq, D] in query's dtype, by token; the arguments as of `gradients_of_keys`."""
     batch, kv_heads = key.shape[:2]
@@ -289,7 +289,7 @@ def gradient_of_query(
     tensors = query, key, value, grad_out, statistics
 
     def run(target: Tensor, part: Pass, row0: int, count: int) -> None:
-        _run(tensors, target, layout, index, policy, part, row0, count)
+        _run(tensors, target, layout, index, arguments, part, row0, count)
 
     if index is None:
         run(grad_query, Pass(0, batch * kv_heads, 0, 0), 0, rows)
@@ -311,7 +311,7 @@ def _run(
     target: Tensor,
     layout: Layout,
     index: Index | None,
-    policy: Policy,
+    arguments: MobaArguments,
     part: Pass,
     row0: int,
     count: int,
@@ -320,7 +320,7 @@ def _run(
     query, key, value, _, _ = tensors
     queries, blocks = layout.queries, layout.blocks
     dim = max(query.shape[3], value.shape[3])
-    scores = gpu_tile.scores(query, key.shape[2], policy)
+    scores = gpu_tile.scores(query, key.shape[2], arguments)
     config = gpu_configs.choose(
         *("dq", dim, query.dtype, layout.block, query.device), extras=scores.extras(layout)
     )

@@ -1,7 +1,7 @@
 """Tile shapes of the GPU kernels: a small table, so that few variants of a kernel ever compile.
 
 A row gives a kernel's tile for a width of the numbers, a block size and a chip, by head dim. Each
-of these is a bucket, so nothing here depends on how long a sequence is. `tests/kernels/aot.py`
+of these is a bucket, so nothing here depends on how long a sequence is. `tests/support/aot.py`
 compiles what every row launches, and says its registers, spills and shared memory.
 
 MOONFX_AUTOTUNE=1 lets `launch` measure a row's neighbours once per shape class, as

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
+from moonfx.kernels.common.token_layout import empty_by_token
 from moonfx.kernels.gpu import configs as gpu_configs
 from moonfx.kernels.gpu import tile as gpu_tile
 from moonfx.kernels.gpu.forward import advance
@@ -39,7 +40,6 @@ from moonfx.kernels.gpu.tile import (
     offsets,
     store_rows,
 )
-from moonfx.kernels.torch_ops.moba import empty_by_token
 
 MOST_ROWS = 64
 MOST_ROUTES = 4096  # of a kv head, with rows and columns padded: every program reads them all
@@ -263,7 +263,7 @@ def attend(
     value: Tensor,
     layout: Layout,
     routes: Tensor,
-    policy: Policy,
+    arguments: MobaArguments,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a call that `fits`.
 
@@ -280,7 +280,7 @@ def attend(
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     query, key, value = (gpu_tile.inner_contiguous(tensor) for tensor in (query, key, value))
     width = max(dim, value_dim)
-    made = gpu_tile.scores(query, key.shape[2], policy)
+    made = gpu_tile.scores(query, key.shape[2], arguments)
     sought, blocks = layout.queries, layout.blocks
     extras = bool(made.BIAS or made.SOFTCAP or blocks.token is not None)
     config = gpu_configs.choose("decode", width, query.dtype, layout.block, query.device, extras)

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
+from moonfx.kernels.common.token_layout import empty_by_token
 from moonfx.kernels.gpu import block_index as gpu_index
 from moonfx.kernels.gpu import configs as gpu_configs
 from moonfx.kernels.gpu import forward_small_blocks as gpu_forward_held
@@ -48,7 +49,6 @@ from moonfx.kernels.gpu.tile import (
     product,
     store_rows,
 )
-from moonfx.kernels.torch_ops.moba import empty_by_token
 
 
 @triton.jit
@@ -273,7 +273,7 @@ def attend(
     value: Tensor,
     layout: Layout,
     index: Index | None,
-    policy: Policy,
+    arguments: MobaArguments,
 ) -> tuple[Tensor, Tensor]:
     """MoBA (eq. 2) along the routes of an index; None where a batch row is one block (n = 1).
 
@@ -286,7 +286,7 @@ def attend(
     query, key, value = (gpu_tile.inner_contiguous(x) for x in (query, key, value))
     out = empty_by_token(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    call = Call(query, key, value, layout, policy)
+    call = Call(query, key, value, layout, arguments)
     if index is None:
         call.run(None, out, lse, Pass(0, call.heads, 0, 0), 0, call.rows)
         return out, lse
@@ -314,7 +314,7 @@ class Call(NamedTuple):
     key: Tensor
     value: Tensor
     layout: Layout
-    policy: Policy
+    arguments: MobaArguments
 
     @property
     def heads(self) -> int:
@@ -330,9 +330,9 @@ class Call(NamedTuple):
         self, index: Index | None, out: Tensor, lse: Tensor, part: Pass, row0: int, rows: int
     ) -> None:
         """Runs the tiles of a pass, of `rows` rows from row0; `out` and `lse` as in `_tiles`."""
-        query, key, value, layout, policy = self
+        query, key, value, layout, arguments = self
         queries, blocks = layout.queries, layout.blocks
-        scores = gpu_tile.scores(query, key.shape[2], policy)
+        scores = gpu_tile.scores(query, key.shape[2], arguments)
         bulk = blocks.token is None and gpu_tile.bulk(key) and gpu_tile.bulk(value)
         dim = max(query.shape[3], value.shape[3])
         of = dim, query.dtype, layout.block, query.device

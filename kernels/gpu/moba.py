@@ -16,7 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
+from moonfx.kernels.common.token_layout import empty_by_token
 from moonfx.kernels.gpu import backward as gpu_backward
 from moonfx.kernels.gpu import block_index as gpu_index
 from moonfx.kernels.gpu import block_means as gpu_means
@@ -25,10 +26,8 @@ from moonfx.kernels.gpu import decode as gpu_decode
 from moonfx.kernels.gpu import forward as gpu_forward
 from moonfx.kernels.gpu import problem as gpu_problem
 from moonfx.kernels.gpu import route as gpu_route
-from moonfx.kernels.gpu import tile as gpu_tile
 from moonfx.kernels.gpu.block_index import Index
 from moonfx.kernels.gpu.problem import Layout
-from moonfx.kernels.torch_ops.moba import empty_by_token
 
 
 def available() -> str | None:
@@ -47,16 +46,7 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    block: int,
-    topk: int,
-    sinks: int = 0,
-    scale: float | None = None,
-    key_mask: Tensor | None = None,
-    causal: bool = True,
-    softcap: float = 0.0,
-    key_bias: Tensor | None = None,
-    segments: Tensor | None = None,
-    block_means: Tensor | None = None,
+    arguments: MobaArguments,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over the selected blocks.
 
@@ -70,9 +60,6 @@ def forward(
         natural logarithm, and the routes that `backward` may take. A query that sees no real key
         gives 0 and -inf.
     """
-    policy = Policy(
-        *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, block_means)
-    )
     if max(query.shape[3], value.shape[3]) > gpu_configs.DIMS[-1]:
         raise ValueError(
             f"head_dim must be at most {gpu_configs.DIMS[-1]} on a GPU, got {query.shape[3]} "
@@ -80,24 +67,24 @@ def forward(
         )
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(query):
-        return _forward(query.detach(), key.detach(), value.detach(), policy)
+        return _forward(query.detach(), key.detach(), value.detach(), arguments)
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, policy: Policy
+    query: Tensor, key: Tensor, value: Tensor, arguments: MobaArguments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = gpu_problem.layout(query, key, policy)
+    layout = gpu_problem.layout(query, key, arguments)
     if query.shape[:3].numel() == 0:
         out = empty_by_token(query, value.shape[3])
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         shape = (*key.shape[:2], query.shape[2] * layout.group, layout.topk)
         return out, lse, query.new_empty(shape, dtype=torch.int32)
-    routes = routes_of(query, key, layout, policy)
+    routes = routes_of(query, key, layout, arguments)
     if gpu_decode.fits(query, layout):
-        out, lse = gpu_decode.attend(query, key, value, layout, routes, policy)
+        out, lse = gpu_decode.attend(query, key, value, layout, routes, arguments)
     else:
         index = index_of(routes, layout)
-        out, lse = gpu_forward.attend(query, key, value, layout, index, policy)
+        out, lse = gpu_forward.attend(query, key, value, layout, index, arguments)
     return out, lse, routes
 
 
@@ -109,16 +96,7 @@ def backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    block: int,
-    topk: int,
-    sinks: int = 0,
-    scale: float | None = None,
-    key_mask: Tensor | None = None,
-    causal: bool = True,
-    softcap: float = 0.0,
-    key_bias: Tensor | None = None,
-    segments: Tensor | None = None,
-    block_means: Tensor | None = None,
+    arguments: MobaArguments,
     *,
     routes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -131,39 +109,37 @@ def backward(
         The gradients of query, key and value, in their dtypes and over token-major storage, and
         that of the key bias as if it were not broadcast, float32 [B, Hq, Nk]: None without one.
     """
-    policy = Policy(
-        *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, block_means)
-    )
     query, key, value = query.detach(), key.detach(), value.detach()
     if lse.numel() == 0:
         zeros = [empty_by_token(x, x.shape[3]).zero_() for x in (query, key, value)]
         size = query.shape[0], query.shape[1], key.shape[2]
-        grad_bias = None if key_bias is None else query.new_zeros(size, dtype=torch.float32)
+        grad_bias = (
+            None if arguments.key_bias is None else query.new_zeros(size, dtype=torch.float32)
+        )
         return zeros[0], zeros[1], zeros[2], grad_bias
     with torch.cuda.device_of(query):
-        layout = gpu_problem.layout(query, key, policy)
+        layout = gpu_problem.layout(query, key, arguments)
         if routes is None:
-            routes = routes_of(query, key, layout, policy)
+            routes = routes_of(query, key, layout, arguments)
         index = index_of(routes, layout)
         return gpu_backward.gradients(
-            grad_out, grad_lse, query, key, value, out, lse, layout, index, policy
+            grad_out, grad_lse, query, key, value, out, lse, layout, index, arguments
         )
 
 
-def routes_of(query: Tensor, key: Tensor, layout: Layout, policy: Policy) -> Tensor:
+def routes_of(query: Tensor, key: Tensor, layout: Layout, arguments: MobaArguments) -> Tensor:
     """The blocks that each row attends, int32 [B, Hkv, Nq * G, K]; eq. 5 and 6."""
     if layout.n == 1:  # rows that see nothing included: they see no slot of it
         shape = (*key.shape[:2], query.shape[2] * layout.group, 1)
         return query.new_zeros(shape, dtype=torch.int32)
     means = biases = None
     if gpu_route.gated(layout) > 0:
-        means = policy.block_means
+        means = arguments.block_means
         if means is None:
             means = gpu_means.block_means(key, layout)
-        if policy.key_bias is not None:
-            biases = gpu_means.bias_means(policy.key_bias.detach(), layout, query.shape[1])
-    scale = gpu_tile.scale_of(query, policy)
-    return gpu_route.route(query, means, biases, layout, scale)
+        if arguments.key_bias is not None:
+            biases = gpu_means.bias_means(arguments.key_bias.detach(), layout, query.shape[1])
+    return gpu_route.route(query, means, biases, layout, arguments.scale_for(query.shape[3]))
 
 
 def index_of(routes: Tensor, layout: Layout) -> Index | None:

@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moonfx.kernels.common.arguments import Coefficients
 from moonfx.kernels.gpu import configs as gpu_configs
 from moonfx.kernels.gpu.configs import Config
 from moonfx.kernels.gpu.tile import precision, product
-from moonfx.kernels.reference.newton_schulz import Coefficients
 
 # Side and depth of a tile, warps, stages: by chip and bytes of a number.
 TILES = {

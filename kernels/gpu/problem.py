@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.common.sequences import Sequences
 
 # Kernel arguments that follow a sequence's length without being one: strides of the tensors below,
@@ -80,24 +80,24 @@ class Layout(NamedTuple):
     causal: bool
 
 
-def layout(query: Tensor, key: Tensor, policy: Policy) -> Layout:
+def layout(query: Tensor, key: Tensor, arguments: MobaArguments) -> Layout:
     """Where the rows and blocks of a call lie.
 
     Args:
         query: [B, Hq, Nq, D]. key: [B, Hkv, Nk, D]. Only their shapes and device are read.
     """
     length, heads = key.shape[2], key.shape[1]
-    block, topk, sinks = policy.block, policy.topk, policy.sinks
+    block, topk, sinks = arguments.block, arguments.topk, arguments.sinks
     if length <= block * topk:  # every sequence is one block
         block, topk, sinks = max(length, 1), 1, 0
-    if policy.segments is not None:
-        queries, blocks = packed(query, key, policy, block)
-    elif policy.key_mask is not None:
-        queries, blocks = padded(query, policy.key_mask, policy.causal, block)
+    if arguments.segments is not None:
+        queries, blocks = packed(query, key, arguments, block)
+    elif arguments.key_mask is not None:
+        queries, blocks = padded(query, arguments.key_mask, arguments.causal, block)
     else:
-        queries, blocks = plain(query, length, policy.causal, block)
+        queries, blocks = plain(query, length, arguments.causal, block)
     n, group = blocks.size.shape[1], query.shape[1] // max(heads, 1)
-    return Layout(queries, blocks, block, topk, sinks, n, group, policy.causal)
+    return Layout(queries, blocks, block, topk, sinks, n, group, arguments.causal)
 
 
 def plain(query: Tensor, length: int, causal: bool, block: int) -> tuple[Queries, Blocks]:
@@ -134,22 +134,24 @@ def padded(query: Tensor, real: Tensor, causal: bool, block: int) -> tuple[Queri
     return Queries(*narrow(*queries)), Blocks(*narrow(start, size, token))
 
 
-def packed(query: Tensor, key: Tensor, policy: Policy, block: int) -> tuple[Queries, Blocks]:
+def packed(
+    query: Tensor, key: Tensor, arguments: MobaArguments, block: int
+) -> tuple[Queries, Blocks]:
     """Of rows of packed sequences: a row has as many block numbers as tokens, most not used."""
-    assert policy.segments is not None
+    assert arguments.segments is not None
     batch, length, device = len(key), key.shape[2], key.device
-    places = Sequences(batch, length, policy.key_mask, policy.segments, device)
+    places = Sequences(batch, length, arguments.key_mask, arguments.segments, device)
     offset = torch.arange(length, device=device) - places.sorted.start
     opens = (offset % block == 0) & (offset < places.sorted.count)
     total = opens.cumsum(-1)
 
     here = slice(length - query.shape[2], length)
-    index = policy.segments[:, here].sort(dim=-1, stable=True).indices
+    index = arguments.segments[:, here].sort(dim=-1, stable=True).indices
     tokens = [x[:, here] for x in (places.tokens.rank, places.tokens.count, places.tokens.start)]
     rank, count, start = (x.gather(1, index) for x in tokens)
     # A sequence of padding alone opens no block: its queries see nothing, whatever `first` says.
     first = (total.gather(1, start) - 1).clamp(min=0)
-    queries = seen_from(rank, count, start, first, policy.causal, block)
+    queries = seen_from(rank, count, start, first, arguments.causal, block)
 
     number = torch.arange(length, device=device).expand(batch, -1)
     start = torch.searchsorted(total, number + 1).clamp(max=max(length - 1, 0))  # of each block

@@ -9,8 +9,8 @@ Scratch is about SCRATCH bytes, or what one query of every head takes.
 import torch
 from torch import Tensor
 
+from moonfx.kernels.common.exact import exact_float32, sortable
 from moonfx.kernels.gpu.problem import Layout
-from moonfx.kernels.torch_ops.plan import exact_float32, sortable
 
 SCRATCH = 128 << 20
 LEAST, MOST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max

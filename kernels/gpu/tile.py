@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.gpu import configs as gpu_configs
 from moonfx.kernels.gpu.problem import Layout
 
@@ -35,7 +35,7 @@ class Scores(NamedTuple):
     """How a call makes scores: kernel arguments, and flags that compile.
 
     Args:
-        scale, softcap: as in Policy; softcap is 1.0 where there is none.
+        scale, softcap: as in MobaArguments; softcap is 1.0 where there is none.
         bias: float32 [B, Hq, Nk], its last stride 1; any tensor where there is none.
         row, head: its strides.
         FOLD: the factor scale log2(e) is not in `logits`, but in `multiplier`.
@@ -59,24 +59,19 @@ class Scores(NamedTuple):
         return {"FOLD": self.FOLD, "SOFTCAP": self.SOFTCAP, "BIAS": self.BIAS}
 
 
-def scale_of(query: Tensor, policy: Policy) -> float:
-    """The factor on q.k."""
-    return query.shape[3] ** -0.5 if policy.scale is None else policy.scale
-
-
-def scores(query: Tensor, length: int, policy: Policy) -> Scores:
+def scores(query: Tensor, length: int, arguments: MobaArguments) -> Scores:
     """Of a query [B, Hq, Nq, D] and `length` keys."""
-    scale = scale_of(query, policy)
+    scale = arguments.scale_for(query.shape[3])
     bias, row, head, kind = query, 0, 0, 0
-    if policy.key_bias is not None:
-        bias = inner_contiguous(policy.key_bias.detach().float())
+    if arguments.key_bias is not None:
+        bias = inner_contiguous(arguments.key_bias.detach().float())
         bias = bias.expand(*query.shape[:2], length)
         row, head = bias.stride()[:2]
         kind = 2 if head else 1
-    softcap = policy.softcap > 0
+    softcap = arguments.softcap > 0
     # The maximum of products is that of scores only if the factor is positive.
     fold = scale > 0 and not softcap and kind == 0
-    return Scores(scale, policy.softcap or 1.0, bias, row, head, fold, softcap, kind)
+    return Scores(scale, arguments.softcap or 1.0, bias, row, head, fold, softcap, kind)
 
 
 def inner_contiguous(tensor: Tensor) -> Tensor:

@@ -21,8 +21,12 @@ real keys of its row, so that padding neither counts nor shifts a block. Beyond 
 Every product and sum is in float32 (float64 for float64 inputs).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+
+from moonfx.kernels.common.arguments import MobaArguments
 
 
 def key_positions(
@@ -71,47 +75,28 @@ def last_positions(rank: Tensor, queries: int, causal: bool) -> Tensor:
     return last[:, None, :, None]
 
 
-def select_blocks(
-    query: Tensor,
-    key: Tensor,
-    block: int,
-    topk: int,
-    *,
-    sinks: int = 0,
-    scale: float | None = None,
-    key_mask: Tensor | None = None,
-    causal: bool = True,
-    key_bias: Tensor | None = None,
-    block_means: Tensor | None = None,
-) -> Tensor:
+def select_blocks(query: Tensor, key: Tensor, arguments: MobaArguments) -> Tensor:
     """Which blocks each query attends (eq. 5 and 6).
 
     Args:
         query: [B, Hq, Nq, D], any float dtype.
         key: [B, Hkv, Nk, D], Nk >= Nq, Hq a multiple of Hkv.
-        block: tokens in a block, >= 1.
-        topk: blocks per query, the own block and the sinks counted, >= 1.
-        sinks: first blocks that are always chosen, < topk.
-        scale: the softmax's factor, D**-0.5 by default; it matters here only beside a key_bias.
-        key_mask: bool [B, Nk], True for a real token; None when all are.
-        causal: whether a query sees only the keys at or before its own position.
-        key_bias: float [B or 1, Hq or 1, Nk], added to the scaled scores; None for zero.
-        block_means: float32 [B, Hkv, m, D], m >= (Nk - 1) // block, causal only: the mean of the
-            real keys of each row's block; only those of a query's candidates are read. None for
-            those of `key`.
+        arguments: all but softcap and segments matter here; the scale beside a key_bias only.
     Returns:
         bool [B, Hq, Nq, n] with n = ceil(Nk / block); all False for a query that sees no real key.
     """
+    block, topk, sinks, causal = arguments.block, arguments.topk, arguments.sinks, arguments.causal
+    key_bias = arguments.key_bias
     batch, heads, queries, dim = query.shape
     length = key.shape[2]
-    assert block_means is None or causal, "a later block needs a mean as well"
-    real, rank = key_positions(batch, length, key_mask, key.device)
-    means = gate_means(key, block, real, rank, block_means)
+    assert arguments.block_means is None or causal, "a later block needs a mean as well"
+    real, rank = key_positions(batch, length, arguments.key_mask, key.device)
+    means = gate_means(key, block, real, rank, arguments.block_means)
     means = means.repeat_interleave(heads // key.shape[1], 1)
     score = query.to(means.dtype) @ means.transpose(-1, -2)  # eq. 6, no softmax scale
     if key_bias is not None:
         bias = gate_means(key_bias.expand(batch, -1, -1)[..., None], block, real, rank)
-        score = score + bias.transpose(-1, -2) / (dim**-0.5 if scale is None else scale)
+        score = score + bias.transpose(-1, -2) / arguments.scale_for(dim)
 
     own = rank[:, None, length - queries :, None].clamp(min=0) // block  # [B, 1, Nq, 1]
     index = torch.arange(means.shape[2], device=key.device)
@@ -126,20 +111,7 @@ def select_blocks(
 
 
 def moba_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block: int,
-    topk: int,
-    *,
-    sinks: int = 0,
-    scale: float | None = None,
-    key_mask: Tensor | None = None,
-    causal: bool = True,
-    softcap: float = 0.0,
-    key_bias: Tensor | None = None,
-    segments: Tensor | None = None,
-    block_means: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, arguments: MobaArguments
 ) -> tuple[Tensor, Tensor]:
     """Attention over the selected blocks (eq. 2), differentiable by autograd, the gate excepted.
 
@@ -147,52 +119,23 @@ def moba_attention(
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D].
         value: [B, Hkv, Nk, Dv].
-        scale: factor on q.k in the softmax, D**-0.5 by default; the gate has none.
-        softcap: bound on the scaled scores; 0 for none.
-        segments: integers [B, Nk], the sequence that each token is of; None for one per row.
-        The rest as in `select_blocks`.
     Returns:
         out [B, Hq, Nq, Dv] in query's dtype, and lse [B, Hq, Nq], the natural logarithm of the
         softmax's denominator, float32 (float64 for float64). A query that sees no real key gives
         0 and -inf.
     """
+    if arguments.segments is not None:
+        return each_segment_alone(query, key, value, arguments)
     batch, heads, queries, dim = query.shape
     group, length = heads // key.shape[1], key.shape[2]
-    scale = dim**-0.5 if scale is None else scale
-    real, rank = key_positions(batch, length, key_mask, key.device)
-    if segments is not None:
-        assert block_means is None, "they are numbered by row, not by segment"
-        mine = segments[:, None, length - queries :]
-        out = query.new_zeros(*query.shape[:3], value.shape[3])
-        lse = torch.full_like(query[..., 0], -torch.inf, dtype=accumulation_dtype(query))
-        for sequence in segments.unique():
-            alone, alone_lse = moba_attention(
-                *(query, key, value, block, topk),
-                sinks=sinks,
-                scale=scale,
-                key_mask=real & segments.eq(sequence),
-                causal=causal,
-                softcap=softcap,
-                key_bias=key_bias,
-            )
-            out = torch.where(mine.eq(sequence)[..., None], alone, out)
-            lse = torch.where(mine.eq(sequence), alone_lse, lse)
-        return out, lse
-
+    scale, softcap, key_bias = arguments.scale_for(dim), arguments.softcap, arguments.key_bias
+    real, rank = key_positions(batch, length, arguments.key_mask, key.device)
     with torch.no_grad():
-        chosen = select_blocks(
-            *(query, key, block, topk),
-            sinks=sinks,
-            scale=scale,
-            key_mask=key_mask,
-            causal=causal,
-            key_bias=key_bias,
-            block_means=block_means,
-        )
-        key_block = rank.clamp(min=0)[:, None, None, :] // block
+        chosen = select_blocks(query, key, arguments)
+        key_block = rank.clamp(min=0)[:, None, None, :] // arguments.block
         visible = chosen.gather(-1, key_block.expand(batch, heads, queries, length))
         visible &= real[:, None, None, :]
-        visible &= rank[:, None, None, :] <= last_positions(rank, queries, causal)
+        visible &= rank[:, None, None, :] <= last_positions(rank, queries, arguments.causal)
 
     key = only_real(key, real).repeat_interleave(group, 1)
     value = only_real(value, real).repeat_interleave(group, 1)
@@ -205,6 +148,25 @@ def moba_attention(
     lse = score.logsumexp(-1)
     probability = (score - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
     return (probability @ value).to(query.dtype), lse
+
+
+def each_segment_alone(
+    query: Tensor, key: Tensor, value: Tensor, arguments: MobaArguments
+) -> tuple[Tensor, Tensor]:
+    """`moba_attention` of packed sequences: each as if the others were padding."""
+    segments, mask = arguments.segments, arguments.key_mask
+    assert segments is not None
+    assert arguments.block_means is None, "they are numbered by row, not by segment"
+    mine = segments[:, None, key.shape[2] - query.shape[2] :]
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    lse = torch.full_like(query[..., 0], -torch.inf, dtype=accumulation_dtype(query))
+    for sequence in segments.unique():
+        real = segments.eq(sequence) if mask is None else mask & segments.eq(sequence)
+        one = replace(arguments, key_mask=real, segments=None)
+        alone, alone_lse = moba_attention(query, key, value, one)
+        out = torch.where(mine.eq(sequence)[..., None], alone, out)
+        lse = torch.where(mine.eq(sequence), alone_lse, lse)
+    return out, lse
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

@@ -8,12 +8,13 @@ the scalar map applied step by step. `by_singular_values` computes that, `by_pro
 Both compute in the matrix's own dtype: give them float64.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-Coefficients = Sequence[tuple[float, float, float]]
+from moonfx.kernels.common.arguments import Coefficients
+
+# Keller Jordan's (a, b, c), the same in every step (kellerjordan.github.io/posts/muon).
+JORDAN = (3.4445, -4.7750, 2.0315)
 
 
 def scalar_map(values: Tensor, coefficients: Coefficients) -> Tensor:

@@ -27,25 +27,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
+from moonfx.kernels.common.token_layout import empty_by_token
 from moonfx.kernels.torch_ops.plan import Tiles, plan
 from moonfx.kernels.torch_ops.problem import Pass, Problem
 
 
+def available() -> str | None:
+    """None: torch operations run anywhere."""
+    return None
+
+
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block: int,
-    topk: int,
-    sinks: int,
-    scale: float | None,
-    key_mask: Tensor | None,
-    causal: bool = True,
-    softcap: float = 0.0,
-    key_bias: Tensor | None = None,
-    segments: Tensor | None = None,
-    block_means: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, arguments: MobaArguments
 ) -> tuple[Tensor, Tensor]:
     """MoBA (eq. 2) of q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv], of any strides.
 
@@ -53,14 +47,11 @@ def forward(
         out [B, Hq, Nq, Dv] in query's dtype, stored by token, and lse, float32 [B, Hq, Nq].
         0 and -inf for a query that sees no real key.
     """
-    policy = Policy(
-        *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, block_means)
-    )
     out = empty_by_token(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    problem = Problem(query, key, value, policy)
+    problem = Problem(query, key, value, arguments)
     for rows, heads in problem.head_passes():
         keys, values, biases = problem.sorted(key, value, rows, heads)
         for queries in problem.query_passes():
@@ -84,16 +75,7 @@ def backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    block: int,
-    topk: int,
-    sinks: int,
-    scale: float | None,
-    key_mask: Tensor | None,
-    causal: bool = True,
-    softcap: float = 0.0,
-    key_bias: Tensor | None = None,
-    segments: Tensor | None = None,
-    block_means: Tensor | None = None,
+    arguments: MobaArguments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `forward`, whose out and lse it takes; the routes are found again, not saved.
 
@@ -103,17 +85,14 @@ def backward(
         Gradients of query, key and value, in their dtypes, stored by token; and of key_bias as if
         it were float32 [B, Hq, Nk], or None if there is none.
     """
-    policy = Policy(
-        *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, block_means)
-    )
     grads = tuple(empty_by_token(tensor, tensor.shape[3]) for tensor in (query, key, value))
     grad_query, grad_key, grad_value = grads
     grad_bias = None
-    if key_bias is not None:
-        grad_bias = key_bias.new_zeros(query.shape[0], query.shape[1], key.shape[2])
+    if arguments.key_bias is not None:
+        grad_bias = arguments.key_bias.new_zeros(query.shape[0], query.shape[1], key.shape[2])
     if grad_query.numel() == 0:
         return grad_query, grad_key.zero_(), grad_value.zero_(), grad_bias
-    problem = Problem(query, key, value, policy)
+    problem = Problem(query, key, value, arguments)
     by_key = [grad_key, grad_value]
     if grad_bias is not None:
         by_key.append(problem.by_kv_head(grad_bias))
@@ -266,9 +245,3 @@ def with_last(rows: Tensor, dims: int, last: float) -> Tensor:
     """A pass's rows as a table [R + 1, ...] whose last row stands for "no row"."""
     flat = rows.reshape(-1, *rows.shape[rows.dim() - dims :])
     return torch.cat([flat, flat.new_full((1, *flat.shape[1:]), last)])
-
-
-def empty_by_token(like: Tensor, width: int) -> Tensor:
-    """[B, H, N, width] over storage [B, N, H, width]: a model's reshape to tokens is then free."""
-    batch, heads, length, _ = like.shape
-    return like.new_empty(batch, length, heads, width).transpose(1, 2)

@@ -12,7 +12,7 @@ CPU multiplies a value at a time, is computed in float32 and rounded once.
 import torch
 from torch import Tensor
 
-from moonfx.kernels.reference.newton_schulz import Coefficients
+from moonfx.kernels.common.arguments import Coefficients
 
 
 def plain(X: Tensor, coefficients: Coefficients) -> Tensor:

@@ -10,13 +10,13 @@ Shape letters as in moba.py; n blocks in a batch row, C of them candidates.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moonfx.kernels.common.exact import exact_float32, sortable
 from moonfx.kernels.torch_ops.problem import Pass
 
 TILE = 128  # rows: enough to keep a product busy, few enough that half a tile is little waste
@@ -215,24 +215,3 @@ def cut(route: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
 def tile_rows(rows: int) -> int:
     """A power of two: TILE, or less where a block cannot fill that many."""
     return min(TILE, 1 << max(0, rows - 1).bit_length())
-
-
-def sortable(score: Tensor) -> Tensor:
-    """float32 -> int64 in the same order, unequal ones 2**32 apart: room to break a tie."""
-    bits = (score + 0.0).view(torch.int32)  # -0.0 becomes 0.0, which it equals
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """float32 products without TF32 or bfloat16 inside: a rounded gate would flip near-ties."""
-    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    backends = torch.backends.cuda.matmul, mkldnn
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

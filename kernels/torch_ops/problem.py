@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.common.sequences import Sequences
 
 QUERIES = 128  # in a pass at least
@@ -32,23 +32,23 @@ class Budget:
 class Problem:
     """One call's shapes and positions; `forward` and `backward` walk it in the same passes."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, policy: Policy) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, arguments: MobaArguments) -> None:
         self.batch, heads, self.queries, self.dim = query.shape
         self.kv_heads, self.length = key.shape[1], key.shape[2]
         self.group = heads // self.kv_heads
         self.width = self.dim + value.shape[3]
-        self.scale = self.dim**-0.5 if policy.scale is None else policy.scale
-        self.causal, self.softcap = policy.causal, policy.softcap
+        self.scale = arguments.scale_for(self.dim)
+        self.causal, self.softcap = arguments.causal, arguments.softcap
         self.query, self.offset = query, self.length - self.queries
         self.budget = Budget.on(query.device)
-        self.means = policy.block_means
-        self.bias = policy.key_bias
+        self.means = arguments.block_means
+        self.bias = arguments.key_bias
         if self.bias is not None:  # seen as [B, Hkv, Nk, G]
             self.bias = self.by_kv_head(self.bias.expand(self.batch, heads, -1))
         self.sequences = Sequences(
-            self.batch, self.length, policy.key_mask, policy.segments, query.device
+            self.batch, self.length, arguments.key_mask, arguments.segments, query.device
         )
-        block, topk, sinks = policy.block, policy.topk, policy.sinks
+        block, topk, sinks = arguments.block, arguments.topk, arguments.sinks
         longest = self.sequences.longest() if query.numel() else 0
         if longest <= block * topk:  # dense: a block per sequence, no gate
             block, topk, sinks = max(longest, 1), 1, 0

@@ -4,7 +4,6 @@ torch.compile(model, backend="moonfx", options={"block": 4096, "topk": 12})
 torch.compile(muon.step, backend="moonfx")
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from moonfx.backend.rewriter import Backend
 from moonfx.capture.dynamo_frames import is_piece
 from moonfx.capture.inductor import COMPILERS, mode_options
 from moonfx.capture.retrace import held_tensors
-from moonfx.policy import LayerPolicy, Policies, check_flag
+from moonfx.policy import LayerPolicy, Policies, check_flag, did_you_mean
 
 DEFAULTS: dict[str, Any] = {
     "block": 4096,
@@ -28,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "on_miss": "warn",
     "compiler": "inductor",
     "inductor": None,
+    "disable_passes": (),
 }
 FLAGS = ("causal_only", "recompute_routing")
 # The backend is given graphs, not the model: after a graph break it cannot tell layers apart.
@@ -43,8 +43,7 @@ def check_options(options: dict[str, Any] | None) -> dict[str, Any]:
     """
     for name in options or {}:
         if name not in DEFAULTS:
-            near = difflib.get_close_matches(name, DEFAULTS, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = did_you_mean(name, DEFAULTS)
             if name in OF_SPARSIFY:
                 hint = " (policies per layer need the model: moonfx.sparsify takes them)"
             raise ValueError(
@@ -74,15 +73,17 @@ def compile(
 
     Args:
         mode: a mode of Inductor, as torch.compile takes it.
-        options: block, topk, sinks, causal_only, recompute_routing, on_miss and compiler as for
-            moonfx.sparsify; "inductor": a dict of Inductor options. on_miss counts for a graph that
-            holds attention, or that is not a piece left by a graph break; of an optimizer's step,
-            for one of which no iteration is faster or left by the cost model (`steps`).
+        options: block, topk, sinks, causal_only, recompute_routing, on_miss, compiler and
+            disable_passes as for moonfx.sparsify; "inductor": a dict of Inductor options. on_miss
+            counts for a graph that holds attention, or that is not a piece left by a graph break;
+            of an optimizer's step, for one of which no iteration is faster or left by the cost
+            model.
     """
     known = check_options(options)
     config = {**mode_options(mode), **(known["inductor"] or {})}
     default = LayerPolicy(known["block"], known["topk"], known["sinks"])
-    policies = Policies(default, **{flag: known[flag] for flag in FLAGS})
+    flags = {flag: known[flag] for flag in FLAGS}
+    policies = Policies(default, **flags, disable_passes=known["disable_passes"])
     backend = Backend(policies, known["compiler"], config=config)
     compiled = backend(gm, example_inputs)
     remember(backend.records)
@@ -95,6 +96,8 @@ def compile(
         inputs = [*example_inputs, *held_tensors(gm).values()]
         problem = step_messages.problem(what, gm, inputs, record.iterations, before)
         if problem is not None:
+            if "newton_schulz" in record.disabled:  # then nothing is known of its iterations
+                problem = f"{what} runs as it was"
             miss(known["on_miss"], report, what, problem)
     elif record.of_optimizer and not report.rows:
         miss(known["on_miss"], report, what, f"{what} runs as it was")

@@ -21,7 +21,8 @@ def miss(on_miss: str, report: Report, what: str, problem: str | None = None) ->
     """Says that nothing became sparse, or what else missed its aim, as `on_miss` asks."""
     if on_miss == "ignore":
         return
-    message = f"moonfx: {problem or f'no attention of {what} became sparse'}\n{report}"
+    disabled = f" (passes disabled: {', '.join(report.disabled)})" if report.disabled else ""
+    message = f"moonfx: {problem or f'no attention of {what} became sparse'}{disabled}\n{report}"
     if on_miss == "raise":
         raise NothingRewritten(message)
     warnings.warn(message, stacklevel=3)

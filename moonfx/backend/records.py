@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moonfx.passes.parameters.dataflow import Run
+from moonfx.passes.parameters.dataflow import DataFlow
 from moonfx.passes.parameters.roles import Found, uses_in
 from moonfx.report.attention import Row
 from moonfx.report.newton_schulz import IterationRow
@@ -28,6 +28,7 @@ class Record:
         optimizer: whose step it is, where that is known.
         frame: a number for the code that it was compiled from.
         broken: where and why a graph break cut it off from what follows.
+        disabled: the passes that did not run, as its owner asked.
         run: of a model's graph, what it computed before the passes; `uses` reads it and lets it go.
     """
 
@@ -36,11 +37,12 @@ class Record:
     parameters: list[weakref.ref[torch.Tensor]]
     of_optimizer: bool = False
     iterations: list[IterationRow] = field(default_factory=list)
-    run: Run | None = None
+    run: DataFlow | None = None
     found: dict[int, Found] = field(default_factory=dict)
     optimizer: weakref.ref[torch.optim.Optimizer] | None = None
     frame: int | None = None
     broken: str | None = None
+    disabled: tuple[str, ...] = ()
 
     @property
     def code(self) -> Hashable:
@@ -77,6 +79,7 @@ def report_on(records: Iterable[Record]) -> Report:
         report.of_steps &= record.of_optimizer
         report.add(record.rows, record.iterations, record.code)
         report.failures += [record.failure] if record.failure else []
+        report.disabled = tuple(sorted({*report.disabled, *record.disabled}))
     return report
 
 

@@ -1,7 +1,6 @@
 """Captures one graph, runs the passes on it under its model's policies, records what they found."""
 
 import logging
-import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -22,13 +21,14 @@ from moonfx.capture.dynamo_frames import (
     returns_gradients,
 )
 from moonfx.capture.exported_program import capture_exported, exported_again, is_decomposed
-from moonfx.capture.graph_nodes import graph_root, name_invoked_bodies
+from moonfx.capture.graph_nodes import graph_root, name_invoked_bodies, placeholders
 from moonfx.capture.inductor import compile_graph
 from moonfx.capture.retrace import CaptureError, capture, held_tensors
+from moonfx.environment import verifying
 from moonfx.passes.context import Context
-from moonfx.passes.graph.memory_versions import Memory
-from moonfx.passes.parameters.dataflow import GraphCall, Run
-from moonfx.passes.pass_manager import WITHOUT_ATTENTION, Passes, run_passes
+from moonfx.passes.graph.memory_versions import writes_to_parameters
+from moonfx.passes.parameters.dataflow import DataFlow, GraphCall
+from moonfx.passes.pass_manager import WITHOUT_ATTENTION, Passes, check_passes, run_passes
 from moonfx.passes.symbolic import input_masks as given_masks
 from moonfx.policy import LayerPolicy, Policies
 from moonfx.report.attention import row_of
@@ -51,6 +51,8 @@ class Backend:
         compiler: one of COMPILERS.
         model: the model whose graphs these are, where it is known.
         config: Inductor options to pass on.
+    Raises:
+        ValueError: if the policies disable a pass that there is not.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class Backend:
         model: torch.nn.Module | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
+        if policies is not None:
+            check_passes(policies.disable_passes)
         self.policies, self.compiler = policies, compiler
         self.config = config or {}
         self.names: dict[int, str] = {}
@@ -112,10 +116,11 @@ class Backend:
         if self.policies is None:
             return gm, {}
         held = held_tensors(gm).values()
-        inputs = (x for x in (*example_inputs, *held) if isinstance(x, torch.nn.Parameter))
-        parameters: list[weakref.ref[torch.Tensor]] = [weakref.ref(x) for x in inputs]
+        given = (x for x in (*example_inputs, *held) if isinstance(x, torch.nn.Parameter))
+        parameters: list[weakref.ref[torch.Tensor]] = [weakref.ref(x) for x in given]
         called_by = owner()
         record = Record([], None, parameters, of_optimizer=bool(held))
+        record.disabled = self.policies.disable_passes
         record.frame, record.broken = compiled_frame(), break_after(gm)
         if isinstance(called_by, torch.optim.Optimizer):
             record.optimizer, record.of_optimizer = weakref.ref(called_by), True
@@ -137,7 +142,7 @@ class Backend:
             captured = capture(gm, example_inputs)
             context = self.run_passes(captured, root, record, WITHOUT_ATTENTION)
         if called_by is None and record.iterations:
-            record.of_optimizer = record.of_optimizer or _writes_to_parameters(
+            record.of_optimizer = record.of_optimizer or writes_to_parameters(
                 captured, example_inputs
             )
         if record.of_optimizer:
@@ -145,11 +150,9 @@ class Backend:
         if context is None:
             return gm, {}
         name_invoked_bodies(captured, retraced=True)
-        placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
+        inputs = placeholders(captured.graph)
         guards = {
-            placeholders.index(node): values
-            for node, values in context.proofs.items()
-            if node in placeholders
+            inputs.index(node): values for node, values in context.proofs.items() if node in inputs
         }
         return captured, guards
 
@@ -163,9 +166,9 @@ class Backend:
         """Keeps what `Record.uses` needs; not the graph."""
         try:
             returned = () if is_piece(gm) else None
-            record.run = Run([GraphCall(captured, example_inputs)], returned)
+            record.run = DataFlow([GraphCall(captured, example_inputs)], returned)
         except Exception:
-            if os.environ.get("MOONFX_VERIFY"):
+            if verifying():
                 raise
             log.exception("the uses of a graph's parameters stay unknown; please report this")
 
@@ -174,7 +177,8 @@ class Backend:
 
         What was proved of a buffer's values was proved of those that the program holds.
         """
-        record = Record([], None, [])
+        assert self.policies is not None
+        record = Record([], None, [], disabled=self.policies.disable_passes)
         self.records.append(record)
         exported = capture_exported(program)
         if self.run_passes(exported.gm, "", record) is None:
@@ -203,21 +207,22 @@ class Backend:
         """
         assert self.policies is not None
         flags = self.policies.causal_only, self.policies.recompute_routing
-        context = Context(captured, self.policy_of, self.names, root, *flags)
+        disabled = self.policies.disable_passes
+        context = Context(captured, self.policy_of, self.names, root, *flags, disabled)
         context.likely_policy = self.likely_policy_of
         try:
             rewritten = run_passes(context, *passes)
         except DenseLastUnknown:
             raise
         except Exception as error:
-            if os.environ.get("MOONFX_VERIFY"):
+            if verifying():
                 raise
             failure = f"a pass failed, attentions stay: {type(error).__name__}: {error}"
             record.failure = record.failure or failure
             log.exception("a pass failed, and the graph's attentions stay; please report this")
             return None
-        apart = [f"a pass failed, what the others did stays: {f}" for f in context.failures]
-        record.failure = "\n".join(filter(None, [record.failure, *apart])) or None
+        isolated = [f"a pass failed, what the others did stays: {f}" for f in context.failures]
+        record.failure = "\n".join(filter(None, [record.failure, *isolated])) or None
         record.rows += map(row_of, context.sites)
         record.iterations = rows_of(context.iterations)
         return context if rewritten else None
@@ -275,15 +280,6 @@ class Backend:
     def unused(self) -> list[str]:
         """Keys of `layers` that fit no attention seen so far."""
         return [] if self.policies is None else self.policies.unused([n for n, _ in self.layers])
-
-
-def _writes_to_parameters(captured: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """Whether a graph changes a parameter that it is given, itself or through a view."""
-    placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
-    pairs = zip(placeholders, example_inputs, strict=True)
-    given = [n for n, x in pairs if isinstance(x, torch.nn.Parameter)]
-    memory = Memory(captured.graph) if given else None
-    return memory is not None and any(memory.written_at(node) for node in given)
 
 
 def _key(site: AttentionSite) -> tuple[str, int]:

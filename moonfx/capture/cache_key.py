@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 from pathlib import Path
 
 from torch import fx
@@ -11,12 +12,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 @functools.cache
 def source_hash() -> str:
     """Hash of every source of moonfx, its passes and its kernels."""
-    import moonfx.kernels
-    import moonfx.passes
-
     package = Path(__file__).resolve().parents[1]
-    parts = (*moonfx.passes.__path__, *moonfx.kernels.__path__)
-    roots = {package, *map(Path, parts)}
+    # Folders of the package once installed; in a bare checkout they lie beside it.
+    parts = (importlib.util.find_spec(f"moonfx.{name}") for name in ("passes", "kernels"))
+    found = [path for part in parts if part for path in part.submodule_search_locations or ()]
+    roots = {package, *map(Path, found)}
     digest = hashlib.sha256()
     for root in sorted(roots):
         for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu")):

@@ -16,10 +16,11 @@ from moonfx.capture.graph_nodes import (
     BUFFER,
     CAPTURED,
     INPUT,
-    name_in_model,
     body_position,
+    name_in_model,
     name_invoked_bodies,
     nested_graphs,
+    placeholders,
 )
 from moonfx.capture.sizes import same_size
 
@@ -55,8 +56,7 @@ def capture_exported(program: ExportedProgram) -> Exported:
     signature = program.graph_signature
     mutated = set(signature.buffers_to_mutate.values())
     values = {**program.state_dict, **program.constants}
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+    for node, spec in zip(placeholders(gm.graph), signature.input_specs, strict=True):
         inside = spec.target is not None
         node.meta[INPUT] = (inside, spec.target if inside else node.name)
         value = None if spec.kind is InputKind.PARAMETER else values.get(str(spec.target))

@@ -75,6 +75,11 @@ def buffer_value(node: fx.Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The graph's inputs, in the order in which it is called with them."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
 def input_name(node: fx.Node) -> tuple[bool, str] | None:
     """Whether an input of the graph is part of the module that it starts in, and its name there.
 
@@ -190,8 +195,7 @@ def graph_root(
     Args:
         parameter_names: id of each parameter of the user's model -> its qualified name.
     """
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    for node, value in zip(placeholders, example_inputs, strict=True):
+    for node, value in zip(placeholders(gm.graph), example_inputs, strict=True):
         name = parameter_names.get(id(value))
         if name is None:
             continue

@@ -1,8 +1,8 @@
-"""Writes a call of a Dynamo graph as an equal call before it was written, without tracing it.
+"""Writes a call of a Dynamo graph as an equal call was written before it, without tracing it.
 
     before  linear(x0, w0), linear(x1, w1), ...      the layers of a model are alike
     traced  linear.default(x0, w0)                   by make_fx
-    again   linear.default(x1, w1)                   from the first, where x1, w1 are like x0, w0
+    replay  linear.default(x1, w1)                   from the first, where x1, w1 are like x0, w0
 
 Only for calls whose operands are tensors of static shapes and plain constants, and which became
 operators that write to nothing and read nothing but those operands: what such a call becomes
@@ -52,7 +52,7 @@ class _Place:
 
 @dataclass
 class Written:
-    """The nodes that a call became.
+    """The nodes that a call became, and how to write them for another call.
 
     Args:
         steps: target, name, args, kwargs and meta of each; a _Place stands for each node.
@@ -70,7 +70,7 @@ class Written:
         value: torch.Tensor = self.steps[self.result][4]["val"]
         return value
 
-    def again(self, source: fx.Node, operands: Sequence[fx.Node], graph: fx.Graph) -> fx.Node:
+    def replay(self, source: fx.Node, operands: Sequence[fx.Node], graph: fx.Graph) -> fx.Node:
         """Writes the nodes for another call, at the end of a graph; returns the result's.
 
         Args:

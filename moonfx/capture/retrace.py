@@ -31,7 +31,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moonfx.capture.dynamo_frames import owner, returns_gradients
 from moonfx.capture.functorch_regions import isolate_transforms, under_transform
-from moonfx.capture.graph_nodes import BUFFER, CAPTURED, DATA, TRAINED, BODY_OPERATORS
+from moonfx.capture.graph_nodes import (
+    BODY_OPERATORS,
+    BUFFER,
+    CAPTURED,
+    DATA,
+    TRAINED,
+    placeholders,
+)
 from moonfx.capture.repeated_calls import Key, Written, key_of, remember
 
 Repeats = dict[Key, Written | None]
@@ -92,16 +99,16 @@ def _hold(gm: fx.GraphModule, captured: fx.GraphModule, names: Sequence[str]) ->
     The two modules share their tables of tensors where they can: Dynamo empties that of its own
     when the optimizer goes, so that a compiled step does not keep the parameters alive.
     """
-    placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
     if not names:
         return
+    inputs = placeholders(captured.graph)
     if not (captured._parameters or captured._buffers):
         captured._parameters, captured._buffers = gm._parameters, gm._buffers
-    for name, node in zip(names, placeholders[-len(names) :], strict=True):
+    for name, node in zip(names, inputs[-len(names) :], strict=True):
         if name not in captured._parameters and name not in captured._buffers:
             table = "_parameters" if name in gm._parameters else "_buffers"
             getattr(captured, table)[name] = getattr(gm, table)[name]
-        with captured.graph.inserting_after(placeholders[-1]):
+        with captured.graph.inserting_after(inputs[-1]):
             read = captured.graph.get_attr(name)
         read.meta.update(node.meta)
         read.meta[TRAINED] = getattr(gm, name).requires_grad
@@ -198,7 +205,7 @@ class _Retrace(fx.Interpreter):
         known = self.written.get(call[0]) if call else None
         if known is not None:
             value = self._like(known, n)
-            node = known.again(n, operands, tracer.graph)
+            node = known.replay(n, operands, tracer.graph)
             track_tensor(value, fx.Proxy(node, tracer), constant=None, tracer=tracer)
             return value
         last = next(iter(reversed(tracer.graph.nodes)), None)
@@ -329,9 +336,8 @@ def _keep_placeholders(
 
     A mask kept in a buffer can be proved from its value; `backend.guards` watches that it stays.
     """
-    before = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    after = [n for n in captured.graph.nodes if n.op == "placeholder"]
-    for old, new, value in zip(before, after, example_inputs, strict=True):
+    pairs = placeholders(gm.graph), placeholders(captured.graph)
+    for old, new, value in zip(*pairs, example_inputs, strict=True):
         new.name = new.target = old.name
         new.meta.update({k: v for k, v in old.meta.items() if k in ("grapharg", "tensor_dict")})
         new.meta[TRAINED] = isinstance(value, torch.Tensor) and value.requires_grad

@@ -16,13 +16,15 @@ from moonfx.cli import doctor
 from moonfx.cli.hugging_face import Call, UsageError, Wish, call_of, inputs_of, nearest, one_line
 from moonfx.policy import check_block_topk_sinks
 
+# Name -> its module, and what `moonfx bench --help` says of it.
 BENCHMARKS = {
-    "attention": "moonfx.bench.attention.main",
-    "compile": "moonfx.bench.models.compile_time",
-    "model": "moonfx.bench.models.model",
-    "newton-schulz": "moonfx.bench.optimizers.newton_schulz",
-    "optimizer": "moonfx.bench.optimizers.optimizer",
-    "passes": "moonfx.bench.models.passes",
+    "attention": ("moonfx.bench.attention.main", "sparse against dense"),
+    "compile": ("moonfx.bench.models.compile_time", "what sparsify adds to torch.compile"),
+    "model": ("moonfx.bench.models.model", "a real model reads and trains"),
+    "newton-schulz": ("moonfx.bench.optimizers.newton_schulz", "the operator against the loop"),
+    "optimizer": ("moonfx.bench.optimizers.optimizer", "a step of Muon, eager and compiled"),
+    "passes": ("moonfx.bench.models.passes", "what capture and the passes take"),
+    "perplexity": ("moonfx.bench.models.perplexity", "what sparsity costs without training"),
 }
 
 
@@ -39,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["bench"] and words[1:2] and words[1] in BENCHMARKS:
         # A benchmark has a parser, and a --help, of its own.
-        return int(importlib.import_module(BENCHMARKS[words[1]]).main(words[2:]) or 0)
+        module = importlib.import_module(BENCHMARKS[words[1]][0])
+        return int(module.main(words[2:]) or 0)
     try:
         options = parser().parse_args(words)
     except SystemExit as leave:  # argparse has printed the help or the error
@@ -54,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 # What the environment changes, for `moonfx --help` and `moonfx doctor`.
 ENVIRONMENT = """environment:
   MOONFX_AUTOTUNE=1     GPU kernels measure their tiles at the first call of a shape class
-  MOONFX_DUMP=DIR       writes each graph before and after each pass into DIR, as Python
+  MOONFX_DUMP=DIR       writes each graph before and after each pass into DIR, as Python, and a
+                        .diff of the two
   MOONFX_VERIFY=1       checks each graph after each pass; a pass that fails raises
   TORCH_LOGS=moonfx     says what became of each attention; +moonfx also what each pass did
   TORCH_TRACE=DIR       adds the graphs of MOONFX_DUMP to torch's own traces, for tlparse
@@ -75,6 +79,25 @@ def parser() -> argparse.ArgumentParser:
         help="what sparsify would do to a model, layer by layer; nothing is changed",
     )
     explain.set_defaults(run=run_explain)
+    add_explain(explain)
+
+    look = commands.add_parser("doctor", help="what each feature needs, and whether it is here")
+    look.set_defaults(run=run_doctor)
+    look.add_argument("--json", action="store_true", help="print JSON")
+
+    bench = commands.add_parser(
+        "bench",
+        help="the benchmarks; `moonfx bench attention --help`",
+        epilog="benchmarks:\n"
+        + "".join(f"  {name:<15}{what}\n" for name, (_, what) in BENCHMARKS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("what", choices=BENCHMARKS, metavar="BENCHMARK", help="one of these")
+    return top
+
+
+def add_explain(explain: argparse.ArgumentParser) -> None:
+    """The arguments of `moonfx explain`."""
     explain.add_argument(
         "target",
         metavar="TARGET",
@@ -102,21 +125,6 @@ def parser() -> argparse.ArgumentParser:
         help="keep the configuration's own widths (without data) instead of narrow ones",
     )
     explain.add_argument("--json", action="store_true", help="print JSON")
-
-    look = commands.add_parser("doctor", help="what each feature needs, and whether it is here")
-    look.set_defaults(run=run_doctor)
-    look.add_argument("--json", action="store_true", help="print JSON")
-
-    bench = commands.add_parser("bench", help="the benchmarks; `moonfx bench attention --help`")
-    bench.add_argument(
-        "what",
-        choices=BENCHMARKS,
-        help="attention: sparse against dense; compile: what sparsify adds to torch.compile; "
-        "model: a real model reads and trains; newton-schulz: the operator against the loop; "
-        "optimizer: a step of Muon, eager and compiled; passes: what the retrace and the passes "
-        "add to Dynamo's capture",
-    )
-    return top
 
 
 def run_doctor(options: argparse.Namespace) -> int:

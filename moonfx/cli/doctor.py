@@ -3,7 +3,6 @@
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -14,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from moonfx import environment
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.cpu import library as cpu_build
-from moonfx.kernels.cpu import moba as cpu
 from moonfx.kernels.gpu import configs as gpu_configs
 
 PYTHON_FROM = (3, 11)
@@ -115,7 +115,7 @@ def error_on(device: str) -> float:
     ).unbind()
     inputs = (x.to(device) for x in (query, key, value))
     out = moonfx.moba_attention(*inputs, 4, 3, sinks=1)
-    expected, _ = reference.moba_attention(query, key, value, 4, 3, sinks=1)
+    expected, _ = reference.moba_attention(query, key, value, MobaArguments(4, 3, sinks=1))
     return float((out.cpu() - expected).abs().max())
 
 
@@ -136,11 +136,11 @@ def check_compiler() -> list[Check]:
         compiler = cpu_build.find_compiler()
     except cpu_build.BuildError:
         # A CXX that is no program hides every compiler that there may be.
-        fix = "unset CXX" if os.environ.get("CXX") else "apt-get install -y g++"
+        fix = "unset CXX" if environment.compiler() else "apt-get install -y g++"
         missing = Check(component, "-", needed_by, MISSING, fix)
         return [missing, Check("OpenMP", "-", NEEDS_OPENMP, MISSING, fix)]
-    if (reason := cpu.available()) is not None:
-        show = "python -c 'from moonfx.kernels import cpu; print(cpu.available())'"
+    if (reason := cpu_build.available()) is not None:
+        show = "python -c 'from moonfx.kernels.cpu import library; print(library.available())'"
         row = Check(component, reason.partition("\n")[0], needed_by, BROKEN, show)
     else:
         version = cpu_build.run([*compiler, "--version"]).stdout.partition("\n")[0]
@@ -189,7 +189,7 @@ def check_triton_kernels() -> Check:
     component = "Triton kernels"
     if not torch.cuda.is_available():
         return Check(component, "-", NEEDS_TRITON, ABSENT)
-    show = "python -c 'from moonfx.kernels import gpu; print(gpu.available())'"
+    show = "python -c 'from moonfx.kernels.gpu import moba; print(moba.available())'"
     kernels, reason = importlib.import_module("moonfx.ops.dispatch").find_triton_kernels()
     if kernels is None:
         if importlib.util.find_spec("triton") is None:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -117,8 +117,8 @@ def check_segments(segments: Tensor | None, key: Tensor) -> None:
     check_by_key("segments", segments, key)
 
 
-def check_block_means(policy: Policy, key: Tensor) -> None:
-    means = policy.block_means
+def check_block_means(arguments: MobaArguments, key: Tensor) -> None:
+    means = arguments.block_means
     if means is None:
         return
     if not isinstance(means, Tensor):
@@ -126,16 +126,16 @@ def check_block_means(policy: Policy, key: Tensor) -> None:
     if means.dtype != torch.float32:
         raise TypeError(f"block_means must be float32, got {dtype_name(means.dtype)}")
     batch, heads, length, dim = key.shape
-    least = max(length - 1, 0) // policy.block
+    least = max(length - 1, 0) // arguments.block
     fits = means.dim() == 4 and means.shape[:2] == (batch, heads) and means.shape[3] == dim
     if not fits or means.shape[2] < least:
         raise ValueError(
             f"block_means must be [batch, key heads, blocks, head_dim], [{batch}, {heads}, "
             f"{least} or more, {dim}], got {shape(means)}"
         )
-    if policy.segments is not None:
+    if arguments.segments is not None:
         raise ValueError("block_means must be None with segments, whose blocks are their own")
-    if not policy.causal:
+    if not arguments.causal:
         raise ValueError("block_means must be None with causal=False, which needs the last block's")
     check_device("block_means", means, key)
 

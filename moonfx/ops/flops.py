@@ -1,9 +1,13 @@
 """What the operators cost: FLOPs by the keys attended, for torch.utils.flop_counter."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 import moonfx.ops.moba  # noqa: F401  (registers the operators)
+from moonfx.ops.flop_formulas import register_flop_formula
+from moonfx.ops.moba import parse
 
 
 def attended_keys(queries: int, keys: int, block: int, topk: int, causal: bool = True) -> int:
@@ -23,32 +27,26 @@ def attended_keys(queries: int, keys: int, block: int, topk: int, causal: bool =
 
 @register_flop_formula(torch.ops.moonfx.moba_attention)
 def forward_flops(  # type: ignore[no-untyped-def]
-    query, key, value, block, topk, sinks=0, scale=None, key_mask=None, causal=True, *rest, **named
+    query, key, value, *rest, out_shape=None, **named
 ) -> int:
     """Two products over the attended keys; no gate, and as if nothing were padded or packed."""
+    del out_shape
     batch, heads, queries, dim = query
-    keys = attended_keys(queries, key[2], block, topk, causal)
-    return batch * heads * keys * 2 * (dim + value[3])
+    return batch * heads * _keys(queries, key, rest, named) * 2 * (dim + value[3])
 
 
 @register_flop_formula(torch.ops.moonfx.moba_attention_backward)
 def backward_flops(  # type: ignore[no-untyped-def]
-    grad_out,
-    grad_lse,
-    query,
-    key,
-    value,
-    out,
-    lse,
-    routes,
-    block,
-    topk,
-    *rest,
-    causal=True,
-    **named,
+    grad_out, grad_lse, query, key, value, out, lse, routes, *rest, out_shape=None, **named
 ) -> int:
     """Five products: scores, dP and dV, dQ, dK; 2.5 times the forward for D = Dv."""
+    del grad_out, grad_lse, out, lse, routes, out_shape
     batch, heads, queries, dim = query
-    causal = rest[3] if len(rest) > 3 else causal  # after sinks, scale and key_mask
-    keys = attended_keys(queries, key[2], block, topk, causal)
+    keys = _keys(queries, key, rest, named)
     return batch * heads * keys * 2 * (3 * dim + 2 * value[3])
+
+
+def _keys(queries: int, key: Any, rest: Sequence[Any], named: dict[str, Any]) -> int:
+    """`attended_keys` of a call with these arguments after its tensors."""
+    arguments, _ = parse(rest, named)
+    return attended_keys(queries, key[2], arguments.block, arguments.topk, arguments.causal)

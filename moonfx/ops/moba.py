@@ -12,12 +12,15 @@ Shape letters: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys
 Dv value dim. Outputs lie token-major in memory, [B, N, H, D] seen as [B, H, N, D].
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import NAMES, MobaArguments
+from moonfx.kernels.common.token_layout import empty_by_token
 from moonfx.ops import checks
 from moonfx.ops.dispatch import TAGS, kept_routes, kernel_for, routes_shape, routes_to_keep
 from moonfx.policy import check_block_topk_sinks, check_flag
@@ -129,14 +132,19 @@ def moba_attention(
             finite, scale <= 0 with a key_bias, Nq != Nk without causal, block_means with segments
             or without causal, or shapes or devices do not fit.
     """
-    policy = Policy(
+    arguments = MobaArguments(
         *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, block_means)
     )
-    check(query, key, value, policy)
+    check(query, key, value, arguments)
     checks.check_sink_logits(sink_logits, query)
     check_flag("recompute_routing", recompute_routing)
-    policy = policy._replace(scale=None if scale is None else float(scale), softcap=float(softcap))
-    out, lse, _ = torch.ops.moonfx.moba_attention(query, key, value, *policy, recompute_routing)
+    if type(softcap) is not float or type(scale) not in (float, type(None)):
+        arguments = replace(
+            arguments, scale=None if scale is None else float(scale), softcap=float(softcap)
+        )
+    out, lse, _ = torch.ops.moonfx.moba_attention(
+        query, key, value, *arguments.values(), recompute_routing
+    )
     if sink_logits is not None:
         out, lse = with_sink(out, lse, sink_logits)
     return (out, lse) if return_lse else out
@@ -149,48 +157,68 @@ def with_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Te
     return (out * kept.unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, sink)
 
 
-def check(query: Tensor, key: Tensor, value: Tensor, policy: Policy) -> None:
+def check(query: Tensor, key: Tensor, value: Tensor, arguments: MobaArguments) -> None:
     """Raises TypeError or ValueError as `moba_attention` says."""
-    check_block_topk_sinks(policy.block, policy.topk, policy.sinks)
+    check_block_topk_sinks(arguments.block, arguments.topk, arguments.sinks)
     checks.check_tensors(query, key, value)
-    checks.check_causal(policy.causal, query, key)
-    checks.check_softcap(policy.softcap)
-    checks.check_key_mask(policy.key_mask, key)
-    checks.check_key_bias(policy.key_bias, query, key)
-    checks.check_segments(policy.segments, key)
-    checks.check_block_means(policy, key)
-    checks.check_scale(policy.scale, policy.key_bias)
+    checks.check_causal(arguments.causal, query, key)
+    checks.check_softcap(arguments.softcap)
+    checks.check_key_mask(arguments.key_mask, key)
+    checks.check_key_bias(arguments.key_bias, query, key)
+    checks.check_segments(arguments.segments, key)
+    checks.check_block_means(arguments, key)
+    checks.check_scale(arguments.scale, arguments.key_bias)
 
 
-@torch.library.custom_op("moonfx::moba_attention", mutates_args=(), tags=TAGS)
+# What follows the tensors in both operators. Exported programs and cache keys hold to it.
+SCHEMA = (
+    "SymInt block, SymInt topk, SymInt sinks=0, float? scale=None, Tensor? key_mask=None, "
+    "bool causal=True, float softcap=0.0, Tensor? key_bias=None, Tensor? segments=None, "
+    "Tensor? block_means=None"
+)
+TENSORS = ("query", "key", "value")
+INPUTS = (*TENSORS, *NAMES, "recompute")  # of the forward operator
+
+
+def parse(
+    rest: Sequence[Any], named: Mapping[str, Any] | None = None
+) -> tuple[MobaArguments, bool]:
+    """The arguments, and `recompute`, from what follows an operator's tensors.
+
+    Args:
+        rest: by position; the dispatcher leaves out last ones that are the defaults.
+    """
+    given = {**dict(zip(INPUTS[len(TENSORS) :], rest, strict=False)), **(named or {})}
+    recompute = given.pop("recompute", False)
+    return MobaArguments(**given), recompute
+
+
+@torch.library.custom_op(
+    "moonfx::moba_attention",
+    mutates_args=(),
+    tags=TAGS,
+    schema=f"(Tensor query, Tensor key, Tensor value, {SCHEMA}, bool recompute=False) "
+    "-> (Tensor, Tensor, Tensor)",
+)
 def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block: int,
-    topk: int,
-    sinks: int = 0,
-    scale: float | None = None,
-    key_mask: Tensor | None = None,
-    causal: bool = True,
-    softcap: float = 0.0,
-    key_bias: Tensor | None = None,
-    segments: Tensor | None = None,
-    block_means: Tensor | None = None,
-    recompute: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    policy = Policy(
-        *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, block_means)
-    )
+    arguments, recompute = parse(rest)
     # Autocast off, or a kernel's own float32 products would be cast. A pass calls the operator
     # without `moba_attention`, and a kernel must never read out of bounds: hence the checks.
     with torch.autocast(query.device.type, enabled=False):
-        check(query, key, value, policy)
-        out, lse, *more = kernel_for(query.device).forward(query, key, value, *policy)
-        return out, lse, routes_to_keep(more, query, key, block, topk, recompute)
+        check(query, key, value, arguments)
+        out, lse, *more = kernel_for(query.device).forward(query, key, value, arguments)
+        return out, lse, routes_to_keep(more, query, key, arguments, recompute)
 
 
-@torch.library.custom_op("moonfx::moba_attention_backward", mutates_args=(), tags=TAGS)
+@torch.library.custom_op(
+    "moonfx::moba_attention_backward",
+    mutates_args=(),
+    tags=TAGS,
+    schema="(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+    f"Tensor out, Tensor lse, Tensor routes, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -200,64 +228,46 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     routes: Tensor,
-    block: int,
-    topk: int,
-    sinks: int = 0,
-    scale: float | None = None,
-    key_mask: Tensor | None = None,
-    causal: bool = True,
-    softcap: float = 0.0,
-    key_bias: Tensor | None = None,
-    segments: Tensor | None = None,
-    block_means: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    policy = Policy(
-        *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, block_means)
-    )
-    given = kept_routes(routes, key, block, topk)
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    arguments, _ = parse(rest)
+    given = kept_routes(routes, key, arguments)
     with torch.autocast(query.device.type, enabled=False):
-        check(query, key, value, policy)
+        check(query, key, value, arguments)
         *grads, grad_bias = kernel_for(query.device).backward(
-            grad_out, grad_lse, query, key, value, out, lse, *policy, **given
+            grad_out, grad_lse, query, key, value, out, lse, arguments, **given
         )
     if grad_bias is None:  # an operator's result is a tensor
         grad_bias = query.new_empty(0, dtype=torch.float32)
     return *grads, grad_bias
 
 
-def by_token(tensor: Tensor, width: int | torch.SymInt) -> Tensor:
-    """What a kernel returns for [B, H, N, width]: its strides are part of the contract."""
-    batch, heads, length, _ = tensor.shape
-    return tensor.new_empty(batch, length, heads, width).transpose(1, 2)
-
-
 @_forward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    query, key, value, block, topk, sinks=0, scale=None, key_mask=None, causal=True, softcap=0.0,
-    key_bias=None, segments=None, block_means=None, recompute=False,
-):  # fmt: skip
+def _(query, key, value, *rest):  # type: ignore[no-untyped-def]
+    arguments, recompute = parse(rest)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    shape = routes_shape(query, key, block, topk, recompute)
-    return by_token(query, value.shape[3]), lse, query.new_empty(shape, dtype=torch.int32)
+    shape = routes_shape(query, key, arguments, recompute)
+    return empty_by_token(query, value.shape[3]), lse, query.new_empty(shape, dtype=torch.int32)
 
 
 @_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    grad_out, grad_lse, query, key, value, out, lse, routes, block, topk, sinks=0, scale=None,
-    key_mask=None, causal=True, softcap=0.0, key_bias=None, segments=None, block_means=None,
-):  # fmt: skip
-    size = (0,) if key_bias is None else (query.shape[0], query.shape[1], key.shape[2])
-    grads = (by_token(tensor, tensor.shape[3]) for tensor in (query, key, value))
+def _(grad_out, grad_lse, query, key, value, out, lse, routes, *rest):  # type: ignore[no-untyped-def]
+    arguments, _ = parse(rest)
+    bias = (query.shape[0], query.shape[1], key.shape[2])
+    size = (0,) if arguments.key_bias is None else bias
+    grads = (empty_by_token(tensor, tensor.shape[3]) for tensor in (query, key, value))
     return *grads, query.new_empty(size, dtype=torch.float32)
 
 
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    *tensors, block, topk, sinks, scale, key_mask, causal, softcap, key_bias = inputs[:11]
-    segments, means, _ = inputs[11:]
-    ctx.numbers = block, topk, sinks, scale, causal, softcap
-    ctx.save_for_backward(*tensors, *output, key_mask, key_bias, segments, means)
+    query, key, value, *rest = inputs
+    arguments, _ = parse(rest)
+    tensors = {n: x for n, x in arguments.named().items() if isinstance(x, Tensor)}
+    ctx.arguments = replace(arguments, **dict.fromkeys(tensors))
+    ctx.names = tuple(tensors)
+    ctx.save_for_backward(query, key, value, *output, *tensors.values())
     ctx.set_materialize_grads(False)  # lse is seldom used: no zeros for its gradient
     ctx.mark_non_differentiable(output[2])
 
@@ -265,24 +275,21 @@ def _setup_context(
 def _autograd(
     ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None
 ) -> tuple[Any, ...]:
-    query, key, value, out, lse, routes, key_mask, key_bias, segments, means = ctx.saved_tensors
-    block, topk, sinks, scale, causal, softcap = ctx.numbers
+    query, key, value, out, lse, routes, *tensors = ctx.saved_tensors
+    arguments = replace(ctx.arguments, **dict(zip(ctx.names, tensors, strict=True)))
+    # Last inputs that were left at their defaults are not in needs_input_grad.
+    needed = ctx.needs_input_grad
     if grad_out is None and grad_lse is None:
-        return (None,) * 14
+        return (None,) * len(needed)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    policy = Policy(
-        *(block, topk, sinks, scale, key_mask, causal, softcap, key_bias, segments, means)
-    )
     *grads, grad_bias = torch.ops.moonfx.moba_attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, routes, *policy
+        grad_out, grad_lse, query, key, value, out, lse, routes, *arguments.values()
     )
-    if key_bias is not None:
-        grad_bias = grad_bias.sum_to_size(key_bias.shape)
-    grads += [None] * 7 + [grad_bias] + [None] * 3  # in the order of the operator's inputs
-    # Last inputs that were left at their defaults are not in needs_input_grad.
-    needed = zip(grads, ctx.needs_input_grad, strict=False)
-    return tuple(grad if need else None for grad, need in needed)
+    found = dict(zip(TENSORS, grads, strict=True))
+    if arguments.key_bias is not None:
+        found["key_bias"] = grad_bias.sum_to_size(arguments.key_bias.shape)
+    return tuple(found.get(name) if need else None for name, need in zip(INPUTS, needed))
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

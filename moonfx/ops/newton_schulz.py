@@ -41,17 +41,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from moonfx.kernels.common.arguments import Coefficients
 from moonfx.kernels.cpu import newton_schulz as newton_schulz_cpu
-from moonfx.kernels.reference.newton_schulz import Coefficients
+from moonfx.kernels.reference.newton_schulz import JORDAN
 from moonfx.kernels.torch_ops import newton_schulz as by_torch
 from moonfx.ops import newton_schulz_runs
 from moonfx.ops.checks import dtype_name, shape
 from moonfx.ops.dispatch import triton_kernels
+from moonfx.ops.flop_formulas import register_flop_formula
 from moonfx.ops.newton_schulz_cost import (
     FORMS,
-    MUON,
     best_form,
     kernel_runs,
     plain_flops,
@@ -82,7 +82,7 @@ def newton_schulz_form(
         calls: in how many products each of a step's three is written: 1 where the batch is
             multiplied at once, `batch` where it is a loop over matrices.
     """
-    size = (dtype, batch, min(m, n), max(m, n), coefficients or [MUON] * steps)
+    size = (dtype, batch, min(m, n), max(m, n), coefficients or [JORDAN] * steps)
     form, why = best_form(device, *size)
     if form == "plain" or device.type != "cpu":
         return form, why
@@ -103,7 +103,7 @@ def newton_schulz_flops(
     if form == "plain" or not m:
         return plain_flops(m, n, steps)
     return newton_schulz_runs.flops(
-        m, n, runs_of(form, coefficients or [MUON] * steps, dtype, m, n)
+        m, n, runs_of(form, coefficients or [JORDAN] * steps, dtype, m, n)
     )
 
 

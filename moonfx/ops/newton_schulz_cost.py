@@ -15,15 +15,13 @@ import functools
 import torch
 
 from moonfx.fallback import warn_slow
-from moonfx.kernels.cpu import library as cpu_build
-from moonfx.kernels.cpu import moba as cpu
-from moonfx.kernels.reference.newton_schulz import Coefficients
+from moonfx.kernels.common.arguments import Coefficients
+from moonfx.kernels.cpu import library
 from moonfx.ops import gpu_waves as newton_schulz_waves
 from moonfx.ops import newton_schulz_runs
-from moonfx.ops.dispatch import find_triton_kernels, triton_kernels
+from moonfx.ops.dispatch import BACKENDS, find_triton_kernels, triton_kernels
 
 FORMS = ("auto", "plain", "symmetric", "gram")
-MUON = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients, of every step
 
 # A form with runs must save this much of the symmetric form's FLOPs: it is a little less precise.
 WORTH = 0.95
@@ -95,7 +93,7 @@ def worth_a_call(
 
 def multiplied_as_it_is(dtype: torch.dtype) -> bool:
     """By the CPU kernel; elsewhere torch may have no oneDNN for it either."""
-    return cpu.compute_dtype(cpu.load(), dtype) == dtype
+    return library.compute_dtype(library.load(), dtype) == dtype
 
 
 def on_gpu(
@@ -152,9 +150,6 @@ def plain_flops(m: int, n: int, steps: int) -> int:
     return steps * (4 * m * m * n + 2 * m**3)
 
 
-KERNELS = {"cpu": ("CPU", "C++"), "cuda": ("GPU", "Triton")}
-
-
 def no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why there is none but torch's operations; None if there is one."""
     if dtype == torch.float64:
@@ -165,7 +160,7 @@ def no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"there is no Triton kernel: {find_triton_kernels()[1]}"
     if device.type != "cpu":
         return f"there is no kernel for {device.type} tensors"
-    reason = cpu.available()
+    reason = library.available()
     return None if reason is None else f"there is no C++ kernel: {reason}"
 
 
@@ -173,16 +168,14 @@ def kernel_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there is a kernel; one that only lacks a compiler is warned about."""
     if (reason := no_kernel(device, dtype)) is None:
         return True
-    if dtype != torch.float64 and device.type in KERNELS:
+    if dtype != torch.float64 and device.type in BACKENDS:
         reason = reason.partition(": ")[2]
-        where, kernel = KERNELS[device.type]
-        warn_slow(
-            f"Newton-Schulz on the {where} runs as torch operations, slower than in {kernel}",
-            reason,
-        )
+        backend = BACKENDS[device.type]
+        what = f"Newton-Schulz on the {backend.where} runs as torch operations"
+        warn_slow(f"{what}, slower than in {backend.language}", reason)
     return False
 
 
 @functools.cache
 def has_matrix_units() -> bool:
-    return "amx_bf16" in cpu_build.processor()
+    return "amx_bf16" in library.processor()

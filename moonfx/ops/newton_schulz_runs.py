@@ -24,7 +24,7 @@ import functools
 import torch
 from torch import Tensor
 
-from moonfx.kernels.reference.newton_schulz import Coefficients
+from moonfx.kernels.common.arguments import Coefficients
 
 Steps = tuple[tuple[float, float, float], ...]
 

@@ -4,17 +4,15 @@ import importlib.util
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from moonfx.optim.muon import GROUP_KEYS, PARAMETER_KEYS
-from moonfx.optim.state.adamw import FIRST, SECOND, Source, is_finite, moment
+from moonfx.optim.roles.table import RoleRow
+from moonfx.optim.settings import GROUP_KEYS, MUON, PARAMETER_KEYS
+from moonfx.optim.state.adamw import FIRST, SECOND, Source, moment
+from moonfx.optim.state.floats import is_finite
 from moonfx.optim.state.low_bit import BLOCKS
 from moonfx.policy import check_flag
-
-if TYPE_CHECKING:
-    from moonfx.optim.roles.table import RoleRow
 
 RMS = ("betas", "measured")
 DECAYS = ("decoupled", "cautious", "coupled")
@@ -159,13 +157,13 @@ def check_rms(source: Source, rms: object) -> None:
         )
 
 
-def check_some_muon(rows: Sequence["RoleRow"]) -> None:
+def check_some_muon(rows: Sequence[RoleRow]) -> None:
     """A conversion that converts nothing is an error.
 
     Raises:
         ValueError: with the roles found.
     """
-    if any(row.optimizer == "muon" for row in rows):
+    if any(row.optimizer == MUON for row in rows):
         return
     counts = Counter(row.role for row in rows)
     found = ", ".join(f"{count} {role}" for role, count in counts.most_common())

@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from moonfx.kernels.reference.newton_schulz import JORDAN
+
 Triple = tuple[float, float, float]
 
 
@@ -28,7 +30,6 @@ class Schedule(NamedTuple):
     then: Triple | None
 
 
-JORDAN = (3.4445, -4.7750, 2.0315)
 # Amsel et al. 2025, arXiv 2505.16932, algorithm 1: optimal on [0.001, 1], before the safety factor.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),

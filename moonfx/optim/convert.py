@@ -9,13 +9,15 @@ from torch.optim import Optimizer
 
 from moonfx.optim import checks
 from moonfx.optim.coefficients import per_step
-from moonfx.optim.muon import Muon, Settings
+from moonfx.optim.muon import Classify, Muon
 from moonfx.optim.roles.by_name import unwrapped
-from moonfx.optim.roles.classify import classify
+from moonfx.optim.roles.classify import Classifier, classify
 from moonfx.optim.roles.table import RoleRow
-from moonfx.optim.state.adamw import Source, read
+from moonfx.optim.settings import MUON, Settings
+from moonfx.optim.state.adamw import Source, read_adamw
 from moonfx.optim.state.handover import muon_state, second_moment
-from moonfx.optim.update_rms import noise_rms, targets
+from moonfx.optim.step.gaussian_rms import noise_rms
+from moonfx.optim.target_rms import targets
 from moonfx.policy import check_flag
 
 
@@ -101,7 +103,11 @@ def convert_optimizer(
             or sparse, or not the model's; if no parameter goes to Muon; if an argument is out of
             range. adamw is untouched after any error.
     """
-    source = read(adamw)
+    if isinstance(adamw, Muon):
+        raise TypeError(
+            "adamw is a moonfx.Muon already; moonfx.to_adamw(optimizer) goes back to AdamW"
+        )
+    source = read_adamw(adamw)
     checks.check_groups(source)
     checks.check_settings(rms, momentum, decay, momentum_dtype, compile)
     check_flag("nesterov", nesterov)
@@ -132,10 +138,8 @@ def convert_optimizer(
             compile=compile,
         ),
         targets(rms, source, rows),
-        decays=[decay or ("coupled" if source.coupled(g) else "decoupled") for g in source.groups],
-        model=model,
-        example=example,
-        roles=roles,
+        [decay or ("coupled" if source.coupled(g) else "decoupled") for g in source.groups],
+        Classifier(model, example, roles),
     )
 
 
@@ -145,14 +149,14 @@ def _made(
     settings: Settings,
     target_rms: list[float | None],
     decays: list[str],
-    **remembered: Any,
+    classify_later: Classify,
 ) -> Muon:
     """The Muon. From here on nothing is refused."""
     states: dict[Tensor, dict[str, Any]] = {}
     ratios: list[float | None] = []
     for row, (group, p) in zip(rows, source.members(), strict=True):
         state, ratio = source.state(p), None
-        if state and row.optimizer == "muon":
+        if state and row.optimizer == MUON:
             ratio = second_moment(state, group, settings.momentum)
             state = muon_state(p, state, group, settings.momentum_dtype)
         if state:
@@ -165,7 +169,7 @@ def _made(
         target_rms=target_rms,
         second_moment=ratios,
         state=states,
-        **remembered,
+        classify=classify_later,
     )
     for group, decay in zip(muon.param_groups, decays, strict=True):
         group["decay"] = decay

@@ -1,16 +1,15 @@
 """How many bytes of state the Muon parameters of an optimizer have, and had on AdamW."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from moonfx.optim.muon import Muon
+from moonfx.optim.settings import MUON
+from moonfx.optim.sharding import is_sharded
 from moonfx.optim.state import low_bit
-
-if TYPE_CHECKING:
-    from moonfx.optim.muon import Muon
 
 
 class StateMemory(NamedTuple):
@@ -41,7 +40,7 @@ class StateMemory(NamedTuple):
         return tabulate(rows, headers, floatfmt=".3f", intfmt=",", disable_numparse=[0])
 
 
-def state_memory(optimizer: "Muon") -> StateMemory:
+def state_memory(optimizer: Muon) -> StateMemory:
     """What the state of a converted optimizer takes, by what it holds, and would take otherwise.
 
     The step counters, four bytes a parameter with any optimizer, count everywhere.
@@ -49,9 +48,9 @@ def state_memory(optimizer: "Muon") -> StateMemory:
     numbers = adamw = muon = int8 = held = 0
     for group in optimizer.param_groups:
         for p, kind in zip(group["params"], group["optimizers"], strict=True):
-            if kind != "muon":
+            if kind != MUON:
                 continue
-            local = p.to_local() if isinstance(p, DTensor) else p
+            local = p.to_local() if is_sharded(p) else p
             with torch.device("meta"):
                 coded = low_bit.zeros(torch.empty(local.shape, dtype=local.dtype), "int8")
             numbers += local.numel()
@@ -64,7 +63,7 @@ def state_memory(optimizer: "Muon") -> StateMemory:
 
 def size_of(x: Tensor) -> int:
     """The bytes of a tensor in this process: of a wrapper, those of what it wraps."""
-    if isinstance(x, DTensor):
+    if is_sharded(x):
         return size_of(x.to_local())
     if type(x) is Tensor or not hasattr(x, "__tensor_flatten__"):
         return x.nbytes

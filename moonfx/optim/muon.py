@@ -14,61 +14,35 @@ state_dict carries all of it.
 
 import copy
 import dataclasses
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moonfx.capture.optimizers import count_as_stepped, share_hooks, stands_for_step, without_hooks
+from moonfx.capture.optimizers import (
+    count_as_stepped,
+    load_hooks,
+    share_hooks,
+    stands_for_step,
+    without_hooks,
+)
 from moonfx.optim.matrices import Layout
+from moonfx.optim.roles.table import RoleRow
+from moonfx.optim.settings import MUON, Settings
+from moonfx.optim.sharding import is_sharded
 from moonfx.optim.state import low_bit
+from moonfx.optim.state.checkpoint import load
 from moonfx.optim.step.adamw_rest import Rest
-from moonfx.optim.step.compiled import Graphs, choose
-from moonfx.optim.step.distributed import is_sharded, update_sharded
-from moonfx.optim.step.update import MUON, Matrix, Rule, count, scales_of, update
+from moonfx.optim.step.compiled import Graphs, compiled_or_eager
+from moonfx.optim.step.distributed import update_sharded
+from moonfx.optim.step.update import Matrix, UpdateRule, count, scales_of, update
 
-if TYPE_CHECKING:
-    from moonfx.optim.roles.table import RoleRow
-
-# What a group holds beside AdamW's own: how Muon steps, and a list with an entry per parameter.
-GROUP_KEYS = ("momentum", "nesterov", "coefficients", "exact_rms", "decay")
-PARAMETER_KEYS = ("optimizers", "target_rms", "second_moment", "layouts")
-JORDAN = (3.4445, -4.7750, 2.0315)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How Muon steps.
-
-    Attributes:
-        momentum: mu.
-        coefficients: (a, b, c) of each Newton-Schulz iteration.
-        exact_rms: scale each update by its own root mean square, not by the one it should have.
-        decay: "decoupled", "cautious" (only where it moves with the update) or "coupled" (AdamW's
-            forerunner: into the gradient).
-        rms: the target of parameters that are added later.
-        momentum_dtype: None for the first moment's own, or "int8", torchao's state in 8 bits.
-        compile: True, False or None, which takes what is faster.
-    """
-
-    momentum: float = 0.95
-    nesterov: bool = True
-    coefficients: list[list[float]] = field(default_factory=lambda: [list(JORDAN)] * 5)
-    exact_rms: bool = False
-    decay: str = "decoupled"
-    rms: float = 0.2
-    momentum_dtype: str | None = None
-    compile: bool | None = None
-
-    def of_group(self) -> dict[str, Any]:
-        """What every group holds."""
-        values = {name: getattr(self, name) for name in GROUP_KEYS}
-        return {**values, "coefficients": [list(row) for row in self.coefficients]}
+# Rows for the parameters of a group that is added: the group, its own word on roles, which goes
+# before the conversion's, and "muon", "adamw" or None, the optimizer of all of them.
+Classify = Callable[[dict[str, Any], Mapping[Any, Any], str | None], list[RoleRow]]
 
 
 class Muon(Optimizer):
@@ -89,28 +63,25 @@ class Muon(Optimizer):
         second_moment: of each the ratio of mean g^2 to mean momentum^2 to be expected, for the
             way back; None if unknown.
         state: the state to start from, per parameter; without, a parameter's starts at zero.
-        model, example, roles: what `table` was made from, for parameters that are added later.
+        classify: gives the rows of parameters that are added later.
     """
 
     def __init__(
         self,
         source: Optimizer,
-        table: Sequence["RoleRow"],
+        table: Sequence[RoleRow],
         settings: Settings,
         *,
         target_rms: Sequence[float | None],
+        classify: Classify,
         second_moment: Sequence[float | None] | None = None,
         state: Mapping[Tensor, dict[str, Any]] | None = None,
-        model: torch.nn.Module | None = None,
-        example: Any = None,
-        roles: Mapping[Any, Any] | None = None,
     ) -> None:
         self.settings = settings
         self.rest = Rest(source)
         self.table: list[RoleRow] = []
         self.source: Optimizer | None = None
-        self._model = (lambda: None) if model is None else weakref.ref(model)
-        self._example, self._roles = example, roles
+        self._classify = classify
         self._graphs = Graphs()
         self._joining = True  # the parameters that __init__ adds have their rows
         super().__init__(source.param_groups, {**source.defaults, **settings.of_group()})
@@ -146,13 +117,10 @@ class Muon(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = {k: v for k, v in param_group.items() if k not in ("roles", "optimizer")}
-        roles = {**(self._roles or {}), **param_group.get("roles", {})}
-        chosen = param_group.get("optimizer")
-        if chosen is not None:
-            roles = {lambda name, parameter: True: chosen}
+        overrides, optimizer = param_group.get("roles", {}), param_group.get("optimizer")
         super().add_param_group(group)
         try:
-            rows = self._classify(group, roles, "warn" if chosen is None else "take")
+            rows = self._classify(group, overrides, optimizer)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -165,17 +133,6 @@ class Muon(Optimizer):
         kept_in = self.settings.momentum_dtype
         pairs = zip(rows, group["params"], strict=True)
         self.table.extend(_with_note(row, p, kept_in) for row, p in pairs)
-
-    def _classify(
-        self, group: dict[str, Any], roles: Mapping[Any, Any], strangers: str
-    ) -> list["RoleRow"]:
-        from moonfx.optim.roles.classify import classify
-
-        model = self._model()
-        known = {} if model is None else {id(p): name for name, p in model.named_parameters()}
-        given = group.get("param_names") or [""] * len(group["params"])
-        names = [known.get(id(p), n) for p, n in zip(group["params"], given, strict=True)]
-        return classify(group["params"], names, model, self._example, roles, strangers)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -194,18 +151,18 @@ class Muon(Optimizer):
         self.retire_source()
         self.rest.step(self.param_groups, self.state)
         for (rule, *_), matrices in self._buckets().items():
-            if choose(self.settings.compile, matrices).compiled:
+            if compiled_or_eager(self.settings.compile, matrices).compiled:
                 self._graphs.update(matrices, rule)
             else:
                 count(matrices)
-                (update_sharded if is_sharded(matrices[0]) else update)(matrices, rule)
+                (update_sharded if is_sharded(matrices[0].weight) else update)(matrices, rule)
         return loss
 
     def plan(self) -> str:
         """How the next step will run: a line per bucket of equal device, dtypes and settings."""
         lines = []
         for (_, device, dtype, *_), matrices in self._buckets().items():
-            choice = choose(self.settings.compile, matrices)
+            choice = compiled_or_eager(self.settings.compile, matrices)
             numbers = sum(x.weight.numel() for x in matrices)
             how = "one compiled graph" if choice.compiled else "eager"
             what = f"{len(matrices)} parameters, {numbers:,} numbers, {dtype} on {device}"
@@ -229,7 +186,7 @@ class Muon(Optimizer):
         buckets: dict[tuple[Any, ...], list[Matrix]] = defaultdict(list)
         rows = iter(self.table)
         for number, group in enumerate(self.param_groups):
-            rule = Rule.of_group(group)
+            rule = UpdateRule.of_group(group)
             kinds, targets = group["optimizers"], group["target_rms"]
             scaling = rule.exact_rms, rule.coefficients
             for p, kind, target in zip(group["params"], kinds, targets, strict=True):
@@ -278,8 +235,7 @@ class Muon(Optimizer):
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"source": None, "_model": _nothing, "_example": None, "_roles": None}
-        return {**without_hooks(vars(self)), **own, "_graphs": Graphs()}
+        return {**without_hooks(vars(self)), "source": None, "_graphs": Graphs()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of a moonfx.Muon, or converts that of an AdamW and says so.
@@ -289,14 +245,18 @@ class Muon(Optimizer):
         Raises:
             TypeError, ValueError: if it is of something else or does not fit; nothing was changed.
         """
-        from moonfx.optim.state.checkpoint import load
-
+        before, after = load_hooks(self)
+        state_dict = dict(state_dict)
+        for hook in before:
+            state_dict = hook(self, state_dict) or state_dict
         load(self, state_dict)
+        for hook in after:
+            hook(self)
 
 
 def _join(
     group: dict[str, Any],
-    entries: Sequence[tuple["RoleRow", float | None, float | None]],
+    entries: Sequence[tuple[RoleRow, float | None, float | None]],
     settings: Settings,
 ) -> None:
     """Writes into a group how Muon steps it and which of its parameters."""
@@ -311,14 +271,10 @@ def _join(
     ]
 
 
-def _with_note(row: "RoleRow", p: Tensor, kept_in: str | None) -> "RoleRow":
+def _with_note(row: RoleRow, p: Tensor, kept_in: str | None) -> RoleRow:
     """The row, which says so if the parameter is too small for a momentum in few bits."""
     note = low_bit.why_not(p, kept_in) if kept_in and row.optimizer == MUON else None
     return dataclasses.replace(row, why=f"{row.why}; {note}") if note else row
-
-
-def _nothing() -> None:
-    """The model of an optimizer that came out of a file."""
 
 
 @stands_for_step

@@ -13,7 +13,7 @@ of latent attention share.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from moonfx.optim.matrices import Layout
-
-if TYPE_CHECKING:
-    from moonfx.optim.roles.table import RoleRow
+from moonfx.optim.roles.table import RoleRow
 
 CHUNK = 256  # queries whose logits exist at a time
 
@@ -80,7 +78,7 @@ class QKClip:
         tau: float = 100.0,
         query: str = "q_proj",
         key: str = "k_proj",
-        table: Sequence["RoleRow"] = (),
+        table: Sequence[RoleRow] = (),
     ) -> None:
         if not (isinstance(tau, (int, float)) and 0 < tau < math.inf):
             raise ValueError(f"tau must be a positive number, got {tau!r}")

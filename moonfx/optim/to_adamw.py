@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moonfx.capture.optimizers import count_as_stepped, replace_step, share_hooks
-from moonfx.optim.muon import GROUP_KEYS, PARAMETER_KEYS, Muon
-from moonfx.optim.state.adamw import Group, dequantized, is_finite, is_low_bit, quantize
+from moonfx.optim.muon import Muon
+from moonfx.optim.settings import GROUP_KEYS, MUON, PARAMETER_KEYS
+from moonfx.optim.state.adamw import Group, is_low_bit, quantize
+from moonfx.optim.state.floats import dequantized, is_finite
 from moonfx.optim.state.handover import State, moments_of
 
 Moments = tuple[Tensor, Tensor]
@@ -68,7 +70,7 @@ def _moments(optimizer: Muon) -> dict[Tensor, Moments | None]:
     for group in optimizer.param_groups:
         for i, p in enumerate(group["params"]):
             row, state = next(rows), optimizer.state.get(p)
-            if group["optimizers"][i] != "muon" or not state:
+            if group["optimizers"][i] != MUON or not state:
                 continue
             buffer = state["momentum_buffer"]
             momentum = dequantized(buffer)

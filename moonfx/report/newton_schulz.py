@@ -101,7 +101,7 @@ def _alone(site: NewtonSchulzSite) -> IterationRow:
     )
 
 
-def either(*compiled: Iterable[IterationRow]) -> list[IterationRow]:
+def merge_recompiled(*compiled: Iterable[IterationRow]) -> list[IterationRow]:
     """The rows of code that was compiled several times and runs as one of them: the larger ones."""
     found: dict[IterationRow, IterationRow] = {}
     for row in itertools.chain(*compiled):
@@ -110,7 +110,7 @@ def either(*compiled: Iterable[IterationRow]) -> list[IterationRow]:
     return list(found.values())
 
 
-def both(pieces: Iterable[Iterable[IterationRow]]) -> list[IterationRow]:
+def sum_pieces(pieces: Iterable[Iterable[IterationRow]]) -> list[IterationRow]:
     """The rows of the pieces of one step, those alike added up."""
     found: dict[IterationRow, IterationRow] = {}
     for row in itertools.chain(*pieces):

@@ -27,6 +27,7 @@ class Report:
             one step runs them: those of code that was compiled anew count once.
         of_steps: whether all graphs are of optimizers' steps.
         failures: what runs as it was because something failed, and why: whole sentences.
+        disabled: the passes that did not run, as `disable_passes` asked.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -34,6 +35,7 @@ class Report:
     failures: list[str] = field(default_factory=list)
     iterations: list[IterationRow] = field(default_factory=list)
     of_steps: bool = False
+    disabled: tuple[str, ...] = ()
     _of_code: dict[Hashable, list[IterationRow]] = field(default_factory=dict, repr=False)
 
     @property
@@ -59,8 +61,8 @@ class Report:
         """
         self.graphs += 1
         known = self._of_code.get(code, [])
-        self._of_code[code] = iterations.either(known, alike)
-        self.iterations = iterations.both(self._of_code.values())
+        self._of_code[code] = iterations.merge_recompiled(known, alike)
+        self.iterations = iterations.sum_pieces(self._of_code.values())
         seen: dict[tuple[Any, ...], int] = {}
         for row in rows:
             found = outcome(row)
@@ -113,6 +115,8 @@ class Report:
                 f"at N = {saved['keys']}: {saved['attended_share']:.1%} of key tokens attended, "
                 f"FLOP-ideal speedup of these attentions {saved['ideal_speedup']:.2f}x"
             )
+        if self.disabled:
+            lines.append(f"passes disabled: {', '.join(self.disabled)}")
         return "\n".join([*lines, *self.failures])
 
     def __str__(self) -> str:
@@ -142,6 +146,7 @@ class Report:
             "rewritten": len(self.rewritten),
             "declined": len(self.declined),
             "failures": list(self.failures),
+            "disabled": list(self.disabled),
             "iterations": [asdict(r) for r in self.iterations],
             "savings": self.savings(),
         }

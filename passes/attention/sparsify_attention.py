@@ -21,13 +21,13 @@ from moonfx.passes.attention import output_strides as layout
 from moonfx.passes.attention.logsumexp import give_lse
 from moonfx.passes.attention.mask_operands import CannotWrite, Writer, Written, call
 from moonfx.passes.context import Context
+from moonfx.passes.graph.nodes import in_order
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, Declined
 
 aten = torch.ops.aten
 
-# causal, softcap, key_bias, segments, block_means, recompute: left out of a call that has them all
-_DEFAULTS = (True, 0.0, None, None, None, False)
+OPERATOR = torch.ops.moonfx.moba_attention.default
 
 
 def run(graph: fx.Graph, context: Context) -> int:
@@ -61,11 +61,17 @@ def rewrite(site: AttentionSite, policy: LayerPolicy, written: Written, context:
     old = site.output
     dtype = old.meta["val"].dtype
     with old.graph.inserting_before(old), fake_values(context.gm):
-        key_mask, modifiers = _of_the_mask(site, written, context)
-        operands = [_as_operand(x, site, dtype) for x in _operands(site)]
-        setting = (policy.block, policy.topk, policy.sinks, site.scale, key_mask)
-        target = torch.ops.moonfx.moba_attention.default
-        both = call(target, *operands, *setting, *modifiers)
+        named = {
+            **_of_the_mask(site, written, context),
+            **_operands(site, dtype),
+            "block": policy.block,
+            "topk": policy.topk,
+            "sinks": policy.sinks,
+            "scale": site.scale,
+            "softcap": site.softcap,
+            "recompute": context.recompute_routing,
+        }
+        both = call(OPERATOR, *in_order(OPERATOR, named, least="key_mask"))
         new = call(operator.getitem, both, 0)
         made = [both, new]
         if site.sink_logits is not None:
@@ -101,27 +107,27 @@ def _note_proofs(site: AttentionSite, context: Context) -> None:
         stack += node.all_input_nodes if outside is None else [outside]
 
 
-def _of_the_mask(
-    site: AttentionSite, written: Written, context: Context
-) -> tuple[fx.Node | None, tuple[Any, ...]]:
-    """key_mask, and what follows it in the operator's arguments where one is not the default."""
+def _of_the_mask(site: AttentionSite, written: Written, context: Context) -> dict[str, Any]:
+    """What was proved of the mask, by the operator's names."""
     mask, write = site.mask, Writer(site, context, written)
     assert mask is not None
-    key_mask = write.key_mask(mask.padding) if mask.padding is not None else None
-    bias = write.key_bias(mask.bias.value) if mask.bias is not None else None
-    segments = write.segments(mask.segments) if mask.segments is not None else None
-    modifiers = (mask.causal, site.softcap, bias, segments, None, context.recompute_routing)
-    return key_mask, () if modifiers == _DEFAULTS else modifiers
+    return {
+        "causal": mask.causal,
+        "key_mask": write.key_mask(mask.padding) if mask.padding is not None else None,
+        "key_bias": write.key_bias(mask.bias.value) if mask.bias is not None else None,
+        "segments": write.segments(mask.segments) if mask.segments is not None else None,
+    }
 
 
-def _operands(site: AttentionSite) -> list[fx.Node]:
+def _operands(site: AttentionSite, dtype: torch.dtype) -> dict[str, fx.Node]:
     """query, key and value, tokens before features, the query scaled by what the graph computes."""
     query, key = site.query, site.key
     if site.key_transposed:
         key = call(aten.transpose.int, key, -2, -1)
     for factor, how in site.factors:
         query = call(aten.mul.Tensor if how == "mul" else aten.div.Tensor, query, factor)
-    return [query, key, site.value]
+    operands = {"query": query, "key": key, "value": site.value}
+    return {name: _as_operand(node, site, dtype) for name, node in operands.items()}
 
 
 def _as_operand(node: fx.Node, site: AttentionSite, dtype: torch.dtype) -> fx.Node:

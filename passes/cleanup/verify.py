@@ -39,7 +39,7 @@ from moonfx.capture.sizes import fake_values
 from moonfx.passes.attention.output_strides import rerun, same_layout
 from moonfx.passes.context import Context
 from moonfx.passes.graph.aliases import writes
-from moonfx.passes.graph.nodes import body_of, operands_of
+from moonfx.passes.graph.nodes import arguments_of, body_of, operands_of
 from moonfx.site import AttentionSite
 
 OPERATOR = torch.ops.moonfx.moba_attention.default
@@ -113,13 +113,8 @@ Arguments = dict[str, Any]
 
 def given_to(node: fx.Node) -> Arguments:
     """An operator's arguments by name: numbers as they are, tensors as their fake values."""
-    given = {}
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        value = argument.default_value if argument.has_default_value() else None
-        value = node.kwargs.get(argument.name, value)
-        value = node.args[position] if position < len(node.args) else value
-        given[argument.name] = value.meta["val"] if isinstance(value, fx.Node) else value
-    return given
+    found = arguments_of(node)
+    return {k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in found.items()}
 
 
 def _operands(given: Arguments) -> str | None:

@@ -10,11 +10,13 @@ by storages.
 
 import bisect
 import operator
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
+from moonfx.capture.graph_nodes import placeholders
 from moonfx.capture.sizes import storage_of
 from moonfx.passes.graph.aliases import aliases, is_opaque, writes
 from moonfx.passes.graph.nodes import short
@@ -140,6 +142,18 @@ class Memory:
             if hasattr(source.target, "_schema") and not aliases(source):
                 return []  # one of several new tensors
         return aliases(node)
+
+
+def writes_to_parameters(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether a graph changes a parameter that it is given, itself or through a view.
+
+    Args:
+        inputs: what its placeholders stand for, in their order.
+    """
+    pairs = zip(placeholders(gm.graph), inputs, strict=True)
+    given = [n for n, x in pairs if isinstance(x, torch.nn.Parameter)]
+    memory = Memory(gm.graph) if given else None
+    return memory is not None and any(memory.written_at(node) for node in given)
 
 
 def _storage(node: fx.Node) -> object:

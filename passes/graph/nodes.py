@@ -34,6 +34,30 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.kwargs.get(name, default)
 
 
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """Every argument of a call by the name that the operator's schema gives it, defaults filled."""
+    schema: Any = node.target
+    found = {}
+    for position, parameter in enumerate(schema._schema.arguments):
+        default = parameter.default_value if parameter.has_default_value() else None
+        found[parameter.name] = argument(node, position, parameter.name, default)
+    return found
+
+
+def in_order(target: Any, named: dict[str, Any], least: str) -> tuple[Any, ...]:
+    """A call's arguments by position: all, or those up to `least` where the others are defaults.
+
+    Args:
+        named: by the names of the operator's schema; what is missing is the default.
+    """
+    parameters = target._schema.arguments
+    values = [named.get(x.name, x.default_value) for x in parameters]
+    count = 1 + [x.name for x in parameters].index(least)
+    later = zip(values[count:], parameters[count:], strict=True)
+    plain = all(value is x.default_value or value == x.default_value for value, x in later)
+    return tuple(values[:count] if plain else values)
+
+
 def axis(node: fx.Node, dim: int) -> int:
     """A dim of the node counted from the front."""
     return dim % max(len(shape(node)), 1)

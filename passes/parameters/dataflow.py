@@ -39,7 +39,7 @@ CREATES = SHAPE_ONLY | {
 
 
 @dataclass(eq=False)
-class Value:
+class FlowValue:
     """One tensor, or tuple of tensors, that a run computes or is given.
 
     Args:
@@ -64,7 +64,7 @@ class Value:
     name: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
     stack_trace: str | None = None
-    users: list["Value"] = field(default_factory=list)
+    users: list["FlowValue"] = field(default_factory=list)
     returned: bool = False
     escapes: bool = False
     shared: bool = False
@@ -72,11 +72,11 @@ class Value:
     known: torch.Tensor | None = None
 
     @property
-    def reads(self) -> list["Value"]:
+    def reads(self) -> list["FlowValue"]:
         """What it is computed of, each once; of some operators' tensors only the shape counts."""
         if self.target in CREATES:
             return []
-        return list(dict.fromkeys(leaves((self.args, self.kwargs))))
+        return list(dict.fromkeys(values_in((self.args, self.kwargs))))
 
     def argument(self, position: int, name: str = "", default: Any = None) -> Any:
         """An argument by position or name, as the operator's schema has it."""
@@ -85,18 +85,18 @@ class Value:
         return self.kwargs.get(name, default)
 
 
-def leaves(given: Any) -> Iterator[Value]:
+def values_in(given: Any) -> Iterator[FlowValue]:
     """The Values in the arguments of an operator."""
-    if isinstance(given, Value):
+    if isinstance(given, FlowValue):
         yield given
     elif isinstance(given, tuple | list):
         for x in given:
-            yield from leaves(x)
+            yield from values_in(x)
     elif isinstance(given, dict):
-        yield from leaves(list(given.values()))
+        yield from values_in(list(given.values()))
 
 
-def base_of(view: Value) -> Value:
+def base_of(view: FlowValue) -> FlowValue:
     """The tensor that a view is a part of."""
     while view.target not in (PARAMETER, INPUT, CONSTANT) and view.reads:
         if not getattr(view.target, "is_view", False) and view.target is not operator.getitem:
@@ -120,7 +120,7 @@ class GraphCall:
     results: Sequence[Any] = ()
 
 
-class Run:
+class DataFlow:
     """The data flow of some calls of graphs, in the order of their run.
 
     Args:
@@ -129,11 +129,11 @@ class Run:
     """
 
     def __init__(self, calls: Sequence[GraphCall], returned: Sequence[Any] | None = None) -> None:
-        self.values: list[Value] = []
-        self.parameters: dict[int, Value] = {}
-        self._made: dict[int, Value] = {}
-        self._written: dict[Value, Value] = {}
-        self._read: set[Value] = set()
+        self.values: list[FlowValue] = []
+        self.parameters: dict[int, FlowValue] = {}
+        self._made: dict[int, FlowValue] = {}
+        self._written: dict[FlowValue, FlowValue] = {}
+        self._read: set[FlowValue] = set()
         self._kept: list[Any] = []  # ids stay those of these objects while they live
         self._returned = None if returned is None else {id(x) for x in returned}
         runs = Counter(id(call.gm) for call in calls)
@@ -147,16 +147,16 @@ class Run:
         self._kept.clear()
         self._made.clear()
         self.place = {value: i for i, value in enumerate(self.values)}
-        self._active: dict[Value, bool] = {}
-        self._trained: dict[Value, bool] = {}
+        self._active: dict[FlowValue, bool] = {}
+        self._trained: dict[FlowValue, bool] = {}
         self._mark(self._active, INPUT)
         self._mark(self._trained, PARAMETER)
 
-    def _mark(self, marks: dict[Value, bool], given: str) -> None:
+    def _mark(self, marks: dict[FlowValue, bool], given: str) -> None:
         """Marks all that is made of what is given, also by writing into a part of a tensor."""
-        writers: dict[Value, list[Value]] = {}
+        writers: dict[FlowValue, list[FlowValue]] = {}
         for value in self.values:
-            if value.target in WRITES and isinstance(value.args[0], Value):
+            if value.target in WRITES and isinstance(value.args[0], FlowValue):
                 writers.setdefault(base_of(value.args[0]), []).append(value)
         marked = -1
         while marked != sum(marks.values()):
@@ -167,32 +167,34 @@ class Run:
 
     def active(self, value: Any) -> bool:
         """Whether it depends on an input of the model, and not on weights and constants alone."""
-        return isinstance(value, Value) and self._active[value]
+        return isinstance(value, FlowValue) and self._active[value]
 
     def trained(self, value: Any) -> bool:
         """Whether it depends on a parameter."""
-        return isinstance(value, Value) and self._trained[value]
+        return isinstance(value, FlowValue) and self._trained[value]
 
-    def _new(self, target: Any, node: fx.Node, **given: Any) -> Value:
+    def _new(self, target: Any, node: fx.Node, **given: Any) -> FlowValue:
         tensor = node.meta.get("val")
         if isinstance(tensor, torch.Tensor):
             given["shape"] = tuple(_size(n) for n in tensor.shape)
             given["dtype"] = tensor.dtype
         origin = {k: node.meta[k] for k in ("nn_module_stack",) if k in node.meta}
-        value = Value(target, name=node.name, meta=origin, stack_trace=node.stack_trace, **given)
+        value = FlowValue(
+            target, name=node.name, meta=origin, stack_trace=node.stack_trace, **given
+        )
         self.values.append(value)
         for read in value.reads:
             read.users.append(value)
         schema = getattr(target, "_schema", None)
         if schema is not None and schema.is_mutable and value.args:
             self._wrote(value.args[0], value)
-        if target in WRITES and isinstance(value.args[0], Value):
+        if target in WRITES and isinstance(value.args[0], FlowValue):
             value.users.append(base_of(value.args[0]))
         return value
 
-    def _wrote(self, before: Any, after: Value) -> None:
+    def _wrote(self, before: Any, after: FlowValue) -> None:
         """Says that what `before` named is now `after`."""
-        if isinstance(before, Value):
+        if isinstance(before, FlowValue):
             self._written |= {x: after for x, y in self._written.items() if y is before}
             self._written[before] = after
 
@@ -207,7 +209,7 @@ class Run:
         given_back = call.results or [object() for _ in results]
         self._kept.append(given_back)
         for value, result in zip(results, given_back, strict=True):
-            if not isinstance(value, Value):
+            if not isinstance(value, FlowValue):
                 continue
             if self._returned is None:
                 value.returned = True
@@ -263,27 +265,27 @@ class Run:
         return self._new(CONSTANT, node, known=None if known is None else _small(known))
 
 
-class Waiting:
+class Worklist:
     """Values to look at, in the order of the run: what one reads has been looked at before it."""
 
-    def __init__(self, run: Run, values: Sequence[Value]) -> None:
-        self.run = run
+    def __init__(self, flow: DataFlow, values: Sequence[FlowValue]) -> None:
+        self.flow = flow
         self.heap: list[int] = []
         self.known: set[int] = set()
         self.add(values)
 
-    def add(self, values: Sequence[Value]) -> None:
-        for place in map(self.run.place.__getitem__, values):
+    def add(self, values: Sequence[FlowValue]) -> None:
+        for place in map(self.flow.place.__getitem__, values):
             if place not in self.known:
                 self.known.add(place)
                 heapq.heappush(self.heap, place)
 
-    def __contains__(self, value: Value) -> bool:
-        return self.run.place[value] in self.known
+    def __contains__(self, value: FlowValue) -> bool:
+        return self.flow.place[value] in self.known
 
-    def __iter__(self) -> Iterator[Value]:
+    def __iter__(self) -> Iterator[FlowValue]:
         while self.heap:
-            yield self.run.values[heapq.heappop(self.heap)]
+            yield self.flow.values[heapq.heappop(self.heap)]
 
 
 def _is_real(tensor: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moonfx.passes.graph.operators import CASTS, COPIES, DROPOUT, VIEWS
-from moonfx.passes.parameters.dataflow import Value
+from moonfx.passes.parameters.dataflow import FlowValue
 
 aten = torch.ops.aten
 
@@ -78,13 +78,13 @@ _COPY = {
 MOST = 2**26
 
 
-def is_pointwise(value: Value) -> bool:
+def is_pointwise(value: FlowValue) -> bool:
     """Whether each element of the result is made of the elements at its place, broadcast."""
     tags = getattr(value.target, "tags", ())
     return torch.Tag.pointwise in tags or value.target in SAME
 
 
-def by_channel(value: Value) -> bool:
+def by_channel(value: FlowValue) -> bool:
     """Whether it is a convolution of each channel by itself, in one dimension."""
     if value.target not in (aten.conv1d.default, aten.conv1d.padding) or len(value.args) < 7:
         return False
@@ -99,7 +99,7 @@ def leaves_of(args: Any) -> list[Tensor]:
     return [x for y in args for x in leaves_of(y)] if isinstance(args, list) else []
 
 
-def again(value: Value, known: dict[Value, Any]) -> Any:
+def replay_on_positions(value: FlowValue, known: dict[FlowValue, Any]) -> Any:
     """A rearrangement run on positions instead of numbers, None if that cannot be done.
 
     Args:
@@ -110,7 +110,7 @@ def again(value: Value, known: dict[Value, Any]) -> Any:
         pass
 
     def given(x: Any) -> Any:
-        if isinstance(x, Value):
+        if isinstance(x, FlowValue):
             if x in known:
                 return known[x]
             if (constant := constant_of(x)) is not None:
@@ -131,7 +131,7 @@ def again(value: Value, known: dict[Value, Any]) -> Any:
         return None  # a size that only the run knows, or an index that does
 
 
-def constant_of(value: Value) -> Tensor | None:
+def constant_of(value: FlowValue) -> Tensor | None:
     """The numbers of a constant tensor, through its copies."""
     while value.target in SAME and value.reads:
         value = value.reads[0]

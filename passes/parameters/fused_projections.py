@@ -23,15 +23,22 @@ from torch import Tensor
 
 from moonfx.passes.graph.nodes import aten
 from moonfx.passes.graph.operators import ADD, DIVIDE, MULTIPLY, PRODUCTS, SOFTMAX, SUBTRACT, WHERE
-from moonfx.passes.parameters.dataflow import WRITES, Run, Value, Waiting, base_of, leaves
+from moonfx.passes.parameters.dataflow import (
+    WRITES,
+    DataFlow,
+    FlowValue,
+    Worklist,
+    base_of,
+    values_in,
+)
 from moonfx.passes.parameters.element_positions import (
     REARRANGE,
     SAME,
-    again,
     alike,
     by_channel,
     distinct,
     is_pointwise,
+    replay_on_positions,
 )
 
 _JOINS = {aten.cat.default, aten.stack.default, aten.concat.default, aten.hstack.default}
@@ -41,7 +48,7 @@ _SCALES = MULTIPLY | DIVIDE | {aten.addcmul.default}
 _HEADS = PRODUCTS | {aten.mm.default, aten.scaled_dot_product_attention.default}
 
 
-class Blocks:
+class FusedBlocks:
     """Which elements along one dimension of a parameter belong together: a union of sets."""
 
     def __init__(self, size: int) -> None:
@@ -66,7 +73,7 @@ class Blocks:
             self.join(torch.tensor([first.setdefault(frozenset(found), label), label]))
 
 
-class Pattern(NamedTuple):
+class BlockPattern(NamedTuple):
     """Blocks that repeat: outer times the sizes; sizes () and why, if they are one matrix."""
 
     outer: int
@@ -74,13 +81,13 @@ class Pattern(NamedTuple):
     why: str = ""
 
 
-def pattern_of(blocks: Blocks) -> Pattern:
+def pattern_of(blocks: FusedBlocks) -> BlockPattern:
     """The blocks as a layout says them."""
     labels, size = blocks.labels, len(blocks.labels)
     if len(labels.unique()) == 1:
-        return Pattern(1, ())
+        return BlockPattern(1, ())
     if not bool(blocks.read.all()):
-        return Pattern(1, (), "kept whole: a part of its output is not read")
+        return BlockPattern(1, (), "kept whole: a part of its output is not read")
     ends = torch.cat([(labels[1:] != labels[:-1]).nonzero().flatten() + 1, torch.tensor([size])])
     for end in ends.tolist():
         if size % end == 0 and torch.equal(
@@ -89,11 +96,11 @@ def pattern_of(blocks: Blocks) -> Pattern:
             runs, sizes = labels[:end].unique_consecutive(return_counts=True)
             if len(runs) != len(runs.unique()):
                 break
-            return Pattern(size // end, tuple(sizes.tolist()))
-    return Pattern(1, (), "kept whole: its blocks do not lie in a pattern that repeats")
+            return BlockPattern(size // end, tuple(sizes.tolist()))
+    return BlockPattern(1, (), "kept whole: its blocks do not lie in a pattern that repeats")
 
 
-def follow(run: Run, output: Value, positions: Tensor, blocks: Blocks) -> None:
+def follow(flow: DataFlow, output: FlowValue, positions: Tensor, blocks: FusedBlocks) -> None:
     """Joins what the model reads together of a product's output.
 
     Args:
@@ -101,7 +108,7 @@ def follow(run: Run, output: Value, positions: Tensor, blocks: Blocks) -> None:
         positions: of each of its elements, the element of the parameter's dimension.
         blocks: of that dimension.
     """
-    _Follow(run, blocks).from_(output, positions)
+    _Follow(flow, blocks).from_(output, positions)
 
 
 class _Part(NamedTuple):
@@ -124,24 +131,24 @@ class _Part(NamedTuple):
 class _Follow:
     """The parts of one product's output, in the order in which the run computes them."""
 
-    def __init__(self, run: Run, blocks: Blocks) -> None:
-        self.run, self.blocks = run, blocks
-        self.parts: dict[Value, _Part | Sequence[_Part]] = {}
-        self.bases: dict[Value, Tensor] = {}
+    def __init__(self, flow: DataFlow, blocks: FusedBlocks) -> None:
+        self.flow, self.blocks = flow, blocks
+        self.parts: dict[FlowValue, _Part | Sequence[_Part]] = {}
+        self.bases: dict[FlowValue, Tensor] = {}
 
-    def from_(self, output: Value, positions: Tensor) -> None:
+    def from_(self, output: FlowValue, positions: Tensor) -> None:
         self.parts[output] = _Part(positions, True, False)
-        waiting = Waiting(self.run, [output])
-        for value in waiting:
+        worklist = Worklist(self.flow, [output])
+        for value in worklist:
             if value not in self.parts and not self._reach(value):
                 continue
             part = self.parts[value]
             last = value.returned or not value.users
             if isinstance(part, _Part) and last and not part.mixed:
                 self.blocks.join(distinct(part.at))
-            waiting.add(value.users)
+            worklist.add(value.users)
 
-    def _reach(self, user: Value) -> bool:
+    def _reach(self, user: FlowValue) -> bool:
         """Whether parts of the output can be told apart in what reads them; joins them if not."""
         ours = [x for x in user.reads if x in self.parts]
         if not ours:
@@ -150,7 +157,7 @@ class _Follow:
         if len(parts) < len(ours):
             return self._item(user, ours)
         if user.target in _JOINS and len(ours) == len(user.reads) and all(p.placed for p in parts):
-            made = again(user, {x: p.at for x, p in zip(ours, parts, strict=True)})
+            made = replay_on_positions(user, {x: p.at for x, p in zip(ours, parts, strict=True)})
             if made is not None:
                 self.parts[user] = _Part(made, True, any(p.gated for p in parts))
                 return True
@@ -179,7 +186,7 @@ class _Follow:
         self.parts[user] = _Part(whole, False, gated, mixed)
         return True
 
-    def _written(self, user: Value, ours: list[Value], parts: list[_Part]) -> bool:
+    def _written(self, user: FlowValue, ours: list[FlowValue], parts: list[_Part]) -> bool:
         """Parts that are written into one tensor are one."""
         for x, part in zip(ours, parts, strict=True):
             self._end(user, x, part)
@@ -189,13 +196,13 @@ class _Follow:
         self.blocks.join(self.bases[base])
         return False
 
-    def _gates(self, user: Value) -> bool:
+    def _gates(self, user: FlowValue) -> bool:
         """Whether something that the model computes multiplies; an angle of a position does not."""
         others = [x for x in user.reads if x not in self.parts]
-        computed = (x for x in others if self.run.active(x) and self.run.trained(x))
+        computed = (x for x in others if self.flow.active(x) and self.flow.trained(x))
         return user.target in _SCALES and any(computed)
 
-    def _end(self, user: Value, x: Value, part: _Part) -> None:
+    def _end(self, user: FlowValue, x: FlowValue, part: _Part) -> None:
         """A part is read as a whole."""
         if part.mixed:
             return
@@ -205,17 +212,17 @@ class _Follow:
         if place is not None:
             self.blocks.places.append((int(at[0]), place))
 
-    def _place(self, user: Value, x: Value) -> object:
+    def _place(self, user: FlowValue, x: FlowValue) -> object:
         """The place of a head in attention: which operand of which product; None if it is none."""
         others = [y for y in user.reads if y is not x]
-        weights = [y for y in others if self.run.trained(y) and not self.run.active(y)]
+        weights = [y for y in others if self.flow.trained(y) and not self.flow.active(y)]
         if user.target not in _HEADS or weights:
             return None
         said = [y for y in user.args if isinstance(y, str)]
-        position = [y is x for y in leaves(user.args)].index(True)
+        position = [y is x for y in values_in(user.args)].index(True)
         return (str(user.target), *said, position, *map(_are_probabilities, others))
 
-    def _item(self, user: Value, ours: list[Value]) -> bool:
+    def _item(self, user: FlowValue, ours: list[FlowValue]) -> bool:
         """One result of a split."""
         items = self.parts[ours[0]]
         if len(ours) > 1 or user.target is not operator.getitem or isinstance(items, _Part):
@@ -223,11 +230,11 @@ class _Follow:
         self.parts[user] = items[user.args[1]]
         return True
 
-    def _rearranged(self, user: Value, x: Value, part: _Part) -> bool:
+    def _rearranged(self, user: FlowValue, x: FlowValue, part: _Part) -> bool:
         if not part.placed:
             self.parts[user] = part
             return True
-        made = again(user, {x: part.at})
+        made = replay_on_positions(user, {x: part.at})
         if made is None:
             self._end(user, x, part)
             return False
@@ -237,7 +244,7 @@ class _Follow:
         )
         return True
 
-    def _pointwise(self, user: Value, part: _Part, gated: bool) -> bool:
+    def _pointwise(self, user: FlowValue, part: _Part, gated: bool) -> bool:
         at, placed = part.at, part.placed
         if placed:
             try:
@@ -255,8 +262,8 @@ def _one_place(parts: Sequence[_Part]) -> bool:
     return all(p.placed and first.placed and alike(p.at, first.at) for p in rest)
 
 
-def _are_probabilities(value: Value) -> bool:
-    """Whether a value is a softmax, through what leaves it in place."""
+def _are_probabilities(value: FlowValue) -> bool:
+    """Whether a value is a softmax, through what values_in it in place."""
     for _ in range(8):
         if value.target in SOFTMAX:
             return True

@@ -17,7 +17,7 @@ from moonfx.passes.graph.operators import (
     TANH,
     WHERE,
 )
-from moonfx.passes.parameters.dataflow import CREATES, WRITES, Run, Value, Waiting
+from moonfx.passes.parameters.dataflow import CREATES, WRITES, DataFlow, FlowValue, Worklist
 from moonfx.passes.parameters.element_positions import REARRANGE, SAME, is_pointwise
 from moonfx.passes.parameters.weight_products import is_product
 from moonfx.passes.parameters.weight_uses import GATHERS, TABLES
@@ -45,22 +45,22 @@ _LEAVES_LOGITS = (
 )
 
 
-def produces_logits(run: Run, output: Value) -> bool:
+def produces_logits(flow: DataFlow, output: FlowValue) -> bool:
     """Whether all that becomes of a product is what the model returns, or a loss."""
     ends = 0
-    waiting = Waiting(run, [output])
-    for value in waiting:
+    worklist = Worklist(flow, [output])
+    for value in worklist:
         if value.target in _LOSSES and value is not output:
             ends += 1
             continue
-        if value is not output and not _leaves_logits(run, value, waiting):
-            return _only_scalars(run, output)
+        if value is not output and not _leaves_logits(flow, value, worklist):
+            return _only_scalars(flow, output)
         ends += value.returned
-        waiting.add(value.users)
-    return ends > 0 or _only_scalars(run, output)
+        worklist.add(value.users)
+    return ends > 0 or _only_scalars(flow, output)
 
 
-def _leaves_logits(run: Run, value: Value, ours: Waiting) -> bool:
+def _leaves_logits(flow: DataFlow, value: FlowValue, ours: Worklist) -> bool:
     """Whether an operator gives logits of logits: it moves, masks, scales or caps them."""
     others = [x for x in value.reads if x not in ours]
     if value.target in REARRANGE:
@@ -69,44 +69,44 @@ def _leaves_logits(run: Run, value: Value, ours: Waiting) -> bool:
         return True
     if value.target in TANH:  # a softcap: tanh(logits / cap), where a pooler is tanh(logits)
         return value.reads[0].target in _SCALES
-    computed = [x for x in others if run.active(x) and run.trained(x)]
+    computed = [x for x in others if flow.active(x) and flow.trained(x)]
     return value.target in _LEAVES_LOGITS and not computed
 
 
-def _only_scalars(run: Run, output: Value) -> bool:
+def _only_scalars(flow: DataFlow, output: FlowValue) -> bool:
     """Whether nothing trained acts on a product any more and all that is returned is a number."""
     returned = 0
-    waiting = Waiting(run, [output])
-    for value in waiting:
-        if value is not output and any(_is_weight(run, x) for x in value.reads):
+    worklist = Worklist(flow, [output])
+    for value in worklist:
+        if value is not output and any(_is_weight(flow, x) for x in value.reads):
             return False
         if value.returned and (value is output or value.shape):
             return False
         returned += value.returned
-        waiting.add(value.users)
+        worklist.add(value.users)
     return returned > 0
 
 
-def _is_weight(run: Run, value: Value) -> bool:
-    return run.trained(value) and not run.active(value)
+def _is_weight(flow: DataFlow, value: FlowValue) -> bool:
+    return flow.trained(value) and not flow.active(value)
 
 
-def routes(run: Run, output: Value) -> bool:
+def routes(flow: DataFlow, output: FlowValue) -> bool:
     """Whether the best of a product's features are chosen, and what is trained acts after it."""
-    waiting = Waiting(run, [output])
-    for value in waiting:
+    worklist = Worklist(flow, [output])
+    for value in worklist:
         if value.target in CHOICES:
-            return _acted_on(run, value)
+            return _acted_on(flow, value)
         if value is output or value.target in _SCORES or is_pointwise(value):
-            waiting.add(value.users)
+            worklist.add(value.users)
     return False
 
 
-def _acted_on(run: Run, value: Value) -> bool:
-    waiting = Waiting(run, [value])
-    for each in waiting:
+def _acted_on(flow: DataFlow, value: FlowValue) -> bool:
+    worklist = Worklist(flow, [value])
+    for each in worklist:
         weights = is_product(each) or each.target in GATHERS | TABLES
-        if each is not value and weights and any(_is_weight(run, x) for x in each.reads):
+        if each is not value and weights and any(_is_weight(flow, x) for x in each.reads):
             return True
-        waiting.add(each.users)
+        worklist.add(each.users)
     return False

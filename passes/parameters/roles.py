@@ -7,7 +7,7 @@
     bmm(x[e], w[e])                              experts
     softmax(linear(x, w)).topk(2)                router
 
-`uses_in(run)` gives a `Found` for each parameter of the run. One whose use is not clear, or that
+`uses_in(flow)` gives a `Found` for each parameter of the flow. One whose use is not clear, or that
 reads as two different things, has the role None and a reason: something else must decide.
 """
 
@@ -17,12 +17,16 @@ from typing import NamedTuple
 from moonfx.capture.graph_nodes import module_path, source_line
 from moonfx.passes.graph.nodes import aten
 from moonfx.passes.graph.operators import ADD, DIVIDE, EXP, MULTIPLY, SOFTMAX, SUBTRACT
-from moonfx.passes.parameters.dataflow import INPUT, Run, Value, Waiting
+from moonfx.passes.graph.walks import reachable
+from moonfx.passes.parameters.dataflow import DataFlow, FlowValue, Worklist
 from moonfx.passes.parameters.element_positions import REARRANGE, SAME, is_pointwise
-from moonfx.passes.parameters.fused_projections import Blocks, Pattern, follow, pattern_of
+from moonfx.passes.parameters.fused_projections import BlockPattern, FusedBlocks, follow, pattern_of
 from moonfx.passes.parameters.heads_and_routers import CHOICES, produces_logits, routes
+from moonfx.passes.parameters.indices import is_of_choices, is_of_positions
 from moonfx.passes.parameters.lora import is_first_factor, is_second_factor
-from moonfx.passes.parameters.weight_products import Product, is_product, product_of
+from moonfx.passes.parameters.norms import NORMS, ROOTS, is_normalized
+from moonfx.passes.parameters.values import argument_name, named_argument, op_name, wide_sizes
+from moonfx.passes.parameters.weight_products import WeightProduct, is_product, product_of
 from moonfx.passes.parameters.weight_uses import GATHERS, TABLES, Use, uses_of
 
 
@@ -43,57 +47,42 @@ class Found(NamedTuple):
     sizes: tuple[int, ...] = ()
 
 
-_NORMS = {
-    "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm",
-    "native_group_norm", "batch_norm", "native_batch_norm", "_native_batch_norm_legit",
-    "cudnn_batch_norm", "instance_norm",
-}  # fmt: skip
 _CONVOLUTIONS = {
     "conv1d", "conv2d", "conv3d", "convolution", "_convolution",
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 }  # fmt: skip
 # Kinds of use that a matrix between activations does not have.
 _NO_WEIGHTS = ("filters", "gain", "rows", "added", "scale", "other")
-_ROOTS = {
-    aten.rsqrt.default,
-    aten.sqrt.default,
-    aten.linalg_vector_norm.default,
-    aten.norm.ScalarOpt_dim,
-}
 _JOINS = {aten.cat.default, aten.stack.default}
 _SUMS, _SCALES = ADD | SUBTRACT, MULTIPLY | DIVIDE
 _SEEN_THROUGH = REARRANGE | SAME | SOFTMAX | CHOICES
-_POSITIONS = {aten.arange.default, aten.arange.start, aten.arange.start_step, aten.cumsum.default}
-# The index is made of what they compare, and not of the numbers themselves.
-_TAKES = {"gather", "index", "index_select", "take"}
-_COMPARES = {"eq", "ne", "lt", "le", "gt", "ge"}
 
 
-def uses_in(run: Run, names: dict[int, str] | None = None) -> dict[int, Found]:
+def uses_in(flow: DataFlow, names: dict[int, str] | None = None) -> dict[int, Found]:
     """What each parameter of a run is used for, by its id.
 
     Args:
         names: id of each module of the user's model -> its qualified name, for reasons.
     """
-    reader = _Reader(run, names or {})
-    found = {key: reader.read(value) for key, value in run.parameters.items()}
+    reader = _Reader(flow, names or {})
+    found = {key: reader.read(value) for key, value in flow.parameters.items()}
     return reader.with_scans(found)
 
 
 class _Reader:
-    def __init__(self, run: Run, names: dict[int, str]) -> None:
-        self.run, self.names = run, names
-        self.uses = {key: uses_of(run, value) for key, value in run.parameters.items()}
+    def __init__(self, flow: DataFlow, names: dict[int, str]) -> None:
+        self.flow, self.names = flow, names
+        self.uses = {key: uses_of(flow, value) for key, value in flow.parameters.items()}
 
     # --- one parameter ----------------------------------------------------------------------------
 
-    def read(self, parameter: Value) -> Found:
+    def read(self, parameter: FlowValue) -> Found:
         uses = self.uses[parameter.key]
         kinds: dict[str, list[Use]] = {}
         for use in uses:
             kinds.setdefault(self.kind(use), []).append(use)
         if not uses:
-            if not _reaches_results(self.run, parameter):
+            if not _reaches_results(self.flow, parameter):
                 return Found("unused", "nothing that the model returns is made of it")
             return Found(None, "no operator reads it together with an input of the model")
         for kind, rule in self.RULES:
@@ -104,15 +93,15 @@ class _Reader:
 
     def kind(self, use: Use) -> str:
         """What kind of use it is: a key of RULES, or "other"."""
-        op, name = use.op, _name(use.op)
-        argument = _argument(op, use.value)
+        op, name = use.op, op_name(use.op)
+        argument = argument_name(op, use.value)
         if op.target in TABLES or (op.target in GATHERS and op.args[0] is use.value):
             return "gathered"
-        if name in _NORMS or name in _CONVOLUTIONS:
+        if name in NORMS or name in _CONVOLUTIONS:
             if argument == "bias":
                 return "bias"
             if argument == "weight":
-                return "gain" if name in _NORMS else "filters"
+                return "gain" if name in NORMS else "filters"
             return "rows"
         if is_product(op):
             if argument == "bias" or (name in ("addmm", "baddbmm") and op.args[0] is use.value):
@@ -126,98 +115,59 @@ class _Reader:
             return "added"
         return "scale" if op.target in _SCALES else "other"
 
-    def gathered(self, parameter: Value, kinds: dict[str, list[Use]]) -> Found:
+    def gathered(self, parameter: FlowValue, kinds: dict[str, list[Use]]) -> Found:
         first = kinds["gathered"][0]
         where = f"gathered at {self.where(first.op)}"
         if "weight" in kinds:
             products = [p for p in map(product_of, kinds["weight"]) if p is not None]
-            if head := [p for p in products if produces_logits(self.run, p.op)]:
+            if head := [p for p in products if produces_logits(self.flow, p.op)]:
                 gives = f"gives the logits at {self.where(head[0].op)}"
                 return Found("tied head", f"{where}, and {gives}")
             return Found("embedding", f"{where}, and multiplied at {self.where(products[0].op)}")
-        if len(_wide(parameter)) < 2:
+        if len(wide_sizes(parameter)) < 2:
             return Found("vector", where)
         indices = [x for x in first.op.reads if x is not first.value]
-        if first.op.target not in TABLES and any(map(self.chooses, indices)):
+        if first.op.target not in TABLES and any(map(is_of_choices, indices)):
             return Found("bias", f"{where}, a row for each chosen expert")
-        if any(map(self.counts, indices)):
+        if any(map(is_of_positions, indices)):
             return Found("position embedding", f"{where}, by positions")
         return Found("embedding", where)
 
-    def chooses(self, index: Value) -> bool:
-        """Whether an index is made of the best of some scores."""
-        stack, seen = [index], set[Value]()
-        while stack:
-            value = stack.pop()
-            if value.target in CHOICES:
-                return True
-            if value not in seen and not is_product(value):
-                seen.add(value)
-                stack += value.reads
-        return False
-
-    def counts(self, index: Value) -> bool:
-        """Whether an index says where a token is, and not what it is."""
-        positions, tokens = False, False
-        stack, seen = [index], set[Value]()
-        while stack:
-            value = stack.pop()
-            if value in seen or _name(value) in _COMPARES:
-                continue
-            seen.add(value)
-            known = value.known
-            if value.target in _POSITIONS or (
-                known is not None and bool((known != known.flatten()[:1]).any())
-            ):
-                positions = True
-            elif value.target == INPUT:
-                of_positions = "pos" in str(value.key).lower()
-                positions |= of_positions
-                tokens |= not of_positions and not _is_float(value)
-            else:
-                # of what is gathered, what is taken counts, and not where
-                stack += value.reads[:1] if _name(value) in _TAKES else value.reads
-        return positions and not tokens
-
-    def filters(self, parameter: Value, kinds: dict[str, list[Use]]) -> Found:
+    def filters(self, parameter: FlowValue, kinds: dict[str, list[Use]]) -> Found:
         op = kinds["filters"][0].op
         if kinds["filters"][0].at is None:
             return self.computed({"computed weight": kinds["filters"]})
         where = self.where(op)
-        groups = op.argument(_place(op, "groups"), "groups", 1)
+        groups = named_argument(op, "groups", 1)
         channels = op.args[0].shape[-len(parameter.shape) + 1]
         if groups > 1 and groups == channels:
             return Found("depthwise convolution", f"{groups} groups of one channel at {where}")
-        if produces_logits(self.run, op):
+        if produces_logits(self.flow, op):
             return Found("head", f"gives what the model returns at {where}")
-        if not self.run.trained(op.args[0]):
+        if not self.flow.trained(op.args[0]):
             return Found("first convolution", f"reads the model's input at {where}")
-        if len(_wide(parameter)) < 2:
+        if len(wide_sizes(parameter)) < 2:
             return Found("thin matrix", f"filters of one number at {where}")
         return Found("convolution", f"filters at {where}", "flatten")
 
     def computed(self, kinds: dict[str, list[Use]]) -> Found:
         use = kinds["computed weight"][0]
-        by = ", ".join(dict.fromkeys(_name(x) for x in use.through)) or "a product of another form"
+        names = ", ".join(dict.fromkeys(map(op_name, use.through)))
+        by = names or "a product of another form"
         where = self.where(use.op)
-        if any(x.target in _ROOTS or "norm" in _name(x) for x in self.made_of(use.value)):
+        weights = reachable(self.weights([use.value]), lambda x: self.weights(x.reads))
+        if any(x.target in ROOTS or "norm" in op_name(x) for x in weights):
             return Found("weight norm", f"the weight at {where} is computed of it and of a norm")
         return Found(None, f"its use is not clear: the weight at {where} is computed of it by {by}")
 
-    def made_of(self, weight: Value) -> set[Value]:
-        """All that a value is computed of, without the model's input."""
-        found, stack = set[Value](), [weight]
-        while stack:
-            value = stack.pop()
-            if value not in found and not self.run.active(value):
-                found.add(value)
-                stack += value.reads
-        return found
+    def weights(self, values: Sequence[FlowValue]) -> list[FlowValue]:
+        """Those values that do not depend on the model's input."""
+        return [x for x in values if not self.flow.active(x)]
 
-    def computed_weight(self, parameter: Value, kinds: dict[str, list[Use]]) -> Found:
+    def computed_weight(self, parameter: FlowValue, kinds: dict[str, list[Use]]) -> Found:
         return self.computed(kinds)
 
-    def weight(self, parameter: Value, kinds: dict[str, list[Use]]) -> Found:
+    def weight(self, parameter: FlowValue, kinds: dict[str, list[Use]]) -> Found:
         products = [p for p in map(product_of, kinds["weight"]) if p is not None]
         first = products[0]
         where = self.where(first.op)
@@ -227,39 +177,39 @@ class _Reader:
             also = self.where(others[0])
             return Found(None, f"its use is not clear: a weight at {where}, and read by {also}")
         if (
-            head := next((p for p in products if produces_logits(self.run, p.op)), None)
+            head := next((p for p in products if produces_logits(self.flow, p.op)), None)
         ) is not None:
             return Found("head", f"gives the logits at {self.where(head.op)}")
-        if len(_wide(parameter)) < 2:
+        if len(wide_sizes(parameter)) < 2:
             return Found("thin matrix", f"multiplied at {where}, of shape {list(parameter.shape)}")
         if len(parameter.shape) == 2 and any(map(self.is_lora, products)):
             return Found("LoRA", f"a factor of low rank beside a weight at {where}")
         if any(self.escapes(p.op) for p in products):
             return Found(None, f"what comes of {where} goes to code that was not traced")
-        if any(routes(self.run, p.op) for p in products):
+        if any(routes(self.flow, p.op) for p in products):
             return Found("router", f"chooses experts at {where}")
         return self.matrix(parameter, products, where)
 
-    def escapes(self, output: Value) -> bool:
+    def escapes(self, output: FlowValue) -> bool:
         """Whether code between two graphs may read a product, and do what no graph shows."""
-        waiting = Waiting(self.run, [output])
-        for value in waiting:
+        worklist = Worklist(self.flow, [output])
+        for value in worklist:
             if value.escapes:
                 return True
             if value is output or value.target in _SEEN_THROUGH or is_pointwise(value):
-                waiting.add(value.users)
+                worklist.add(value.users)
         return False
 
-    def is_lora(self, product: Product) -> bool:
+    def is_lora(self, product: WeightProduct) -> bool:
         """Whether a product is one of LoRA's two."""
         summed, out = product.op.reads, product.op.shape[-1] if product.op.shape else 0
-        x = next((v for v in summed if self.run.active(v)), None)
+        x = next((v for v in summed if self.flow.active(v)), None)
         size = x.shape[-1] if x is not None and x.shape else 0
         if out < size:
-            return is_first_factor(self.run, product, out, size)
-        return is_second_factor(self.run, product, size, out)
+            return is_first_factor(self.flow, product, out, size)
+        return is_second_factor(self.flow, product, size, out)
 
-    def matrix(self, parameter: Value, products: Sequence[Product], where: str) -> Found:
+    def matrix(self, parameter: FlowValue, products: Sequence[WeightProduct], where: str) -> Found:
         """A matrix between activations, or several: where they lie."""
         rank = len(parameter.shape)
         last = {rank - 2, rank - 1}
@@ -275,7 +225,7 @@ class _Reader:
         dim = dims.pop()
         pattern = self.pattern(parameter, products, dim)
         if pattern.sizes and min(pattern.sizes) * pattern.outer == 1:
-            pattern = Pattern(1, (), "kept whole: one of its blocks is a single row")
+            pattern = BlockPattern(1, (), "kept whole: one of its blocks is a single row")
         if pattern.sizes:
             parts = " + ".join(map(str, pattern.sizes))
             times = f"{pattern.outer} times " if pattern.outer > 1 else ""
@@ -285,60 +235,62 @@ class _Reader:
         why = f"multiplied at {where}" + (f", {pattern.why}" if pattern.why else "")
         return Found(role, why, kind)
 
-    def pattern(self, parameter: Value, products: Sequence[Product], dim: int) -> Pattern:
-        blocks = Blocks(parameter.shape[dim])
+    def pattern(
+        self, parameter: FlowValue, products: Sequence[WeightProduct], dim: int
+    ) -> BlockPattern:
+        blocks = FusedBlocks(parameter.shape[dim])
         for product in products:
-            follow(self.run, product.op, product.positions, blocks)
+            follow(self.flow, product.op, product.positions, blocks)
         blocks.join_heads()
         return pattern_of(blocks)
 
-    def rows(self, parameter: Value, kinds: dict[str, list[Use]]) -> Found:
+    def rows(self, parameter: FlowValue, kinds: dict[str, list[Use]]) -> Found:
         where = self.where(kinds["rows"][0].op)
-        if len(_wide(parameter)) < 2:
+        if len(wide_sizes(parameter)) < 2:
             return Found("vector", f"joins the activations at {where}")
         return Found("embedding", f"learned rows that join the activations at {where}")
 
-    def gain(self, parameter: Value, kinds: dict[str, list[Use]]) -> Found:
+    def gain(self, parameter: FlowValue, kinds: dict[str, list[Use]]) -> Found:
         return Found("norm gain", f"the gain of {self.where(kinds['gain'][0].op)}")
 
-    def bias(self, parameter: Value, kinds: dict[str, list[Use]]) -> Found:
+    def bias(self, parameter: FlowValue, kinds: dict[str, list[Use]]) -> Found:
         return Found("bias", f"added at {self.where(kinds['bias'][0].op)}")
 
-    def added(self, parameter: Value, kinds: dict[str, list[Use]]) -> Found:
+    def added(self, parameter: FlowValue, kinds: dict[str, list[Use]]) -> Found:
         use = kinds["added"][0]
         where = f"added at {self.where(use.op)}"
         gathers = any(x.target in GATHERS for x in use.through)
-        if "scale" in kinds and len(_wide(parameter)) > 1:
+        if "scale" in kinds and len(wide_sizes(parameter)) > 1:
             return Found(None, f"its use is not clear: {where}, and multiplied elsewhere")
-        if len(_wide(parameter)) < 2:
+        if len(wide_sizes(parameter)) < 2:
             return Found("bias", where)
         by = ", gathered by positions" if gathers else ", to each position its own"
         return Found("position embedding", where + by)
 
-    def scale(self, parameter: Value, kinds: dict[str, list[Use]]) -> Found:
+    def scale(self, parameter: FlowValue, kinds: dict[str, list[Use]]) -> Found:
         uses = kinds["scale"]
         where = self.where(uses[0].op)
         if self.decays(uses[0]):
             return Found("scan parameter", f"-exp of it is a decay at {where}")
-        if not _wide(parameter):
+        if not wide_sizes(parameter):
             return Found("vector", f"one number that multiplies at {where}")
-        if any(_after_norm(x) for use in uses for x in use.op.reads if x is not use.value):
+        if any(is_normalized(x) for use in uses for x in use.op.reads if x is not use.value):
             return Found("norm gain", f"multiplies what a norm gives at {where}")
         return Found("vector", f"multiplied elementwise at {where}")
 
     def decays(self, use: Use) -> bool:
         """Whether a use reads -exp(parameter), and exp is taken again."""
         through = {x.target for x in use.through}
-        if not through & EXP or not any(_name(x) == "neg" for x in use.through):
+        if not through & EXP or not any(op_name(x) == "neg" for x in use.through):
             return False
-        waiting = Waiting(self.run, [use.op])
-        for value in waiting:
+        worklist = Worklist(self.flow, [use.op])
+        for value in worklist:
             if value.target in EXP or not is_pointwise(value):
                 return True  # exp, or a scan that is one operator
-            waiting.add(value.users)
+            worklist.add(value.users)
         return False
 
-    RULES: tuple[tuple[str, Callable[["_Reader", Value, dict[str, list[Use]]], Found]], ...] = (
+    RULES: tuple[tuple[str, Callable[["_Reader", FlowValue, dict[str, list[Use]]], Found]], ...] = (
         ("gathered", gathered),
         ("filters", filters),
         ("weight", weight),
@@ -365,77 +317,24 @@ class _Reader:
                 continue
             at = {self.module(use.op) for use in uses}
             own = {self.kind(use) for use in uses} <= {"added", "scale", "other"}
-            if own and uses and at <= modules and len(_wide(self.run.parameters[key])) < 2:
+            if own and uses and at <= modules and len(wide_sizes(self.flow.parameters[key])) < 2:
                 where = self.where(uses[0].op)
                 found[key] = Found("scan parameter", f"beside a decay at {where}")
         return found
 
-    def module(self, value: Value) -> str:
+    def module(self, value: FlowValue) -> str:
         return module_path(value, self.names, "")
 
-    def where(self, value: Value) -> str:
+    def where(self, value: FlowValue) -> str:
         """A node, its module and its source line, in words."""
         module = "a layer" if value.shared else self.module(value) or "the model"
         return f"{value.name} in {module}, {source_line(value)}"
 
 
-def _reaches_results(run: Run, value: Value) -> bool:
-    waiting = Waiting(run, [value])
-    for each in waiting:
+def _reaches_results(flow: DataFlow, value: FlowValue) -> bool:
+    worklist = Worklist(flow, [value])
+    for each in worklist:
         if each.returned:
             return True
-        waiting.add(each.users)
-    return False
-
-
-def _wide(parameter: Value) -> list[int]:
-    """The sizes that are more than 1."""
-    return [n for n in parameter.shape if n > 1]
-
-
-def _is_float(value: Value) -> bool:
-    return value.dtype is not None and value.dtype.is_floating_point
-
-
-def _name(value: Value) -> str:
-    return str(getattr(value.target, "__name__", value.target)).split(".")[0].rstrip("_")
-
-
-def _argument(op: Value, value: Value) -> str:
-    """The name under which an operator's schema has an argument."""
-    schema = getattr(op.target, "_schema", None)
-    named = [] if schema is None else [a.name for a in schema.arguments]
-    for name, given in (*zip(named, op.args, strict=False), *op.kwargs.items()):
-        if given is value:
-            return str(name)
-    return ""
-
-
-def _place(op: Value, name: str) -> int:
-    return [a.name for a in op.target._schema.arguments].index(name)
-
-
-def _after_norm(value: Value) -> bool:
-    """Whether a value was divided by a root of its squares, or is what a norm gives."""
-    for _ in range(6):
-        if value.target in _ROOTS or _name(value) in _NORMS:
-            return True
-        if value.target in _SCALES:
-            if any(_is_root(x) for x in value.reads):
-                return True
-        elif value.target not in REARRANGE | SAME | _SUMS:
-            return False
-        if not value.reads:
-            return False
-        value = value.reads[0]
-    return False
-
-
-def _is_root(value: Value) -> bool:
-    for _ in range(4):
-        if value.target in _ROOTS:
-            return True
-        if value.target not in SAME | _SUMS or not value.reads:
-            return False
-        value = value.reads[0]
+        worklist.add(each.users)
     return False

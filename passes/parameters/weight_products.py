@@ -13,11 +13,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moonfx.passes.graph.nodes import aten
-from moonfx.passes.parameters.dataflow import Value
+from moonfx.passes.parameters.dataflow import FlowValue
 from moonfx.passes.parameters.weight_uses import Use
 
 
-class Product(NamedTuple):
+class WeightProduct(NamedTuple):
     """A product of a parameter with what the model computes.
 
     Args:
@@ -27,7 +27,7 @@ class Product(NamedTuple):
         axis: the output's dim of these features.
     """
 
-    op: Value
+    op: FlowValue
     out: tuple[int, ...]
     summed: tuple[int, ...]
     line: Tensor | None
@@ -50,33 +50,33 @@ class _Axes(NamedTuple):
     axis: int
 
 
-def _linear(op: Value, place: int, weight: Value) -> _Axes | None:
+def _linear(op: FlowValue, place: int, weight: FlowValue) -> _Axes | None:
     return _Axes((0,), (1,), -1) if place == 1 and len(weight.shape) == 2 else None
 
 
-def _right(op: Value, place: int, weight: Value) -> _Axes | None:
+def _right(op: FlowValue, place: int, weight: FlowValue) -> _Axes | None:
     """x @ w, or w @ x."""
     x = op.args[1 - place]
-    if place not in (0, 1) or len(weight.shape) < 2 or not isinstance(x, Value):
+    if place not in (0, 1) or len(weight.shape) < 2 or not isinstance(x, FlowValue):
         return None
     if place == 1:
         return _Axes((-1,), (-2,), -1)
     return _Axes((-2,), (-1,), -2 if len(x.shape) > 1 else -1)
 
 
-def _added(op: Value, place: int, weight: Value) -> _Axes | None:
+def _added(op: FlowValue, place: int, weight: FlowValue) -> _Axes | None:
     """b + x @ w, or b + w @ x."""
     if place == 2:
         return _Axes((-1,), (-2,), -1)
     return _Axes((-2,), (-1,), -2) if place == 1 else None
 
 
-def _grouped(op: Value, place: int, weight: Value) -> _Axes | None:
+def _grouped(op: FlowValue, place: int, weight: FlowValue) -> _Axes | None:
     three = place == 1 and len(weight.shape) == 3
     return _Axes((-1,), (-2,), -1) if three and len(op.shape) == 2 else None
 
 
-def _einsum(op: Value, place: int, weight: Value) -> _Axes | None:
+def _einsum(op: FlowValue, place: int, weight: FlowValue) -> _Axes | None:
     found = re.fullmatch(r"([\w.]+),([\w.]+)(?:->([\w.]+))?", str(op.args[0]).replace(" ", ""))
     operands = list(op.args[1]) if len(op.args) > 1 else []
     if found is None or found[3] is None or len(operands) != 2:
@@ -96,7 +96,7 @@ def _einsum(op: Value, place: int, weight: Value) -> _Axes | None:
     return _Axes(tuple(out), tuple(summed), axis)
 
 
-_PRODUCTS: dict[object, Callable[[Value, int, Value], _Axes | None]] = {
+_PRODUCTS: dict[object, Callable[[FlowValue, int, FlowValue], _Axes | None]] = {
     aten.linear.default: _linear,
     aten.matmul.default: _right,
     aten.mm.default: _right,
@@ -108,11 +108,11 @@ _PRODUCTS: dict[object, Callable[[Value, int, Value], _Axes | None]] = {
 }
 
 
-def is_product(value: Value) -> bool:
+def is_product(value: FlowValue) -> bool:
     return value.target in _PRODUCTS or "grouped_mm" in str(value.target)
 
 
-def product_of(use: Use) -> Product | None:
+def product_of(use: Use) -> WeightProduct | None:
     """The product that a use is, None if the parameter is no weight of one."""
     op, value = use.op, use.value
     if not is_product(op) or use.at is None:
@@ -125,7 +125,7 @@ def product_of(use: Use) -> Product | None:
     line = None
     if len(out) == 1 and len(axes.out) == 1 and not set(out) & set(summed):
         line = _line(use.at[out[0]], axes.out[0])
-    return Product(op, out, summed, line, axes.axis % len(op.shape))
+    return WeightProduct(op, out, summed, line, axes.axis % len(op.shape))
 
 
 def _line(at: Tensor, axis: int) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moonfx.passes.graph.nodes import aten
 from moonfx.passes.graph.operators import DIVIDE, MULTIPLY
-from moonfx.passes.parameters.dataflow import Run, Value, Waiting
-from moonfx.passes.parameters.element_positions import REARRANGE, SAME, again
+from moonfx.passes.parameters.dataflow import DataFlow, FlowValue, Worklist
+from moonfx.passes.parameters.element_positions import REARRANGE, SAME, replay_on_positions
 
 _MULTIPLIES = MULTIPLY | DIVIDE
 GATHERS = {aten.index.Tensor, aten.index_select.default, aten.select.int}
@@ -35,26 +35,26 @@ class Use(NamedTuple):
         through: what changed its numbers.
     """
 
-    op: Value
-    value: Value
+    op: FlowValue
+    value: FlowValue
     at: tuple[Tensor, ...] | None
-    through: tuple[Value, ...]
+    through: tuple[FlowValue, ...]
 
 
 class _Made(NamedTuple):
     at: tuple[Tensor, ...] | None
-    through: tuple[Value, ...]
+    through: tuple[FlowValue, ...]
     items: Any = None
 
 
-def uses_of(run: Run, parameter: Value) -> list[Use]:
+def uses_of(flow: DataFlow, parameter: FlowValue) -> list[Use]:
     """Every operator where a parameter meets what the model computes, in the order of the run."""
     shape = parameter.shape
     own = tuple(_along(dim, shape) for dim in range(len(shape)))
-    made: dict[Value, _Made] = {parameter: _Made(own, ())}
+    made: dict[FlowValue, _Made] = {parameter: _Made(own, ())}
     found: list[Use] = []
-    waiting = Waiting(run, [parameter])
-    for value in waiting:
+    worklist = Worklist(flow, [parameter])
+    for value in worklist:
         if value is not parameter:
             ours = [x for x in value.reads if x in made]
             if not ours:
@@ -62,7 +62,7 @@ def uses_of(run: Run, parameter: Value) -> list[Use]:
             if value.target in TABLES:
                 found += [Use(value, x, made[x].at, made[x].through) for x in ours]
                 continue
-            if not run.active(value):
+            if not flow.active(value):
                 made[value] = _of_weights(value, ours, made)
             elif (one := _of_an_expert(value, ours, made, shape)) is not None:
                 made[value] = one
@@ -71,7 +71,7 @@ def uses_of(run: Run, parameter: Value) -> list[Use]:
                 continue
         if value.returned and value is not parameter:
             found.append(Use(value, value, None, ()))
-        waiting.add(value.users)
+        worklist.add(value.users)
     return found
 
 
@@ -80,7 +80,7 @@ def _along(dim: int, shape: tuple[int, ...]) -> Tensor:
     return torch.arange(shape[dim]).view(sizes).expand(shape)
 
 
-def _of_weights(value: Value, ours: list[Value], made: dict[Value, _Made]) -> _Made:
+def _of_weights(value: FlowValue, ours: list[FlowValue], made: dict[FlowValue, _Made]) -> _Made:
     """What is made of weights and constants alone: a view if it can be seen as one."""
     first = made[ours[0]]
     if len(ours) == 1 and first.at is not None:
@@ -88,7 +88,7 @@ def _of_weights(value: Value, ours: list[Value], made: dict[Value, _Made]) -> _M
             return first
         if first.items is not None and isinstance(value.args[1], int):
             return _Made(first.items[value.args[1]], first.through)
-        views = [again(value, {ours[0]: at}) for at in first.at]
+        views = [replay_on_positions(value, {ours[0]: at}) for at in first.at]
         if value.target in REARRANGE and all(v is not None for v in views):
             if isinstance(views[0], tuple | list):
                 return _Made(first.at, first.through, list(zip(*views, strict=True)))
@@ -98,7 +98,7 @@ def _of_weights(value: Value, ours: list[Value], made: dict[Value, _Made]) -> _M
 
 
 def _of_an_expert(
-    value: Value, ours: list[Value], made: dict[Value, _Made], shape: tuple[int, ...]
+    value: FlowValue, ours: list[FlowValue], made: dict[FlowValue, _Made], shape: tuple[int, ...]
 ) -> _Made | None:
     """A selection of matrices by what the model computes: any of them stands for all."""
     known = made[ours[0]]
@@ -113,7 +113,7 @@ def _of_an_expert(
         return None
 
 
-def _selected(value: Value) -> int | None:
+def _selected(value: FlowValue) -> int | None:
     """The one dim that is indexed."""
     if value.target is aten.index.Tensor:
         indices = value.args[1]

@@ -110,14 +110,14 @@ def captured(call, *args, grad=True, dynamic=False):
 
     def backend(gm, inputs):
         skipped = []
-        was, known = retrace.key_of, retrace.Written.again
-        retrace.Written.again = lambda *a: skipped.append(1) or known(*a)
+        was, known = retrace.key_of, retrace.Written.replay
+        retrace.Written.replay = lambda *a: skipped.append(1) or known(*a)
         try:
             ours = described(capture(gm, inputs))
             retrace.key_of = lambda *a: None
             traced = described(capture(gm, inputs))
         finally:
-            retrace.key_of, retrace.Written.again = was, known
+            retrace.key_of, retrace.Written.replay = was, known
         found.append((ours, traced, len(skipped)))
         return gm.forward
 

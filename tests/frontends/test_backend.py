@@ -74,6 +74,12 @@ OPTIONS = [
     (dict(causal_only="yes"), "causal_only must be True or False, got 'yes'"),
     (dict(recompute_routing=1), "recompute_routing must be True or False, got 1"),
     (dict(inductor="max-autotune"), "inductor must be a dict of Inductor options"),
+    (
+        dict(disable_passes=["clasify_mask"]),
+        r"disable_passes: no pass is named 'clasify_mask' \(did you mean 'classify_mask'\?\); "
+        "known: .*find_attention, lay_out_heads, classify_mask, sparsify_attention, newton_schulz",
+    ),
+    (dict(disable_passes="tvm"), r"disable_passes must be a list of names, got 'tvm' \(str\)"),
 ]
 
 

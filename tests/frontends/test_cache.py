@@ -46,7 +46,26 @@ EDITS = [
         "setting = (policy.block, policy.topk + 1,",
         (True, True),
     ),
+    # A folder deeper than the package's own files; what it computes stays the same.
+    ("passes/masks/prove.py", "\ndef prove(", "\n\ndef prove(", (False, False)),
 ]
+
+# Prints how many sources there are, and those that may be edited without a change of the key.
+KEYS = """
+import pathlib
+from moonfx.capture.cache_key import source_hash
+key, missed, seen = source_hash.__wrapped__(), [], 0
+for folder in ("moonfx", "passes", "kernels"):
+    for path in pathlib.Path(folder).rglob("*.*"):
+        if path.suffix in (".py", ".h", ".cpp"):
+            text = path.read_bytes()
+            path.write_bytes(text + b"\\n")
+            missed += [str(path)] if source_hash.__wrapped__() == key else []
+            path.write_bytes(text)
+            seen += 1
+assert source_hash.__wrapped__() == key
+print(seen, *missed)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +93,21 @@ def run(checkout: Path, topk: int) -> tuple[str, str, int]:
     assert result.returncode == 0, result.stderr
     output, gradient, hits = result.stdout.split()
     return output, gradient, int(hits)
+
+
+def test_an_edit_of_any_source_changes_the_key(checkout: Path) -> None:
+    seen, *missed = subprocess.check_output(
+        [sys.executable, "-c", KEYS],
+        env=os.environ | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"},
+        cwd=checkout,
+        text=True,
+    ).split()
+    suffixes = {".py", ".h", ".cpp"}
+    folders = [checkout / name for name in ("moonfx", "passes", "kernels")]
+    sources = [p for folder in folders for p in folder.rglob("*") if p.suffix in suffixes]
+    assert (int(seen), missed) == (len(sources), [])
+    for name in ("passes/masks/prove.py", "kernels/cpu/forward.h", "moonfx/ops/moba.py"):
+        assert checkout / name in sources
 
 
 def test_an_edit_or_a_new_policy_in_a_second_process_is_obeyed_and_else_the_cache_answers(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import moonfx
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference.moba import moba_attention
 from moonfx.passes.symbolic.input_masks import Given, values_of
 
@@ -98,7 +99,7 @@ class Model(nn.Module):
 def reference(model: Model, x: Tensor, real: Tensor | None = None) -> Tensor:
     for line in model.lines:
         q, k, v = (y.unflatten(-1, (H, D)).transpose(1, 2) for y in line(x).chunk(3, -1))
-        y = moba_attention(q, k, v, BLOCK, TOPK, sinks=1, key_mask=real)[0]
+        y = moba_attention(q, k, v, MobaArguments(BLOCK, TOPK, sinks=1, key_mask=real))[0]
         x = x + y.transpose(1, 2).flatten(2)
     return x
 

@@ -15,7 +15,7 @@ import moonfx
 from moonfx.backend.on_miss import NothingRewritten
 from moonfx.backend.records import records_of
 from moonfx.backend.rewriter import Backend
-from tests.passes.newton_schulz.cases import always
+from tests.support.newton_schulz.cases import always
 
 SHAPES = ((6, 4), (4, 6), (4, 6), (5, 5))
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import moonfx
-from moonfx import LayerPolicy, capture
+from moonfx import LayerPolicy
 from moonfx.backend.on_miss import NothingRewritten
+from moonfx.capture import compiled_calls
 from moonfx.ops import moba
 from tests.support.tiny import Plain, TinyLM, gradients, tokens
 
@@ -411,13 +412,13 @@ def test_a_layers_key_that_fits_no_attention_is_not_silent() -> None:
 def test_the_recompile_limit_is_an_error_and_not_silently_dense(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(capture, "RECOMPILE_LIMIT", 2)
+    monkeypatch.setattr(compiled_calls, "RECOMPILE_LIMIT", 2)
     static = {"recompile_limit": 2, "automatic_dynamic_shapes": False}
     model = moonfx.sparsify(TinyLM(), 16, 2, **EAGER)
     with torch._dynamo.config.patch(static):
         model(tokens(64))
         model(tokens(65))
-        with pytest.raises(capture.TooManyGraphs, match="would run dense from here"):
+        with pytest.raises(compiled_calls.TooManyGraphs, match="would run dense from here"):
             model(tokens(66))
         model(tokens(64))
 

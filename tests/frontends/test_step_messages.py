@@ -14,7 +14,7 @@ from moonfx.backend.records import records_of
 from moonfx.capture.retrace import CaptureError
 from moonfx.passes import pass_manager
 from moonfx.passes.attention import find_attention
-from tests.passes.newton_schulz.cases import always
+from tests.support.newton_schulz.cases import always
 
 Parameters = list[nn.Parameter]
 

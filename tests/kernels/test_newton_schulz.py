@@ -15,14 +15,13 @@ from torch import Tensor
 
 from moonfx import fallback
 from moonfx.kernels.cpu import library as cpu_build
-from moonfx.kernels.cpu import moba as cpu
 from moonfx.kernels.cpu import newton_schulz as newton_schulz_cpu
 from moonfx.kernels.reference import newton_schulz as reference
 from moonfx.kernels.torch_ops import newton_schulz
 from moonfx.ops import newton_schulz_cost
 from moonfx.ops import newton_schulz_runs as runs_
 from moonfx.ops.newton_schulz import newton_schulz_flops, newton_schulz_form
-from tests.kernels.newton_schulz_cases import (
+from tests.support.newton_schulz_cases import (
     CASES,
     COEFFICIENTS,
     GRAM,
@@ -38,13 +37,15 @@ QUINTIC = COEFFICIENTS["quintic"]
 DTYPES = (torch.bfloat16, torch.float32)
 
 needs_kernel = pytest.mark.skipif(
-    cpu.available() is not None, reason="needs a C++ compiler for the CPU kernel"
+    cpu_build.available() is not None, reason="needs a C++ compiler for the CPU kernel"
 )
 
 
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether the CPU kernel rounds to `dtype` between products: it may compute in float32."""
-    return cpu.available() is None and cpu.compute_dtype(cpu.load(), dtype) == dtype
+    return (
+        cpu_build.available() is None and cpu_build.compute_dtype(cpu_build.load(), dtype) == dtype
+    )
 
 
 def cpu_kernel(X: Tensor, name: str, runs: tuple[int, ...]) -> Tensor:
@@ -57,7 +58,7 @@ def check_each_form(name: str, kind: str, dtype: torch.dtype, norm: float) -> No
     expected = reference.by_singular_values(X.double(), steps)
     plain = error(newton_schulz.plain(X.unsqueeze(0), steps)[0], expected)
     assert plain <= tolerance(name, kind, dtype)
-    if cpu.available() is None:
+    if cpu_build.available() is None:
         factor, more = SYMMETRIC[dtype]
         assert error(cpu_kernel(X, name, (1,) * len(steps)), expected) <= factor * plain + more
         factor, more = GRAM[dtype]
@@ -315,7 +316,7 @@ def test_bfloat16_is_left_to_matrix_units_that_only_torch_uses(
 def test_without_a_compiler_it_is_right_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
-    monkeypatch.setattr(cpu, "available", lambda: "switched off by a test")
+    monkeypatch.setattr(cpu_build, "available", lambda: "switched off by a test")
     fallback.forget()
     X = matrix("spike", 24, 40, torch.float32)
     flat = [number for step in QUINTIC for number in step]

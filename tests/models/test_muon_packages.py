@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import moonfx
-from tests.passes.newton_schulz.cases import always
+from tests.support.newton_schulz.cases import always
 
 Rows = list[tuple[tuple[int, ...], int, int, str]]
 Make = Callable[[Any, list[nn.Parameter]], torch.optim.Optimizer]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import moonfx
 from moonfx.backend.rewriter import Backend
-from tests.passes.newton_schulz.cases import always
 from tests.support import muon_steps as written
+from tests.support.newton_schulz.cases import always
 
 Make = Callable[..., torch.optim.Optimizer]
 Rows = list[tuple[tuple[int, ...], int, int]]

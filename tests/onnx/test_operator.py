@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import moonfx
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference import moba as reference
 from tests.support.moba_cases import Case
 
@@ -206,7 +207,7 @@ def test_onnxruntime_gives_what_the_reference_gives(
 ) -> None:
     each = ROWS[index]
     query, key, value, given = operands(each, inputs_of(CASES[case]))
-    out, lse = reference.moba_attention(query, key, value, **each.setting, **given)
+    out, lse = reference.moba_attention(query, key, value, MobaArguments(**each.setting, **given))
     # The inputs lie on a grid that makes the routing exact; the rest is rounding of float32 sums.
     close = {"atol": 3e-6, "rtol": 1e-5}
     torch.testing.assert_close(found[case][2 * index], out, **close)
@@ -233,7 +234,9 @@ def test_half_precision_is_computed_in_float32_and_cast_back(dtype: torch.dtype)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
     out, lse = (torch.from_numpy(x) for x in session.run(None, feed))
-    expected, expected_lse = reference.moba_attention(*(x.to(dtype) for x in inputs), 8, 2)
+    expected, expected_lse = reference.moba_attention(
+        *(x.to(dtype) for x in inputs), MobaArguments(8, 2)
+    )
     # One rounding to the dtype, at the end: it may fall the other way, by one unit.
     torch.testing.assert_close(out, expected.float(), atol=torch.finfo(dtype).eps / 2, rtol=0)
     assert torch.equal(out, out.to(dtype).float())

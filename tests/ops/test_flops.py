@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moonfx import moba_attention
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference import moba as reference
 from moonfx.ops import flops
 from tests.support.moba_cases import Case
@@ -38,7 +39,7 @@ def test_flops_are_those_of_the_keys_attended(
         queries=queries, length=length, block=block, topk=topk, dim=8, value_dim=4, scale=1.0
     )
     leaves = leaves_of(case)
-    chosen = reference.select_blocks(*leaves[:2], block, topk)
+    chosen = reference.select_blocks(*leaves[:2], MobaArguments(block, topk))
     keys = chosen.repeat_interleave(block, -1)[..., :length]
     keys &= torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
     attended = int(keys.sum())
@@ -59,7 +60,7 @@ def test_flops_of_bidirectional_attention_are_those_of_topk_full_blocks(
 ) -> None:
     case = Case(queries=length, length=length, block=block, topk=topk, dim=8, value_dim=4)
     leaves = leaves_of(case)
-    chosen = reference.select_blocks(*leaves[:2], block, topk, causal=False)
+    chosen = reference.select_blocks(*leaves[:2], MobaArguments(block, topk, causal=False))
     attended = int(chosen.sum()) * block
     heads = case.batch * case.kv_heads * case.group
     assert flops.attended_keys(length, length, block, topk, causal=False) * heads == attended

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from moonfx import fallback, moba_attention
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.cpu import moba as cpu
 from moonfx.kernels.reference import moba as reference
 from moonfx.kernels.torch_ops import moba as tiled
@@ -69,7 +70,7 @@ def assert_like_reference(case: Case) -> None:
         calls.append(named | ({} if bias is None else {"key_bias": leaves[3]}))
     out, lse = moba_attention(*mine[:3], case.block, case.topk, **calls[0], return_lse=True)
     expected, expected_lse = reference.moba_attention(
-        *theirs[:3], case.block, case.topk, **calls[1]
+        *theirs[:3], MobaArguments(case.block, case.topk, **calls[1])
     )
     tolerance = TOLERANCE[case.dtype]
     assert out.dtype == case.dtype
@@ -315,19 +316,19 @@ def test_opcheck_passes_on_both_operators(case: Case) -> None:
     # opcheck compares runs by value, and NaN is unlike itself: none under the padding here.
     plain = [tensor.nan_to_num() for tensor in case.inputs()]
     leaves = [tensor.clone().requires_grad_() for tensor in plain]
-    policy = case.policy()
+    arguments = case.arguments()
     for name in ("key_bias", "block_means"):
-        if (tensor := getattr(policy, name)) is not None:
-            policy = policy._replace(**{name: tensor.nan_to_num()})
-    with_leaf = policy
-    if policy.key_bias is not None:
-        with_leaf = policy._replace(key_bias=policy.key_bias.clone().requires_grad_())
-    torch.library.opcheck(OPERATOR, (*leaves, *with_leaf))
-    out, lse, routes = OPERATOR(*plain, *policy)
+        if (tensor := getattr(arguments, name)) is not None:
+            arguments = replace(arguments, **{name: tensor.nan_to_num()})
+    with_leaf = arguments
+    if arguments.key_bias is not None:
+        with_leaf = replace(arguments, key_bias=arguments.key_bias.clone().requires_grad_())
+    torch.library.opcheck(OPERATOR, (*leaves, *with_leaf.values()))
+    out, lse, routes = OPERATOR(*plain, *arguments.values())
     lse = lse.nan_to_num(neginf=0.0)
     expanded = torch.ones((), dtype=out.dtype).expand(out.shape)
     for grads in ((torch.ones_like(out), lse), (expanded, None)):
-        torch.library.opcheck(BACKWARD, (*grads, *plain, out, lse, routes, *policy))
+        torch.library.opcheck(BACKWARD, (*grads, *plain, out, lse, routes, *arguments.values()))
 
 
 def test_a_graph_written_for_the_first_eight_arguments_still_runs() -> None:
@@ -379,7 +380,7 @@ def test_either_result_alone_can_be_differentiated() -> None:
     for index in (0, 1):
         mine, theirs = leaves_of(case), leaves_of(case)
         got = moba_attention(*mine, 8, 3, return_lse=True)[index]
-        expected = reference.moba_attention(*theirs, 8, 3)[index]
+        expected = reference.moba_attention(*theirs, MobaArguments(8, 3))[index]
         grads = torch.autograd.grad(got.sum(), mine, allow_unused=True)
         wanted = torch.autograd.grad(expected.sum(), theirs, allow_unused=True)
         for grad, want in zip(grads, wanted, strict=True):
@@ -548,13 +549,14 @@ class Keeping(ModuleType):
         super().__init__("keeping")
         self.taken: list[Tensor | None] = []
 
-    def forward(self, query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        policy = Policy(*rest[1:])
-        columns = policy.topk if key.shape[2] > policy.block * policy.topk else 1
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, arguments: MobaArguments
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        columns = arguments.topk if key.shape[2] > arguments.block * arguments.topk else 1
         rows = query.shape[1] * query.shape[2] // key.shape[1]
         routes = torch.arange(rows * columns, dtype=torch.int32).view(1, 1, rows, columns)
         routes = routes.expand(query.shape[0], key.shape[1], -1, -1)
-        return *tiled.forward(query, key, *rest), routes
+        return *tiled.forward(query, key, value, arguments), routes
 
     def backward(self, *given: Any, routes: Tensor | None = None) -> Any:
         self.taken.append(routes)
@@ -713,7 +715,7 @@ FALLBACK = """
 import warnings
 import torch
 from moonfx import moba_attention
-from moonfx.kernels import cpu
+from moonfx.kernels.cpu import moba as cpu
 
 cpu.available = lambda: "no C++ compiler found: install g++"
 x = torch.randn(1, 2, 40, 8, requires_grad=True)

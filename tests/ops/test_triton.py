@@ -73,10 +73,10 @@ def test_routes_kept_or_found_again_give_the_same_bits() -> None:
 @pytest.mark.parametrize("case", [case for _, case in CASES[:2]], ids=[x for x, _ in CASES[:2]])
 def test_fake_results_are_like_the_real_ones(case: Case) -> None:
     leaves, _ = prepared(case)
-    policy = case.policy()
+    arguments = case.arguments()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(OPERATOR, (*leaves, *policy), test_utils=tests)
+    torch.library.opcheck(OPERATOR, (*leaves, *arguments.values()), test_utils=tests)
     inputs = [x.detach() for x in leaves]
-    saved = OPERATOR(*inputs, *policy)
-    given = (saved[0], None, *inputs, *saved, *policy)
+    saved = OPERATOR(*inputs, *arguments.values())
+    given = (saved[0], None, *inputs, *saved, *arguments.values())
     torch.library.opcheck(BACKWARD, given, test_utils=tests)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 import moonfx
+from moonfx.kernels.reference.newton_schulz import JORDAN
 from moonfx.optim.checks import MOMENTUM_DTYPES
-from moonfx.optim.coefficients import JORDAN
-from moonfx.optim.muon import GROUP_KEYS, PARAMETER_KEYS
-from moonfx.optim.state.adamw import Source, dequantized
-from tests.optim.nets import MUON, Net, net, train
-from tests.optim.sources import BitsandbytesAdamW, FusedAdam, stepped
+from moonfx.optim.settings import GROUP_KEYS, PARAMETER_KEYS
+from moonfx.optim.state.adamw import Source
+from moonfx.optim.state.floats import dequantized
+from tests.support.optim.nets import MUON, Net, net, train
+from tests.support.optim.sources import BitsandbytesAdamW, FusedAdam, stepped
 
 torchao = pytest.importorskip("torchao.optim", reason="needs torchao")
 

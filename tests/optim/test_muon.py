@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import moonfx
 from moonfx.optim.muon import Muon
-from tests.optim.by_hand import Row, muon
+from tests.support.optim.by_hand import Row, muon
 
 LRScheduler = torch.optim.lr_scheduler
 

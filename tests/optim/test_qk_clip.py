@@ -9,7 +9,7 @@ from torch import nn
 
 from moonfx.optim.matrices import Layout
 from moonfx.optim.qk_clip import QKClip, largest_logits
-from tests.optim.by_hand import Row
+from tests.support.optim.by_hand import Row
 
 H, D, N, C = 4, 8, 300, 16  # N is more than one chunk of queries
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, lr_scheduler
 
 import moonfx
-from tests.optim.nets import VOCABULARY, Net, loss, net, tokens, train
+from tests.support.optim.nets import VOCABULARY, Net, loss, net, tokens, train
 
 pytestmark = pytest.mark.filterwarnings("error")
 

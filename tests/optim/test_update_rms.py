@@ -1,152 +1,17 @@
-"""Update RMS: what a law says of it, against what Newton-Schulz in bfloat16 makes of matrices."""
+"""Update RMS: the table beside the step that it describes."""
 
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moonfx.ops.newton_schulz import newton_schulz
-from moonfx.optim.coefficients import COEFFICIENTS, composed, per_step
+from moonfx.optim.coefficients import per_step
 from moonfx.optim.matrices import Layout
-from moonfx.optim.update_rms import correction, noise_rms, targets, update_rms
-from tests.optim.by_hand import Row, muon
-
-SEED = 20
-
-
-def matrix(*shape, seed=SEED):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def flat(triples):
-    return [number for triple in triples for number in triple]
-
-
-def orthogonal(x, name="muon", dtype=torch.bfloat16, steps=None):
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return newton_schulz(x.to(dtype), flat(per_step(name, steps)))
-
-
-def rms(x):
-    return x.double().square().mean().sqrt().item()
-
-
-# Sides 64 to 1024, square to 1:16. A mean over few singular values fluctuates: four small matrices.
-SHAPES = [(4, 64, 64), (4, 1024, 64), (1, 256, 256), (1, 256, 1024)]
-ROWS = [(name, shape) for name in COEFFICIENTS for shape in SHAPES]
-ROWS += [("muon", (1, 1024, 1024)), ("polar_express", (1, 1024, 1024))]
-
-
-@pytest.mark.parametrize(("name", "shape"), ROWS)
-def test_a_gaussian_matrix_gets_the_rms_that_its_correction_promises(name, shape):
-    _, m, n = shape
-    got = rms(orthogonal(matrix(*shape), name)) * math.sqrt(max(m, n))
-    # The goal is 3 %. What is left is the fluctuation of one matrix's spectrum, below 1 %.
-    assert got == pytest.approx(correction(m, n, per_step(name)), rel=0.01)
-
-
-# RMS(O) sqrt(max), measured on Gaussian matrices elsewhere, to three digits.
-MEASURED = [
-    ("muon", 256, 256, 0.905),
-    ("muon", 256, 1024, 0.955),
-    ("quintic", 256, 256, 0.997),
-    ("quintic", 256, 1024, 1.001),
-    ("cubic", 256, 256, 1.019),
-    ("cubic", 256, 1024, 1.061),
-    ("deepseek_v4", 256, 256, 1.000),
-    ("deepseek_v4", 256, 1024, 1.000),
-]
-
-
-@pytest.mark.parametrize(("name", "m", "n", "expected"), MEASURED)
-def test_corrections_are_those_that_were_measured_before(name, m, n, expected):
-    assert correction(m, n, per_step(name)) == pytest.approx(expected, abs=0.004)
-    assert correction(n, m, flat(per_step(name))) == correction(m, n, per_step(name))
-
-
-@pytest.mark.parametrize("name", COEFFICIENTS)
-def test_a_vector_has_one_singular_value_and_so_an_exact_correction(name):
-    """[1, N] gives |p(1)|, for Jordan's coefficients 0.69 of the nominal RMS."""
-    exact = correction(1, 64, per_step(name))
-    assert exact == abs(composed(per_step(name), 1.0))
-    got = rms(orthogonal(matrix(64, 1), name, torch.float64)) * math.sqrt(64)
-    assert got == pytest.approx(exact, rel=1e-5)
-    if name == "muon":
-        assert exact == pytest.approx(0.69, abs=0.01)
-
-
-@pytest.mark.parametrize("rank", [1, 16, 64])
-def test_lemma_1_the_rms_of_an_update_of_rank_r_is_the_root_of_r_over_its_entries(rank):
-    x = matrix(64, rank).double() @ matrix(rank, 256, seed=1).double()
-    # Ten steps that converge: all singular values 1. float64: in bfloat16 rounding has full rank.
-    got = rms(orthogonal(x, "polar_express", torch.float64, steps=10))
-    assert got == pytest.approx(math.sqrt(rank / (64 * 256)), rel=1e-6)
-
-
-@pytest.mark.parametrize(("m", "n", "double"), [(64, 256, 2), (256, 64, 2), (64, 64, 1)])
-def test_table_1_of_moonlight_the_weights_of_an_mlp_double(m, n, double):
-    """[H, 4H] scaled by 0.2 sqrt(H), then by 0.2 sqrt(max): the sum of random steps doubles.
-
-    The paper's own weights went from 2.52e-2 to 5.01e-2, and attention's, [H, H], stayed.
-    """
-    steps, gain = 20, correction(m, n, per_step("muon"))
-    total = sum(orthogonal(matrix(m, n, seed=i)).float() for i in range(steps)) / gain
-    # Independent steps add up as their squares do; 20 of them leave their sum a few percent off.
-    expected = 0.2 * math.sqrt(steps)
-    assert rms(0.2 * math.sqrt(max(m, n)) * total) == pytest.approx(expected, rel=0.05)
-    assert rms(0.2 * math.sqrt(64) * total) == pytest.approx(expected / double, rel=0.05)
-
-
-def source_of(adamw):
-    """As moonfx.optim.state.adamw reads torch's AdamW."""
-    state = adamw.state
-    return SimpleNamespace(
-        members=lambda: [(g, p) for g in adamw.param_groups for p in g["params"]],
-        betas=lambda g: g["betas"],
-        steps=lambda p, g: float(state[p].get("step", 0)) if p in state else 0.0,
-        first_moment=lambda p: state[p]["exp_avg"] if p in state else None,
-        second_moment=lambda p: state[p]["exp_avg_sq"] if p in state else None,
-    )
-
-
-MUON, ADAMW = SimpleNamespace(optimizer="muon"), SimpleNamespace(optimizer="adamw")
-
-
-@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.95, 0.95), (0.8, 0.95)])
-def test_on_noise_the_update_of_adamw_has_the_rms_that_its_betas_say(betas):
-    torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.zeros(64, 64))
-    adamw = torch.optim.AdamW([p], lr=1.0, betas=betas, weight_decay=0.0)
-    moved = []
-    for _ in range(150):
-        before = p.detach().clone()
-        p.grad = torch.randn(64, 64)
-        adamw.step()
-        moved.append(rms(p.detach() - before))
-    # v_hat is itself noisy, and correlated with m_hat: up to 2 % below the theory.
-    assert sum(moved[-20:]) / 20 == pytest.approx(noise_rms(betas[0]), rel=0.03)
-    assert targets("betas", source_of(adamw), [MUON]) == [noise_rms(betas[0])]
-    assert targets("measured", source_of(adamw), [MUON])[0] == pytest.approx(moved[-1], rel=1e-4)
-
-
-def test_each_parameter_is_measured_by_itself_and_what_has_no_measure_takes_that_of_its_betas():
-    torch.manual_seed(0)
-    steady, noisy, zero, unused, bias = (torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(5))
-    groups = [{"params": [steady, noisy]}, {"params": [zero, unused, bias], "betas": (0.5, 0.9)}]
-    adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
-    for _ in range(60):
-        steady.grad, noisy.grad = torch.ones(8, 8), torch.randn(8, 8)
-        zero.grad = bias.grad = torch.zeros(8, 8)
-        adamw.step()
-    table = [MUON, MUON, MUON, MUON, ADAMW]
-    found = targets("measured", source_of(adamw), table)
-    assert found[0] == pytest.approx(1.0, rel=1e-5)  # a constant gradient: m_hat = sqrt(v_hat)
-    assert found[1] == pytest.approx(noise_rms(0.9), rel=0.25)
-    assert found[2:] == [noise_rms(0.5), noise_rms(0.5), None]
-    assert targets(0.3, source_of(adamw), table) == [0.3, 0.3, 0.3, 0.3, None]
-
+from moonfx.optim.step.gaussian_rms import correction
+from moonfx.optim.update_rms import update_rms
+from tests.support.optim.by_hand import Row, muon
+from tests.support.optim.orthogonal import matrix, orthogonal, rms
 
 # name, shape, layout, blocks of the parameter as (name, slice, matrix)
 PARAMETERS = [

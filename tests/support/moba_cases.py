@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import NAMES, MobaArguments
 from moonfx.kernels.reference import moba as reference
 
 PADDINGS = ("none", "left", "right", "holes", "one row empty")
@@ -140,24 +140,16 @@ class Case:
         beyond = torch.arange(made.shape[2]) >= last
         return made.masked_fill(beyond[:, None, :, None], torch.nan)
 
-    def policy(self) -> Policy:
-        """The arguments after the tensors, in a kernel's order."""
-        return Policy(
-            self.block,
-            self.topk,
-            self.sinks,
-            self.scale,
-            self.key_mask(),
-            self.causal,
-            self.softcap,
-            self.key_bias(),
-            self.segments(),
-            self.block_means(),
-        )
+    def arguments(self, device: str = "cpu") -> MobaArguments:
+        """The arguments after the tensors; a field or method of this class has each one's name."""
+        given = {name: getattr(self, name) for name in NAMES}
+        made = {name: x() if callable(x) else x for name, x in given.items()}
+        tensors = {name: x.to(device) for name, x in made.items() if isinstance(x, Tensor)}
+        return MobaArguments(**made | tensors)
 
     def named(self) -> dict[str, Any]:
         """The named arguments of the reference and of the public function."""
-        named = self.policy()._asdict()
+        named = self.arguments().named()
         del named["block"], named["topk"]
         if named["block_means"] is None:
             del named["block_means"]

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference.moba import moba_attention
 
 WIDTH, HEADS, VOCABULARY, LENGTH = 64, 4, 100, 256
@@ -185,7 +186,7 @@ def _reference_sdpa(block: int, topk: int, sinks: int, calls: list[int]) -> Iter
             keep = attn_mask if attn_mask.dtype == torch.bool else attn_mask == 0
             real = keep[:, 0, -1, :].expand(query.shape[0], -1)
         return moba_attention(
-            query, key, value, block, topk, sinks=sinks, scale=scale, key_mask=real
+            query, key, value, MobaArguments(block, topk, sinks=sinks, scale=scale, key_mask=real)
         )[0]
 
     with mock.patch.object(F, "scaled_dot_product_attention", sdpa):
@@ -213,7 +214,10 @@ def oracle(
     ) -> tuple[Tensor, None]:
         calls.append(1)
         out, _ = moba_attention(
-            query, key, value, block, topk, sinks=sinks, scale=scaling, key_mask=attention_mask
+            query,
+            key,
+            value,
+            MobaArguments(block, topk, sinks=sinks, scale=scaling, key_mask=attention_mask),
         )
         return out.transpose(1, 2), None
 

@@ -4,11 +4,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
-
 from moonfx.ops.flops import attended_keys
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PASSES = ("forward", "forward+backward")
 
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from moonfx.bench.attention.cases import DTYPES
 from moonfx.bench.harness import machine
+from moonfx.bench.harness.arguments import DTYPES
 
 
 class Ceilings(NamedTuple):

@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from moonfx.bench.attention.cases import DTYPES, Case
+from moonfx.bench.attention.cases import Case
+from moonfx.bench.harness.arguments import DTYPES
+from moonfx.bench.harness.machine import Absent
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference import moba as reference
 from moonfx.ops.moba import moba_attention
 
@@ -28,10 +31,6 @@ BACKENDS = {
 }
 BASELINES = ("expanded", "enable_gqa")
 Attention = Callable[..., Tensor]
-
-
-class Absent(Exception):
-    """Why a contender cannot take part in a case."""
 
 
 class Inputs(NamedTuple):
@@ -100,9 +99,9 @@ def by_definition(case: Case, given: Inputs, up_to: int) -> Callable[[], object]
         raise Absent(f"holds N x N scores: N = {case.length} is over --reference-up-to {up_to}")
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return reference.moba_attention(query, key, value, case.block, case.topk, sinks=case.sinks)[
-            0
-        ]
+        return reference.moba_attention(
+            query, key, value, MobaArguments(case.block, case.topk, sinks=case.sinks)
+        )[0]
 
     return run(attention, [given.query, given.key, given.value], given.gradient)
 

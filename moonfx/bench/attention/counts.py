@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moonfx.bench.attention.cases import DTYPES, Case
+from moonfx.bench.attention.cases import Case
+from moonfx.bench.harness.arguments import DTYPES
 
 # Bytes: partial results and their indices, which the GPU kernels keep below a budget.
 SCRATCH = 512 << 20

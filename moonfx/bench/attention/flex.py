@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from moonfx.bench.attention.cases import Case
-from moonfx.bench.attention.contenders import Absent, Inputs, run
+from moonfx.bench.attention.contenders import Inputs, run
+from moonfx.bench.harness.machine import Absent
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference import moba as reference
 
 TILE = 128
@@ -81,7 +83,9 @@ def choice(case: Case, query: Tensor, key: Tensor) -> Tensor:
     for first in range(0, case.length, step):
         end = min(first + step, case.length)
         part = reference.select_blocks(
-            query[:, :, first:end], key[:, :, :end], case.block, case.topk, sinks=case.sinks
+            query[:, :, first:end],
+            key[:, :, :end],
+            MobaArguments(case.block, case.topk, sinks=case.sinks),
         )
         chosen[:, :, first:end, : part.shape[3]] = part
     return chosen

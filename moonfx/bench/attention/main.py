@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from moonfx.bench.attention import ceilings, plot, readme, table
+from moonfx.bench.attention import ceilings, plot, table
 from moonfx.bench.attention.measure import Limits, does_not_fit, measure, predicted, predicted_anew
 from moonfx.bench.attention.options import cases, parse
 from moonfx.bench.attention.results import Run
-from moonfx.bench.harness import machine
+from moonfx.bench.harness import into_page, machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.plot:
         plot.draw(run, options.plot)
     if options.into:
-        readme.place(Path(options.into), options.read[0], table.markdown(run))
+        into_page.place(Path(options.into), options.read[0], table.markdown(run))
     elif options.json:
         print(run.to_json())
     else:

@@ -9,10 +9,11 @@ import torch
 from moonfx.bench.attention import contenders, counts, roofline
 from moonfx.bench.attention.cases import Case
 from moonfx.bench.attention.ceilings import Ceilings
-from moonfx.bench.attention.contenders import BASELINES, Absent, Inputs
+from moonfx.bench.attention.contenders import BASELINES, Inputs
 from moonfx.bench.attention.flex import flex
 from moonfx.bench.attention.results import Result
 from moonfx.bench.harness import machine
+from moonfx.bench.harness.machine import Absent
 
 LONG = 10.0  # seconds: a warm-up that takes longer is a turn as well
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from moonfx.bench.attention import ceilings, plot
-from moonfx.bench.attention.cases import DTYPES, PASSES, SUITES, Case
+from moonfx.bench.attention import ceilings
+from moonfx.bench.attention.cases import PASSES, SUITES, Case
 from moonfx.bench.attention.contenders import BACKENDS
 from moonfx.bench.attention.results import read
-from moonfx.bench.harness import arguments
+from moonfx.bench.harness import arguments, into_page
+from moonfx.bench.harness.arguments import DTYPES
 from moonfx.policy import check_block_topk_sinks
 
 SIZES = {
@@ -45,6 +46,29 @@ def parse(argv: Sequence[str] | None, described: str) -> argparse.Namespace:
         help="named cases; --length, --dim, --dtype, --work then pick among them",
     )
     parser.add_argument("--quick", action="store_true", help=f"other defaults: {QUICK}")
+    add_contenders(parser)
+    parser.add_argument(
+        "--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--predict", choices=ceilings.PUBLISHED, help="measure nothing: the roofline of that chip"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    into_page.add(parser)
+    parser.add_argument(
+        "--plot", type=arguments.new_file, metavar="PNG", help="draw speedup over length"
+    )
+    words = sys.argv[1:] if argv is None else list(argv)
+    options = parser.parse_args(words)
+    try:
+        check(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def add_contenders(parser: argparse.ArgumentParser) -> None:
+    """Who is measured, how often, and what is too much."""
     parser.add_argument("--repeats", type=int, default=3, help="turns of each (%(default)s)")
     parser.add_argument(
         "--also",
@@ -69,34 +93,6 @@ def parse(argv: Sequence[str] | None, described: str) -> argparse.Namespace:
         metavar="S",
         help="leave out a contender whose call is predicted to take longer (%(default)s s)",
     )
-    parser.add_argument(
-        "--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument(
-        "--predict", choices=ceilings.PUBLISHED, help="measure nothing: the roofline of that chip"
-    )
-    parser.add_argument(
-        "--from",
-        dest="read",
-        nargs="+",
-        metavar="JSON",
-        help="measure nothing: read what --json wrote",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--markdown", action="store_true", help="print the README's table")
-    parser.add_argument(
-        "--into", metavar="FILE", help="put that table of --from into FILE, between its comments"
-    )
-    parser.add_argument(
-        "--plot", type=arguments.new_file, metavar="PNG", help="draw speedup over length"
-    )
-    words = sys.argv[1:] if argv is None else list(argv)
-    options = parser.parse_args(words)
-    try:
-        check(options)
-    except ValueError as error:
-        parser.error(str(error))
-    return options
 
 
 def add_shapes(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +114,7 @@ def check(options: argparse.Namespace) -> None:
     """Raises ValueError for what cannot be run, and fills the defaults in."""
     if options.repeats < 1:
         raise ValueError("--repeats must be at least 1")
-    if options.plot and (reason := plot.missing()):
+    if options.plot and (reason := arguments.why_no_plot()):
         raise ValueError(reason)
     options.run = read(options.read) if options.read else None
     if options.into and not options.read:

@@ -1,16 +1,7 @@
 """`moonfx bench attention --plot out.png`: speedup over length, beside what the FLOPs allow."""
 
-import importlib.util
-
 from moonfx.bench.attention.cases import PASSES
 from moonfx.bench.attention.results import Result, Run
-
-
-def missing() -> str | None:
-    """Why nothing can be drawn, and the remedy; None where it can."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return "--plot needs matplotlib: pip install matplotlib, or moonfx[plot]"
-    return None
 
 
 def draw(run: Run, path: str) -> None:

@@ -12,8 +12,9 @@ gathers, and what a kernel's inner loop falls short of a matrix product.
 from typing import NamedTuple
 
 from moonfx.bench.attention import counts
-from moonfx.bench.attention.cases import DTYPES, Case
+from moonfx.bench.attention.cases import Case
 from moonfx.bench.attention.ceilings import Ceilings
+from moonfx.bench.harness.arguments import DTYPES
 from moonfx.kernels.gpu import configs as gpu_configs
 
 # Rows that a tile of the CPU kernel holds, and keys of one of its vectors.

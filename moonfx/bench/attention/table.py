@@ -10,6 +10,8 @@ from tabulate import tabulate
 
 from moonfx.bench.attention.cases import PASSES
 from moonfx.bench.attention.results import Result, Run
+from moonfx.bench.harness import machine
+from moonfx.bench.harness.machine import milliseconds
 
 MIB = 2**20
 
@@ -17,12 +19,6 @@ MIB = 2**20
 class Column(NamedTuple):
     title: str
     text: Callable[[Result], str]
-
-
-def milliseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds * 1e3:.3f}" if seconds < 0.01 else f"{seconds * 1e3:.1f}"
 
 
 def said(value: float | None, pattern: str) -> str:
@@ -88,13 +84,13 @@ def text(run: Run) -> str:
     gpu = any("TFLOP/s" in name for name in run.where)
     columns = [*TIMES, *ROOFS, *(RATE if gpu else []), *MEMORY]
     columns += [column for name in ALSO if name in also for column in ALSO[name]]
-    parts = ["\n".join(f"{name}: {words}" for name, words in run.where.items())]
+    parts = [machine.text(run.where)]
     parts.append(grid(run, columns, "simple") if run.results else "no case fits this machine")
     return "\n\n".join([*parts, "\n".join([*notes(run), *lowest(run)])]).rstrip()
 
 
 def markdown(run: Run) -> str:
-    """The README's table: times and shares, and the memory that grows."""
+    """The table of docs/benchmarks.md: times and shares, and the memory that grows."""
     columns = [*TIMES, MEMORY[1], MEMORY[3]]
     names = ("hardware", "versions", "threads", "turns", "date", "warning")
     known = {name: words for name, words in run.where.items() if name in names}

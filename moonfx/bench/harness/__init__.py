@@ -1,1 +1,1 @@
-"""Timing, memory and argument types that all benchmarks share."""
+"""What all benchmarks share: timing, memory, types of arguments, tables put into pages."""

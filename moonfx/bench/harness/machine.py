@@ -5,12 +5,16 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from moonfx.ops.moba import kernel_for
+from moonfx.ops.dispatch import kernel_for
+
+
+class Absent(Exception):
+    """Why a contender cannot take part in a measurement."""
 
 
 def describe(device: torch.device) -> dict[str, str]:
@@ -18,7 +22,7 @@ def describe(device: torch.device) -> dict[str, str]:
     found = {
         "hardware": hardware(device),
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
-        "kernel": kernel_for(device).__name__,
+        "kernel": kernel_for(device).__name__.rpartition(".")[0],
     }
     if device.type == "cpu":
         found["threads"] = f"{torch.get_num_threads()} on {os.cpu_count()} cores"
@@ -26,6 +30,11 @@ def describe(device: torch.device) -> dict[str, str]:
         if busy > 0.5:
             found["warning"] = f"load average {busy:.1f} before the start: times may be too long"
     return found
+
+
+def text(where: Mapping[str, str]) -> str:
+    """What `describe` found, a line each."""
+    return "\n".join(f"{name}: {said}" for name, said in where.items())
 
 
 def hardware(device: torch.device) -> str:
@@ -36,7 +45,7 @@ def hardware(device: torch.device) -> str:
     except OSError:
         return platform.processor() or platform.machine()
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    fields = {name.strip(): text.strip() for name, text in fields.items()}
+    fields = {name.strip(): words.strip() for name, words in fields.items()}
     decisive = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     vectors = [f for f in decisive if f in fields.get("flags", "").split()]
     return f"{fields.get('model name', platform.machine())} ({', '.join(vectors)})"
@@ -50,6 +59,13 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     spent = times(call, device, 1)
     repeats = int(SHORT / max(spent, 1e-6))
     return spent if repeats < 2 else min(spent, times(call, device, repeats) / repeats)
+
+
+def milliseconds(spent: float | None) -> str:
+    """Seconds as a cell of a table; "-" for what was not measured."""
+    if spent is None:
+        return "-"
+    return f"{spent * 1e3:.3f}" if spent < 0.01 else f"{spent * 1e3:.1f}"
 
 
 def times(call: Callable[[], object], device: torch.device, repeats: int) -> float:

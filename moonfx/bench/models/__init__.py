@@ -1,1 +1,1 @@
-"""`moonfx bench model`, `compile` and `passes`."""
+"""`moonfx bench model`, `compile`, `passes` and `perplexity`: whole models."""

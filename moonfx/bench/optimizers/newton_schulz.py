@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moonfx.bench.attention.cases import DTYPES
-from moonfx.bench.attention.contenders import Absent
 from moonfx.bench.harness import machine
+from moonfx.bench.harness.arguments import DTYPES
+from moonfx.bench.harness.machine import Absent
 from moonfx.bench.optimizers import options as matrix_options
 from moonfx.bench.optimizers import other_packages as others
 from moonfx.bench.optimizers import verdict
 from moonfx.bench.optimizers.newton_schulz_table import FORMS, Timing, draw, notes, table
 from moonfx.bench.optimizers.verdict import Judged, take_turns
+from moonfx.kernels.reference.newton_schulz import JORDAN
 from moonfx.ops.newton_schulz import newton_schulz_flops, newton_schulz_form
-from moonfx.ops.newton_schulz_cost import MUON
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = found.to_dict() if found else None
         print(json.dumps({**results, "verdict": given}, indent=1))
         return status
-    print("\n".join(f"{name}: {text}" for name, text in where.items()))
+    print(machine.text(where))
     print(f"{options.steps} steps, best of {options.repeats}\n")
     print("\n".join([table(done), *notes(done, left_out)]))
     if found is not None:
@@ -103,7 +103,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def loop(X: Tensor, steps: int) -> list[Tensor]:
     """What optimizers write, for each matrix of a batch."""
-    a, b, c = MUON
+    a, b, c = JORDAN
     done = []
     for matrix in X:
         Y = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -130,7 +130,7 @@ def measure(
     for name in FORMS:
         if name in options.only or (name == form and not as_written):
             operator = torch.ops.moonfx.newton_schulz
-            calls[name] = functools.partial(operator, X, list(MUON) * steps, name)
+            calls[name] = functools.partial(operator, X, list(JORDAN) * steps, name)
     # Another shape is one compilation more of the same functions: Dynamo stops after a few of them.
     torch.compiler.reset()
     for name in [name for name in others.NAMES if name in options.only]:

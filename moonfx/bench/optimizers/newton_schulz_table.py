@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from tabulate import tabulate
 
-from moonfx.bench.attention.table import milliseconds
+from moonfx.bench.harness.machine import milliseconds
 from moonfx.bench.optimizers import bars
 from moonfx.bench.optimizers import other_packages as others
 

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from moonfx.bench.attention.cases import DTYPES
 from moonfx.bench.harness import machine
+from moonfx.bench.harness.arguments import DTYPES
 from moonfx.bench.optimizers import bars, optimizer_table, step_contenders, steps, verdict
 from moonfx.bench.optimizers import options as matrix_options
 from moonfx.bench.optimizers.optimizer_table import left_as_written, title

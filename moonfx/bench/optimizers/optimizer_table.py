@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
+from moonfx.bench.harness import machine
 from moonfx.bench.optimizers import other_packages as others
 from moonfx.bench.optimizers.step_contenders import CONTENDERS
 from moonfx.bench.optimizers.steps import Measured
@@ -18,7 +19,7 @@ def text(
     left_out: Sequence[str],
     verdict: Verdict | None,
 ) -> str:
-    parts = ["\n".join(f"{name}: {words}" for name, words in where.items())]
+    parts = [machine.text(where)]
     parts[0] += f"\n{options.steps} steps, best of {options.repeats}"
     if options.each and done:
         parts += [each_table(done) + notes(done)]

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 
-from moonfx.bench.attention import plot
 from moonfx.bench.harness import arguments, machine
 from moonfx.bench.optimizers.matrices import MODELS, Shapes, fewer
 
@@ -52,7 +51,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         given = getattr(options, name)
         if given is not None and not given > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {given:g}")
-    if options.plot and (reason := plot.missing()):
+    if options.plot and (reason := arguments.why_no_plot()):
         parser.error(reason)
     if options.threads:
         torch.set_num_threads(options.threads)

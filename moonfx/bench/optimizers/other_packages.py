@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moonfx.bench.attention.contenders import Absent
 from moonfx.bench.harness import machine
-from moonfx.ops.newton_schulz_cost import MUON
+from moonfx.bench.harness.machine import Absent
+from moonfx.kernels.reference.newton_schulz import JORDAN
 
 INSTALL = {
     "gram-newton-schulz": "pip install gram-newton-schulz",
@@ -32,7 +32,7 @@ INSTALL = {
 }
 NAMES = tuple(INSTALL)
 # What they multiply in, whatever they are given.
-DTYPES = {"gram-newton-schulz": torch.float16, "dion": torch.bfloat16}
+MULTIPLIES_IN = {"gram-newton-schulz": torch.float16, "dion": torch.bfloat16}
 RATES = {"lr": 1e-3, "weight_decay": 0.1, "nesterov": True}
 DION_STEPS = 5
 
@@ -81,7 +81,7 @@ def or_absent() -> Iterator[None]:
 def gram_iteration(steps: int, device: torch.device) -> Iteration:
     package = imported("gram_newton_schulz", "gram-newton-schulz")
     kernels, without = gram_kernels(device)
-    made = package.GramNewtonSchulz(ns_use_kernels=kernels, ns_coefficients=[list(MUON)] * steps)
+    made = package.GramNewtonSchulz(ns_use_kernels=kernels, ns_coefficients=[list(JORDAN)] * steps)
     return Iteration(made, f"the same coefficients, normalizes as well, float16{without}")
 
 
@@ -93,7 +93,7 @@ def gram_muon(parameters: list[nn.Parameter], steps: int, device: torch.device) 
         **RATES,
         momentum=0.95,
         adjust_lr="rms_norm",
-        ns_coefficients=[list(MUON)] * steps,
+        ns_coefficients=[list(JORDAN)] * steps,
         ns_use_kernels=kernels,
     )
     return Step(made, f"the same coefficients, float16{without}")
@@ -154,7 +154,7 @@ def version(name: str) -> str:
 
 def check_patience(name: str, flops: float, device: torch.device, patience: float) -> None:
     """Raises Absent for a call that would take longer: a CPU may have no fast float16 products."""
-    dtype = DTYPES[name]
+    dtype = MULTIPLIES_IN[name]
     rate = product_rate(device, dtype, torch.get_num_threads())
     if flops / rate > patience:
         raise Absent(

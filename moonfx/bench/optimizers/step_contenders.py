@@ -16,15 +16,15 @@ import torch
 from torch import nn
 
 import moonfx
-from moonfx.bench.attention.cases import DTYPES
-from moonfx.bench.attention.contenders import Absent
 from moonfx.bench.harness import machine
+from moonfx.bench.harness.arguments import DTYPES
+from moonfx.bench.harness.machine import Absent
 from moonfx.bench.optimizers import other_packages as others
 from moonfx.bench.optimizers.matrices import Shapes
 from moonfx.bench.optimizers.written_muon import WrittenMuon
 from moonfx.capture.inductor import empty_inductor_caches
+from moonfx.kernels.reference.newton_schulz import JORDAN
 from moonfx.ops.newton_schulz import newton_schulz_flops
-from moonfx.ops.newton_schulz_cost import MUON
 
 OURS = ("moonfx", "converted")
 BACKENDS: dict[str, Any] = {"inductor": "inductor", "moonfx": "moonfx"}
@@ -147,7 +147,7 @@ class Setting:
     def in_bfloat16(self, who: str, but: str = "") -> None:
         """Raises Absent where another dtype is asked for."""
         if self.iterate != "bfloat16":
-            dtype = str(others.DTYPES.get(but, torch.bfloat16)).removeprefix("torch.")
+            dtype = str(others.MULTIPLIES_IN.get(but, torch.bfloat16)).removeprefix("torch.")
             raise Absent(f"{who} iterates in {dtype}, not in {self.iterate}")
 
     def adamw(self) -> list[torch.optim.Optimizer]:
@@ -175,7 +175,7 @@ def ready(device: torch.device, names: tuple[str, ...]) -> None:
     """
     for dtype in (torch.bfloat16, torch.float32):
         matrix = torch.ones(8, 8, device=device, dtype=dtype)
-        torch.ops.moonfx.newton_schulz(matrix, list(MUON), "symmetric")
+        torch.ops.moonfx.newton_schulz(matrix, list(JORDAN), "symmetric")
     options = argparse.Namespace(steps=1, rest=False)
     setting = Setting.make({(8, 16): 2}, "float32", "bfloat16", options, device)
     for name in names:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 import moonfx
-from moonfx.bench.attention.cases import DTYPES
-from moonfx.bench.attention.contenders import Absent
+from moonfx.bench.harness.arguments import DTYPES
+from moonfx.bench.harness.machine import Absent
 from moonfx.bench.optimizers import other_packages as others
 from moonfx.bench.optimizers import verdict
 from moonfx.bench.optimizers.matrices import Shapes

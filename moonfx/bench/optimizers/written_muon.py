@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moonfx.ops.newton_schulz_cost import MUON
+from moonfx.kernels.reference.newton_schulz import JORDAN
 
 
 class WrittenMuon(torch.optim.Optimizer):
@@ -32,7 +32,7 @@ class WrittenMuon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
     def orthogonal(self, update: Tensor) -> Tensor:
-        a, b, c = MUON
+        a, b, c = JORDAN
         tall = update.shape[0] > update.shape[1]
         X = update.to(self.dtype)
         X = X.T if tall else X

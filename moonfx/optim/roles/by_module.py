@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from moonfx.optim.matrices import Layout
 from moonfx.optim.roles.by_name import by_name, is_head, is_of_tokens, is_position, special
-from moonfx.optim.roles.parameter_sites import Site
+from moonfx.optim.roles.parameter_sites import ParameterSite
 from moonfx.optim.roles.table import Finding
 
-Rule = Callable[["Modules", Site, Tensor], Finding | None]
+ModuleRule = Callable[["Modules", ParameterSite, Tensor], Finding | None]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -39,7 +39,7 @@ class Modules:
         sites: where each parameter lies, by id.
     """
 
-    def __init__(self, model: nn.Module, sites: dict[int, list[Site]]) -> None:
+    def __init__(self, model: nn.Module, sites: dict[int, list[ParameterSite]]) -> None:
         self.sites = sites
         every = [site for places in sites.values() for site in places]
         self.outputs = _by_accessor(model, "get_output_embeddings")
@@ -68,7 +68,7 @@ class Modules:
                 return Finding("head", f"one parameter of {names}")
         return found[0][1]
 
-    def _at(self, site: Site, parameter: Tensor) -> Finding:
+    def _at(self, site: ParameterSite, parameter: Tensor) -> Finding:
         found = special([*site.path, site.own])
         for rule in _RULES if found is None else ():
             if (found := rule(self, site, parameter)) is not None:
@@ -97,7 +97,7 @@ def _by_accessor(model: nn.Module, name: str) -> set[int]:
     return found
 
 
-def _is_tied(places: Sequence[Site]) -> bool:
+def _is_tied(places: Sequence[ParameterSite]) -> bool:
     """Whether a parameter is both an embedding and what a Linear multiplies by."""
     table = any(isinstance(site.module, nn.Embedding) for site in places)
     return table and any(is_linear(site.module) for site in places)
@@ -113,7 +113,7 @@ def is_linear(module: nn.Module) -> bool:
     return alike and isinstance(weight, Tensor) and weight.ndim == 2
 
 
-def _embedding(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
+def _embedding(known: Modules, site: ParameterSite, parameter: Tensor) -> Finding | None:
     given = id(site.module) in known.inputs and parameter.ndim == 2
     if not given and not isinstance(site.module, nn.Embedding | nn.EmbeddingBag):
         return None
@@ -124,21 +124,21 @@ def _embedding(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
     return Finding("embedding", f"an {_type(site)}")
 
 
-def _norm(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
+def _norm(known: Modules, site: ParameterSite, parameter: Tensor) -> Finding | None:
     named = type(site.module).__name__
     if "Norm" not in named or parameter.ndim > 1 or isinstance(site.module, nn.ModuleList):
         return None
     return Finding("bias" if "bias" in site.own else "norm gain", f"of a {named}")
 
 
-def _bias(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
+def _bias(known: Modules, site: ParameterSite, parameter: Tensor) -> Finding | None:
     of_attention = isinstance(site.module, nn.MultiheadAttention) and parameter.ndim == 3
     if "bias" not in site.own or (parameter.ndim > 1 and not of_attention):
         return None
     return Finding("bias", f"{site.own!r} of a {_type(site)}")
 
 
-def _head(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
+def _head(known: Modules, site: ParameterSite, parameter: Tensor) -> Finding | None:
     if parameter.ndim != 2 or not is_linear(site.module):
         return None
     if id(site.module) in known.outputs:
@@ -151,7 +151,7 @@ def _head(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
     return None
 
 
-def _followed(site: Site) -> bool:
+def _followed(site: ParameterSite) -> bool:
     """Whether a later Linear follows in the same container, as in classifier.0, .1, .2."""
     children = [] if site.parent is None else list(site.parent.children())
     if not site.path[-1].isdigit() or site.module not in children:
@@ -159,7 +159,7 @@ def _followed(site: Site) -> bool:
     return any(map(is_linear, children[children.index(site.module) + 1 :]))
 
 
-def _router(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
+def _router(known: Modules, site: ParameterSite, parameter: Tensor) -> Finding | None:
     if parameter.ndim != 2 or site.own != "weight":
         return None
     named = type(site.module).__name__
@@ -171,7 +171,7 @@ def _router(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
     return None
 
 
-def _attention(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
+def _attention(known: Modules, site: ParameterSite, parameter: Tensor) -> Finding | None:
     if not isinstance(site.module, nn.MultiheadAttention) or parameter.ndim != 2:
         return None
     if site.own != "in_proj_weight":
@@ -181,7 +181,7 @@ def _attention(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
     return Finding("fused projection", why, Layout(sizes=(width, width, width)))
 
 
-def _recurrent(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
+def _recurrent(known: Modules, site: ParameterSite, parameter: Tensor) -> Finding | None:
     gates = next((n for kind, n in _GATES.items() if isinstance(site.module, kind)), None)
     if gates is None or parameter.ndim != 2:
         return None
@@ -191,7 +191,7 @@ def _recurrent(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
     return Finding("fused projection", f"the {gates} gates of a {_type(site)}", Layout(sizes=sizes))
 
 
-def _convolution(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
+def _convolution(known: Modules, site: ParameterSite, parameter: Tensor) -> Finding | None:
     module: Any = site.module
     if not isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)) or site.own != "weight":
         return None
@@ -202,7 +202,7 @@ def _convolution(known: Modules, site: Site, parameter: Tensor) -> Finding | Non
     return Finding("convolution", f"a {_type(site)}", Layout("flatten"))
 
 
-def _linear(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
+def _linear(known: Modules, site: ParameterSite, parameter: Tensor) -> Finding | None:
     if parameter.ndim != 2 or not is_linear(site.module):
         return None
     if site.path and site.path[-1] in _SPLIT_AS_A_RULE:
@@ -211,14 +211,14 @@ def _linear(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
     return Finding("hidden matrix", f"a {_type(site)}")
 
 
-def _experts(known: Modules, site: Site, parameter: Tensor) -> Finding | None:
+def _experts(known: Modules, site: ParameterSite, parameter: Tensor) -> Finding | None:
     named = f"{type(site.module).__name__} {'.'.join(site.path[-1:])}"
     if parameter.ndim != 3 or "expert" not in named.lower():
         return None
     return Finding("experts", f"three dimensions, in {type(site.module).__name__}", Layout("batch"))
 
 
-def _by_its_name(known: Modules, site: Site, parameter: Tensor) -> Finding:
+def _by_its_name(known: Modules, site: ParameterSite, parameter: Tensor) -> Finding:
     """The last rule: a parameter of a module of the user's own."""
     if (found := by_name(site.name, parameter.shape)) is not None:
         return found._replace(why=f"{found.why}, in {_type(site)}")
@@ -229,11 +229,11 @@ def _by_its_name(known: Modules, site: Site, parameter: Tensor) -> Finding:
     return Finding("unclear", why)
 
 
-def _type(site: Site) -> str:
+def _type(site: ParameterSite) -> str:
     return type(site.module).__name__
 
 
-_RULES: Sequence[Rule] = (
+_RULES: Sequence[ModuleRule] = (
     _embedding,
     _norm,
     _bias,

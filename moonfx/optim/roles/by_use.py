@@ -9,7 +9,6 @@ flow, each with the parameters it was called with.
 import contextlib
 import copy
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,8 +20,9 @@ from torch.utils import _pytree as pytree
 from moonfx.capture.compiled_calls import compile_call, plain_call
 from moonfx.capture.dynamo_frames import break_reasons, empty_results
 from moonfx.capture.retrace import CaptureError, capture
+from moonfx.environment import verifying
 from moonfx.model_state import records_of_model
-from moonfx.passes.parameters.dataflow import GraphCall, Run
+from moonfx.passes.parameters.dataflow import DataFlow, GraphCall
 from moonfx.passes.parameters.roles import Found, uses_in
 
 log = logging.getLogger("moonfx.optim")
@@ -33,7 +33,7 @@ class Uses:
 
     Args:
         found: by the id of each parameter that a graph reads.
-        whole: whether all of the call was seen, so that what no graph reads is not used.
+        complete: whether all of the call was seen, so that what no graph reads is not used.
         failures: graphs that could not be captured, and why.
         reason: why not all of the call was seen, "" if that is not known.
     """
@@ -41,11 +41,12 @@ class Uses:
     def __init__(
         self,
         found: dict[int, Found],
-        whole: bool,
+        complete: bool,
         failures: Sequence[str] = (),
         reason: str = "",
     ) -> None:
-        self.found, self.whole, self.failures, self.reason = found, whole, list(failures), reason
+        self.found, self.complete = found, complete
+        self.failures, self.reason = list(failures), reason
 
 
 class _Recorder:
@@ -97,20 +98,20 @@ def uses_of_call(model: nn.Module, example: tuple[Any, ...] | dict[str, Any]) ->
     args, kwargs = (example, {}) if isinstance(example, tuple) else ((), example)
     try:
         try:
-            run, whole, failures = _traced(model, args, kwargs, _Recorder(runs=False))
+            flow, complete, failures = _traced(model, args, kwargs, _Recorder(runs=False))
         except Exception:  # noqa: BLE001 (code between two graphs may ask for more than zeros)
-            run, whole, failures = _traced(model, args, kwargs, _Recorder(runs=True))
+            flow, complete, failures = _traced(model, args, kwargs, _Recorder(runs=True))
     except Exception as error:
         raise ValueError(
             f"example: {type(model).__name__} cannot be traced with it: "
             f"{type(error).__name__}: {error}"
         ) from error
     names = {id(module): name for name, module in model.named_modules()}
-    reason = "" if whole else _title(break_reasons() - earlier)
+    reason = "" if complete else _title(break_reasons() - earlier)
     try:
-        return Uses(uses_in(run, names), whole, failures, reason)
+        return Uses(uses_in(flow, names), complete, failures, reason)
     except Exception as error:
-        if os.environ.get("MOONFX_VERIFY"):
+        if verifying():
             raise
         log.exception("the uses of a model's parameters could not be read; please report this")
         return Uses({}, False, [*failures, f"{type(error).__name__}: {error}"])
@@ -118,18 +119,18 @@ def uses_of_call(model: nn.Module, example: tuple[Any, ...] | dict[str, Any]) ->
 
 def _traced(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recorder: _Recorder
-) -> tuple[Run, bool, list[str]]:
+) -> tuple[DataFlow, bool, list[str]]:
     """The data flow of one call, whether it is all of it, and what could not be captured."""
     args, kwargs = pytree.tree_map(_copied, (args, kwargs))
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices), _kept_buffers(model):
         returned = compile_call(plain_call(model), recorder)(*args, **kwargs)
     given = [*pytree.tree_leaves((args, kwargs)), *model.parameters(), *model.buffers()]
-    whole = not recorder.failures and _is_whole(recorder.calls, given, returned)
-    # Of a whole call everything goes back to its caller, also in a cache that is no pytree.
-    run = Run(recorder.calls, None if whole else pytree.tree_leaves(returned))
+    complete = not recorder.failures and _is_complete(recorder.calls, given, returned)
+    # Of a complete call everything goes back to its caller, also in a cache that is no pytree.
+    flow = DataFlow(recorder.calls, None if complete else pytree.tree_leaves(returned))
     recorder.forget()
-    return run, whole, recorder.failures
+    return flow, complete, recorder.failures
 
 
 def _title(reasons: Counter[str]) -> str:
@@ -140,7 +141,7 @@ def _title(reasons: Counter[str]) -> str:
     return f"{title} ({where})" if where else title
 
 
-def _is_whole(calls: Sequence[GraphCall], given: Sequence[Any], returned: Any) -> bool:
+def _is_complete(calls: Sequence[GraphCall], given: Sequence[Any], returned: Any) -> bool:
     """Whether one graph makes all that a call returns of all that it was given."""
     if len(calls) != 1:
         return False

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from moonfx.optim.matrices import Layout, shapes
 from moonfx.optim.roles.by_name import unwrapped
-from moonfx.optim.roles.table import ADAMW, MUON, OPTIMIZERS, ROLES, RoleRow
+from moonfx.optim.roles.table import OPTIMIZERS, ROLES, RoleRow
+from moonfx.optim.settings import ADAMW, MUON
 
 Predicate = Callable[[str, Tensor], bool]
 Key = str | Predicate
 What = str | Layout
-Found = tuple[str, What]
+Override = tuple[str, What]
 
 _KEYS = "a parameter's name, 're:<regex>' or a predicate(name, parameter)"
 
@@ -59,7 +60,7 @@ class Overrides:
         else:
             raise TypeError(f"a key of roles must be {_KEYS}, got {key!r}")
 
-    def find(self, names: Sequence[str], parameter: Tensor) -> Found | None:
+    def find(self, names: Sequence[str], parameter: Tensor) -> Override | None:
         """What the user said of a parameter, with the key that fits; `names`: all of its names."""
         for key, what in self.names.items():
             if _is_called(key, names):
@@ -122,13 +123,13 @@ def _checked(key: object, what: object) -> What:
     return what
 
 
-def overridden(row: RoleRow, found: Found) -> RoleRow:
+def overridden(row: RoleRow, override: Override) -> RoleRow:
     """A row as the user wants it.
 
     Raises:
         ValueError: if Muon, or the layout, does not fit the parameter's shape.
     """
-    key, what = found
+    key, what = override
     why = f"roles[{key}] says so; {row.rule}: {row.role}"
     if isinstance(what, Layout):
         role, optimizer, layout = _role_of(what), MUON, what

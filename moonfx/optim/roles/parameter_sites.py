@@ -14,7 +14,7 @@ from moonfx.optim.roles.by_name import FLATTENED, WRAPPERS, unsaved
 
 
 @dataclass(frozen=True)
-class Site:
+class ParameterSite:
     """One attribute of one module that is a parameter.
 
     Args:
@@ -59,12 +59,12 @@ def _of_torch(module: nn.Module) -> bool:
     return root in ("torch", "deepspeed", "accelerate") or "Parallel" in type(module).__name__
 
 
-def sites_of(model: nn.Module) -> dict[int, list[Site]]:
+def sites_of(model: nn.Module) -> dict[int, list[ParameterSite]]:
     """id of each parameter -> its sites, in the order of registration.
 
     A module that is shared is several sites, by each of its names.
     """
-    found: dict[int, list[Site]] = {}
+    found: dict[int, list[ParameterSite]] = {}
 
     def visit(module: nn.Module, path: list[str], parent: nn.Module | None, above: Any) -> None:
         if id(module) in above:
@@ -72,7 +72,7 @@ def sites_of(model: nn.Module) -> dict[int, list[Site]]:
         inner = _wrapped(module)
         for own, value in module.named_parameters(recurse=False):
             name = ".".join([*path, own])
-            found.setdefault(id(value), []).append(Site(name, module, own, parent))
+            found.setdefault(id(value), []).append(ParameterSite(name, module, own, parent))
         for name, child in _children(module):
             shown = path if child is inner else [*path, name]
             visit(child, shown, parent if child is inner else module, above | {id(module)})
@@ -90,7 +90,7 @@ def check_owned(
     model: nn.Module,
     parameters: list[nn.Parameter] | tuple[nn.Parameter, ...],
     names: list[str] | tuple[str, ...],
-    sites: dict[int, list[Site]],
+    sites: dict[int, list[ParameterSite]],
 ) -> None:
     """Checks that a model owns the parameters of an optimizer.
 

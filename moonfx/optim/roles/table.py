@@ -5,19 +5,17 @@ A row says by which rule the role was found: "graph" (how the traced model uses 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
+from torch.optim import Optimizer
 
 from moonfx.optim.matrices import Layout
+from moonfx.optim.settings import ADAMW, MUON
 
-if TYPE_CHECKING:
-    from moonfx.optim.muon import Muon
-
-MUON, ADAMW = "muon", "adamw"
 OPTIMIZERS = (MUON, ADAMW)
-WHOLE = Layout()
+ONE_MATRIX = Layout()
 RULES = ("graph", "module", "name", "shape", "override")
 
 
@@ -59,7 +57,7 @@ class Finding(NamedTuple):
 
     role: str
     why: str
-    layout: Layout = WHOLE
+    layout: Layout = ONE_MATRIX
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,17 @@ class RoleRow:
     rule: str
     optimizer: str
     why: str
-    layout: Layout = WHOLE
+    layout: Layout = ONE_MATRIX
+
+    def with_layout(self, layout: Layout) -> "RoleRow":
+        return replace(self, layout=layout)
 
 
 def row_of(name: str, shape: Sequence[int], found: Finding, rule: str) -> RoleRow:
     """The row of a finding: its role says which optimizer, and that is part of why."""
     optimizer, reason = ROLES[found.role]
     why = f"{found.why}; {reason}" if found.why else reason
-    layout = found.layout if optimizer == MUON else WHOLE
+    layout = found.layout if optimizer == MUON else ONE_MATRIX
     return RoleRow(name, tuple(shape), found.role, rule, optimizer, why, layout)
 
 
@@ -120,7 +121,7 @@ class Roles:
         return f"{tabulate(table, head, disable_numparse=True)}\n{total}"
 
 
-def roles(optimizer: "Muon") -> Roles:
+def roles(optimizer: Optimizer) -> Roles:
     """What went to Muon and what stayed on AdamW, and why: one row per parameter.
 
     Args:

@@ -8,15 +8,15 @@
 Nothing else of moonfx.optim knows these differences.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Adam, Optimizer
+
+from moonfx.optim.state.floats import dequantized, has_codes
 
 Group = dict[str, Any]
 
@@ -156,7 +156,7 @@ def moment(state: dict[str, Any], keys: tuple[str, str]) -> Tensor | None:
 def is_low_bit(state: dict[str, Any], keys: tuple[str, ...]) -> bool:
     """Whether a state keeps one of these as codes."""
     return any(
-        isinstance(v := state.get(k), Tensor) and (v.dtype is torch.uint8 or _has_codes(v))
+        isinstance(v := state.get(k), Tensor) and (v.dtype is torch.uint8 or has_codes(v))
         for k in keys
     )
 
@@ -165,44 +165,6 @@ def steps_of(state: dict[str, Any], group: Group) -> float:
     """The number of updates that a state has had. Waits for the device if the counter is there."""
     steps: Any = state.get("step", group.get("step", 0.0))
     return float(steps)
-
-
-def dequantized(value: Tensor) -> Tensor:
-    """The floats of a tensor or of torchao's codes; float tensors as they are."""
-    if isinstance(value, DTensor):
-        local = value.to_local()
-        if not _has_codes(local):
-            return value
-        return DTensor.from_local(
-            dequantized(local),
-            value.device_mesh,
-            value.placements,
-            run_check=False,
-            shape=value.shape,
-            stride=value.stride(),
-        )
-    if not _has_codes(value):
-        return value
-    floats: Tensor = value.dequantize(torch.float32)  # type: ignore[call-arg]
-    return floats
-
-
-def number(value: Tensor) -> float:
-    """A scalar's value, the same on every process: of a sharded tensor each knows a part only."""
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
-
-
-def is_finite(value: Tensor) -> bool:
-    """Whether no number is NaN or infinite."""
-    if isinstance(value, DTensor):  # a maximum over processes may lose a NaN, a count does not
-        return number((~value.isfinite()).sum()) == 0
-    # One pass without a copy: the largest magnitude is NaN where one is.
-    return not value.numel() or math.isfinite(torch.linalg.vector_norm(value, math.inf).item())
-
-
-def _has_codes(value: Tensor) -> bool:
-    local = value.to_local() if isinstance(value, DTensor) else value
-    return hasattr(local, "codes")
 
 
 def _from_codes(codes: Tensor, state: dict[str, Any], number: str) -> Tensor:
@@ -237,15 +199,13 @@ def _block(values: int, scales: int) -> int:
     return next(b for b in _BLOCKS if -(-values // b) == scales)
 
 
-def read(optimizer: object) -> Source:
+def read_adamw(optimizer: object) -> Source:
     """Checks that an object is an AdamW of some kind.
 
     Raises:
         TypeError: if it is not an optimizer, a wrapper around one, or of another kind.
         ValueError: if it has no parameters, no betas, or a flag that Muon has no meaning for.
     """
-    from moonfx.optim.muon import Muon
-
     if isinstance(optimizer, type):
         raise TypeError(f"adamw must be an optimizer, got the class {optimizer.__name__} itself")
     _refuse_wrappers(optimizer)
@@ -255,10 +215,6 @@ def read(optimizer: object) -> Source:
             hint = "; it has one: give its .optimizer"
         raise TypeError(
             f"adamw must be a torch.optim.Optimizer, got {type(optimizer).__name__}{hint}"
-        )
-    if isinstance(optimizer, Muon):
-        raise TypeError(
-            "adamw is a moonfx.Muon already; moonfx.to_adamw(optimizer) goes back to AdamW"
         )
     source = Source(optimizer)
     if not any(True for _ in source.members()):

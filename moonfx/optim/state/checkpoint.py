@@ -7,32 +7,48 @@ groups stay the dicts that schedulers hold; what does not fit is refused before 
 """
 
 import copy
-import dataclasses
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 
-from moonfx.capture.optimizers import load_hooks
 from moonfx.optim.matrices import Layout
+from moonfx.optim.settings import ADAMW, GROUP_KEYS, MUON, PARAMETER_KEYS, Settings
 from moonfx.optim.state.adamw import FIRST, Group, moment, steps_of
 from moonfx.optim.state.handover import State, muon_state, second_moment
 
-if TYPE_CHECKING:
-    from moonfx.optim.muon import Muon
-
 StateDict = dict[str, Any]
+
+
+class StepsAdamW(Protocol):
+    """What steps the parameters that stayed on AdamW, as the class `kind` does."""
+
+    kind: type[Optimizer]
+
+
+class Converted(Protocol):
+    """As much of a moonfx.Muon as a checkpoint needs; its table's rows have a name and a layout."""
+
+    param_groups: list[Group]
+    state: defaultdict[Tensor, Any]
+    settings: Settings
+    table: list[Any]
+
+    @property
+    def rest(self) -> StepsAdamW: ...
+    def retire_source(self) -> None: ...
+
 
 BUFFER = "momentum_buffer"
 _ADVICE = "; give the optimizer that is loaded into the same model, groups and roles="
 
 
-def load(optimizer: "Muon", state_dict: StateDict) -> None:
-    """What load_state_dict of a moonfx.Muon does.
+def load(optimizer: Converted, state_dict: StateDict) -> None:
+    """What load_state_dict of a moonfx.Muon does, but for its hooks.
 
     Args:
         optimizer: the Muon.
@@ -43,10 +59,6 @@ def load(optimizer: "Muon", state_dict: StateDict) -> None:
         TypeError: if state_dict is no state_dict of an optimizer.
         ValueError: if it is of another optimizer or of other parameters, naming the first.
     """
-    state_dict = dict(state_dict)
-    before, after = load_hooks(optimizer)
-    for hook in before:
-        state_dict = hook(optimizer, state_dict) or state_dict
     if "state" not in state_dict or "param_groups" not in state_dict:
         raise TypeError(
             "state_dict must be an optimizer's, with 'state' and 'param_groups', got "
@@ -68,13 +80,11 @@ def load(optimizer: "Muon", state_dict: StateDict) -> None:
     for i, (kind, dim, outer, sizes) in enumerate(saved_layouts):
         row, layout = optimizer.table[i], Layout(kind, dim, outer, tuple(sizes))
         if row.layout != layout:  # found by another rule than when the checkpoint was written
-            optimizer.table[i] = dataclasses.replace(row, layout=layout)
+            optimizer.table[i] = row.with_layout(layout)
     optimizer.state = defaultdict(dict, states)
-    for hook in after:
-        hook(optimizer)
 
 
-def _check_sizes(optimizer: "Muon", saved: list[Group]) -> None:
+def _check_sizes(optimizer: Converted, saved: list[Group]) -> None:
     here = optimizer.param_groups
     if len(saved) != len(here):
         raise ValueError(f"state_dict has {len(saved)} groups, the optimizer {len(here)}{_ADVICE}")
@@ -93,7 +103,7 @@ Member = tuple[str, Tensor, State, Group, int]
 
 
 def _members(
-    optimizer: "Muon", saved: list[Group], states: Mapping[Any, State]
+    optimizer: Converted, saved: list[Group], states: Mapping[Any, State]
 ) -> Iterator[Member]:
     """Each parameter's name, itself, saved state and saved group, and its place there."""
     names = iter(optimizer.table)
@@ -111,7 +121,7 @@ def _flat(state: Mapping[str, Any]) -> State:
 
 
 def _own(
-    optimizer: "Muon", saved: list[Group], states: Mapping[Any, State]
+    optimizer: Converted, saved: list[Group], states: Mapping[Any, State]
 ) -> tuple[list[Group], dict[Tensor, State]]:
     """The groups and states of a Muon's state_dict."""
     loaded: dict[Tensor, State] = {}
@@ -125,13 +135,13 @@ def _own(
                 "convert with the same model, example and roles= as when it was saved"
             )
         if state:
-            _check_shape(name, p, state, (BUFFER,) if kind == "muon" else FIRST)
+            _check_shape(name, p, state, (BUFFER,) if kind == MUON else FIRST)
             loaded[p] = _placed(optimizer, p, state, group, kind)
     return saved, loaded
 
 
 def _adamws(
-    optimizer: "Muon", saved: list[Group], states: Mapping[Any, State]
+    optimizer: Converted, saved: list[Group], states: Mapping[Any, State]
 ) -> tuple[list[Group], dict[Tensor, State]]:
     """The groups and states that an AdamW's state_dict becomes."""
     loaded: dict[Tensor, State] = {}
@@ -153,12 +163,12 @@ def _adamws(
                 "moonfx.Muon's nor an AdamW's state"
             )
         _check_shape(name, p, state, FIRST)
-        if group["optimizers"][i] == "muon":
+        if group["optimizers"][i] == MUON:
             group["second_moment"][i] = second_moment(state, new, group["momentum"])
             low_bit = optimizer.settings.momentum_dtype
             loaded[p], converted = muon_state(p, state, new, low_bit), converted + 1
         else:
-            loaded[p], kept = _placed(optimizer, p, state, new, "adamw"), kept + 1
+            loaded[p], kept = _placed(optimizer, p, state, new, ADAMW), kept + 1
     warnings.warn(
         "moonfx: an AdamW state_dict was loaded into a moonfx.Muon: the first moments of "
         f"{converted} parameters became their momentum and their second moments were dropped; "
@@ -169,8 +179,6 @@ def _adamws(
 
 
 def _muon_keys(group: Group) -> Group:
-    from moonfx.optim.muon import GROUP_KEYS, PARAMETER_KEYS
-
     return {key: group[key] for key in (*GROUP_KEYS, *PARAMETER_KEYS)}
 
 
@@ -187,13 +195,13 @@ def _check_shape(name: str, p: Tensor, state: State, keys: tuple[str, ...]) -> N
         )
 
 
-def _placed(optimizer: "Muon", p: Tensor, state: State, group: Group, kind: str) -> State:
+def _placed(optimizer: Converted, p: Tensor, state: State, group: Group, kind: str) -> State:
     """A state on the parameter's device, in the dtypes that it was saved in.
 
     What torch's own AdamW keeps for itself takes the parameter's dtype, as in torch's own load.
     """
     on_device = group.get("capturable") or group.get("fused")
-    cast = kind == "adamw" and issubclass(optimizer.rest.kind, Adam)
+    cast = kind == ADAMW and issubclass(optimizer.rest.kind, Adam)
     placed: State = {}
     for key, value in state.items():
         if not isinstance(value, Tensor):
@@ -204,7 +212,7 @@ def _placed(optimizer: "Muon", p: Tensor, state: State, group: Group, kind: str)
             placed[key] = value.to(p.device, p.dtype)
         else:
             placed[key] = value.to(p.device)
-    if kind == "muon" and "step" in placed and not isinstance(placed["step"], Tensor):
+    if kind == MUON and "step" in placed and not isinstance(placed["step"], Tensor):
         placed["step"] = torch.tensor(steps_of(placed, group), dtype=torch.float32)
     return placed
 

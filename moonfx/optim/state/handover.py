@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moonfx.optim.matrices import Layout
-from moonfx.optim.state.adamw import FIRST, SECOND, Group, is_low_bit, moment, number, steps_of
+from moonfx.optim.sharding import is_sharded
+from moonfx.optim.state.adamw import FIRST, SECOND, Group, is_low_bit, moment, steps_of
+from moonfx.optim.state.floats import number
 from moonfx.optim.state.low_bit import stored
 
 State = dict[str, Any]
@@ -133,7 +134,7 @@ def moments_of(
         return None
     square = ratio * _rank_one(mean.square(), layout)
     first, second = mean * (1 - b1**steps), square * (1 - b2**steps)
-    if isinstance(momentum, DTensor):  # sums over rows and columns left it whole on each process
+    if is_sharded(momentum):  # sums over rows and columns left it whole on each process
         second = second.redistribute(momentum.device_mesh, momentum.placements)
     return first.to(momentum.dtype), second.to(momentum.dtype)
 

@@ -6,11 +6,15 @@ was rounded. A tensor takes codes if it has 4096 numbers or more, in whole block
 """
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from moonfx.optim.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # torchao's 4 bits and fp8 are not taken: with 4 the loss ended half as high again where with 8 it
 # ended where floats do (tests/optim/state/test_low_bit.py's problem), and fp8 cannot be pickled.
@@ -20,7 +24,7 @@ SMALLEST = 4096
 
 def zeros(p: Tensor, kind: str | None) -> Tensor:
     """A momentum of a parameter that has had no gradient: p's dtype, or codes where they fit."""
-    if isinstance(p, DTensor):
+    if is_sharded(p):
         return _wrapped(zeros(p.to_local(), kind), p)
     if kind is None or why_not(p, kind):
         return torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -32,12 +36,12 @@ def stored(p: Tensor, momentum: Tensor, kind: str | None) -> Tensor:
     """A float momentum of a parameter as it is kept; itself where that is in floats."""
     if kind is None:
         return momentum
-    local = p.to_local() if isinstance(p, DTensor) else p
+    local = p.to_local() if is_sharded(p) else p
     if why_not(local, kind):
         return momentum
     kept = zeros(p, kind)
-    source = momentum.to_local() if isinstance(momentum, DTensor) else momentum
-    target = kept.to_local() if isinstance(kept, DTensor) else kept
+    source = momentum.to_local() if is_sharded(momentum) else momentum
+    target = kept.to_local() if is_sharded(kept) else kept
     write(target, source.float())
     return kept
 
@@ -63,8 +67,8 @@ def floats(buffer: Tensor) -> Tensor:
     return made
 
 
-def _wrapped(local: Tensor, p: DTensor) -> DTensor:
-    return DTensor.from_local(
+def _wrapped(local: Tensor, p: "DTensor") -> "DTensor":
+    return type(p).from_local(
         local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
     )
 

@@ -9,13 +9,13 @@ class does is done, whether it is torch's AdamW in any of its forms, torchao's o
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from moonfx.capture.marks import never_traced
 from moonfx.capture.optimizers import bare_step, no_hooks, without_hooks
+from moonfx.optim.settings import ADAMW
 
-ADAMW = "adamw"
 # What belongs to the object that was converted, or to those who drive it, and not to its class.
 _ITS_OWN = ("state", "param_groups", "grad_scale", "found_inf")
 
@@ -42,7 +42,9 @@ class Rest:
         made = self.kind.__new__(self.kind)
         made.__dict__.update(self.attributes, **no_hooks())
         made.__dict__["state"] = state
-        made.__dict__["param_groups"] = [{**group, "params": its_own(group)} for group in groups]
+        made.__dict__["param_groups"] = [
+            {**group, "params": adamw_parameters(group)} for group in groups
+        ]
         return made
 
     def step(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
@@ -50,7 +52,7 @@ class Rest:
         if any(ADAMW in group["optimizers"] for group in groups):
             self._step(groups, state)
 
-    @torch.compiler.disable  # torch traces its own optimizers only where the user made them
+    @never_traced  # torch traces its own optimizers only where the user made them
     def _step(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
         made = self.optimizer(groups, state)
         bare_step(self.kind)(made)
@@ -60,7 +62,7 @@ class Rest:
         self.attributes.update({k: v for k, v in vars(made).items() if k in self.attributes})
 
 
-def its_own(group: dict[str, Any]) -> list[Tensor]:
+def adamw_parameters(group: dict[str, Any]) -> list[Tensor]:
     """The parameters of a group that AdamW steps."""
     kinds = group["optimizers"]
     return [p for p, kind in zip(group["params"], kinds, strict=True) if kind == ADAMW]

@@ -1,7 +1,8 @@
 """The step of a bucket as one compiled graph, and whether that is faster than the eager one.
 
 A graph is compiled for what does not change from step to step: shapes, layouts, targets and the
-Rule. Learning rate, weight decay and momentum go in as tensors, so that no schedule compiles again.
+UpdateRule. Learning rate, weight decay and momentum go in as tensors, so that no schedule compiles
+again.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from moonfx.capture.compiled_calls import compile_step
 from moonfx.optim.matrices import Layout
-from moonfx.optim.step.update import Matrix, Rule, count, update
+from moonfx.optim.step.update import Matrix, UpdateRule, count, update
 
 Rates = list[list[Tensor | float]]  # lr and weight decay of each group
 Graph = Callable[[list[Tensor], list[Tensor], list[Tensor], Rates, Tensor], None]
@@ -35,7 +36,7 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(asked: bool | None, matrices: Sequence[Matrix]) -> Choice:
+def compiled_or_eager(asked: bool | None, matrices: Sequence[Matrix]) -> Choice:
     """What `compile=` comes to for a bucket."""
     device = matrices[0].weight.device
     if any(is_wrapped(x) for x in matrices):
@@ -65,7 +66,7 @@ class Graphs:
     def __init__(self) -> None:
         self.made: dict[tuple[object, ...], Graph] = {}
 
-    def update(self, matrices: Sequence[Matrix], rule: Rule) -> None:
+    def update(self, matrices: Sequence[Matrix], rule: UpdateRule) -> None:
         """As step.update."""
         numbers = {group: i for i, group in enumerate(dict.fromkeys(x.group for x in matrices))}
         rates: Rates = [[0.0, 0.0] for _ in numbers]
@@ -95,7 +96,7 @@ def _tensor(number: float | Tensor) -> Tensor:
     return number if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float32)
 
 
-def _graph(fixed: tuple[Fixed, ...], rule: Rule) -> Graph:
+def _graph(fixed: tuple[Fixed, ...], rule: UpdateRule) -> Graph:
     def graph(
         weights: list[Tensor],
         grads: list[Tensor],

@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from moonfx.capture.optimizers import watched
+from moonfx.kernels.cpu import library
 from moonfx.kernels.cpu import muon as muon_cpu
 from moonfx.optim.matrices import Layout
 
 _PLAIN = (Tensor, Parameter)
 
 
-def takes(weight: Tensor, grad: Tensor, buffer: Tensor, layout: Layout) -> bool:
+def supports(weight: Tensor, grad: Tensor, buffer: Tensor, layout: Layout) -> bool:
     """Whether the matrices of a parameter with these tensors can be handed to the kernels."""
     tensors = (weight, grad, buffer)
     plain = all(type(x) in _PLAIN and x.is_cpu and x.is_contiguous() for x in tensors)
@@ -22,7 +23,7 @@ def takes(weight: Tensor, grad: Tensor, buffer: Tensor, layout: Layout) -> bool:
         return False
     repeated_columns = layout.dim == 1 and layout.outer > 1  # steps of two sizes within a row
     same = grad.dtype == buffer.dtype == weight.dtype
-    return same and not repeated_columns and muon_cpu.available()
+    return same and not repeated_columns and library.available() is None
 
 
 def gather(

@@ -5,6 +5,8 @@ ones. So a matrix is divided by its largest magnitude first; on a GPU that is on
 and no wait.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,3 +22,7 @@ def normalized(stack: Tensor) -> Tensor:
     x = stack * largest.reciprocal()[:, None, None]
     norms = torch.linalg.vector_norm(x.flatten(1), dim=1)  # 1 at least, but of zeros
     return x.mul_(norms.clamp_min(1).reciprocal()[:, None, None])
+
+
+def root_mean_square(x: Tensor) -> float:
+    return (torch.linalg.vector_norm(x.float()) / math.sqrt(max(1, x.numel()))).item()

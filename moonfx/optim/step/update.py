@@ -1,8 +1,8 @@
 """One step of Muon's matrices: momentum, Newton-Schulz over stacks of equal shapes, write-back.
 
-`update` takes the matrices that share a device, dtypes and a Rule. Where they are many, it goes
-through them in chunks: on a CPU small enough that what one pass over a chunk wrote is still in its
-cache for the next, on a GPU large enough that a launch is nothing against the work.
+`update` takes the matrices that share a device, dtypes and an UpdateRule. Where they are many, it
+goes through them in chunks: on a CPU small enough that what one pass over a chunk wrote is still in
+its cache for the next, on a GPU large enough that a launch is nothing against the work.
 
 A gradient that holds NaN or infinity makes NaN of its whole matrix, as every number of an update
 depends on all of the gradient's. Other matrices, of the same stack too, are stepped as ever.
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from moonfx.capture.marks import constant_when_traced
 from moonfx.ops.newton_schulz import newton_schulz
 from moonfx.optim.matrices import Layout, Shape, pieces, shapes, single
 from moonfx.optim.state.low_bit import floats, has_codes
 from moonfx.optim.state.low_bit import write as write_codes
 from moonfx.optim.step import cpu_passes as passes
+from moonfx.optim.step.gaussian_rms import correction
 from moonfx.optim.step.norms import normalized
-from moonfx.optim.update_rms import correction
 
-MUON = "muon"
 # What Newton-Schulz makes of a norm of 1 is nowhere near this: a norm below it is of zeros.
 EPS = 1e-12
 # As in norms.normalized: every normal number counts, and what is below fades out.
@@ -36,7 +36,7 @@ LARGEST_CHUNK = 256 << 20
 COMPUTE = torch.bfloat16
 
 
-class Rule(NamedTuple):
+class UpdateRule(NamedTuple):
     """The hyperparameters that all matrices of a bucket share."""
 
     momentum: float | Tensor
@@ -47,7 +47,7 @@ class Rule(NamedTuple):
     maximize: bool
 
     @classmethod
-    def of_group(cls, group: dict[str, Any]) -> "Rule":
+    def of_group(cls, group: dict[str, Any]) -> "UpdateRule":
         steps = group["coefficients"]
         return cls(
             group["momentum"],
@@ -87,7 +87,7 @@ def count(matrices: Sequence[Matrix]) -> None:
     torch._foreach_add_([x.step for x in matrices], 1)
 
 
-def update(matrices: Sequence[Matrix], rule: Rule) -> None:
+def update(matrices: Sequence[Matrix], rule: UpdateRule) -> None:
     """Changes weights and buffers in place."""
     for chunk in chunks(matrices):
         _update_chunk(chunk, rule)
@@ -111,7 +111,7 @@ def _limit(tensor: Tensor) -> int:
     return CHUNK_BYTES.get(tensor.device.type, LARGEST_CHUNK)
 
 
-def _update_chunk(chunk: Sequence[Matrix], rule: Rule) -> None:
+def _update_chunk(chunk: Sequence[Matrix], rule: UpdateRule) -> None:
     if has_codes(chunk[0].buffer):
         decoded = [x._replace(buffer=floats(x.buffer)) for x in chunk]
         _update_chunk(decoded, rule)
@@ -119,13 +119,13 @@ def _update_chunk(chunk: Sequence[Matrix], rule: Rule) -> None:
             write_codes(kept.buffer, x.buffer)
         return
     tensors = [(x.weight, x.grad, x.buffer) for x in chunk]
-    if COMPUTE is torch.bfloat16 and all(passes.takes(*x, chunk[0].layout) for x in tensors):
+    if COMPUTE is torch.bfloat16 and all(passes.supports(*x, chunk[0].layout) for x in tensors):
         _update_on_cpu(chunk, rule)
     else:
         _update_by_torch(chunk, rule)
 
 
-def _update_on_cpu(chunk: Sequence[Matrix], rule: Rule) -> None:
+def _update_on_cpu(chunk: Sequence[Matrix], rule: UpdateRule) -> None:
     first = chunk[0]
     parts = [
         [single(x, first.layout) for x in (matrix.weight, matrix.grad, matrix.buffer)]
@@ -151,7 +151,7 @@ def _update_on_cpu(chunk: Sequence[Matrix], rule: Rule) -> None:
     increment_version([x for matrix in chunk for x in (matrix.weight, matrix.buffer)])
 
 
-def _update_by_torch(chunk: Sequence[Matrix], rule: Rule) -> None:
+def _update_by_torch(chunk: Sequence[Matrix], rule: UpdateRule) -> None:
     weights = [x.weight for x in chunk]
     buffers = [x.buffer for x in chunk]
     grads = [gradient(x, rule) for x in chunk]
@@ -163,14 +163,14 @@ def _update_by_torch(chunk: Sequence[Matrix], rule: Rule) -> None:
     layout = chunk[0].layout
     parts = [[pieces(x, layout) for x in tensors] for tensors in (weights, buffers, grads)]
     for i, (b, m, n) in enumerate(chunk[0].shapes):
-        whole = [[p[i].view for p in part] for part in parts]
-        for some, count in _batches(whole[0][0], (b, m, n)):
-            weight, averages, news = ([x[some] for x in views] for views in whole)
+        views = [[p[i].view for p in part] for part in parts]
+        for some, count in _batches(views[0][0], (b, m, n)):
+            weight, averages, news = ([x[some] for x in tensors] for tensors in views)
             stack = _stack(averages, news, (len(chunk), count, m, n), rule)
             update = orthogonal(stack.view(-1, m, n), rule).view(stack.shape)
-            for run in _runs(chunk):
-                like = chunk[run.start]
-                write(like, weight[run], update[run], like.scales[i], rule)
+            for stretch in _stretches(chunk):
+                like = chunk[stretch.start]
+                write(like, weight[stretch], update[stretch], like.scales[i], rule)
 
 
 def _batches(view: Tensor, shape: Shape) -> Iterator[tuple[slice, int]]:
@@ -192,7 +192,7 @@ def rms_gain(m: int, n: int, coefficients: tuple[float, ...]) -> float:
     return math.sqrt(max(m, n)) / correction(m, n, coefficients)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def scales_of(
     shape: torch.Size, layout: Layout, target: float, exact: bool, coefficients: tuple[float, ...]
 ) -> tuple[float, ...]:
@@ -214,7 +214,7 @@ def _scales(
     )
 
 
-def gradient(matrix: Matrix, rule: Rule) -> Tensor:
+def gradient(matrix: Matrix, rule: UpdateRule) -> Tensor:
     """The gradient as it goes into the buffer; a view of the parameter's own, or a new tensor."""
     grad = matrix.grad.to(matrix.buffer.dtype)
     if rule.maximize:
@@ -228,13 +228,13 @@ def _is_some(weight_decay: float | Tensor) -> bool:
     return isinstance(weight_decay, Tensor) or weight_decay != 0
 
 
-def direction(buffer: Tensor, grad: Tensor, rule: Rule) -> Tensor:
+def direction(buffer: Tensor, grad: Tensor, rule: UpdateRule) -> Tensor:
     """What is to be orthogonalized, from the buffer after the gradient went into it."""
     return torch.lerp(grad, buffer, rule.momentum) if rule.nesterov else buffer
 
 
 def _stack(
-    buffers: list[Tensor], grads: list[Tensor], shape: tuple[int, ...], rule: Rule
+    buffers: list[Tensor], grads: list[Tensor], shape: tuple[int, ...], rule: UpdateRule
 ) -> Tensor:
     """What is to be orthogonalized, contiguous [k, b, m, n]."""
     if isinstance(rule.momentum, Tensor):  # for a compiler: values, and no memory to write into
@@ -253,7 +253,7 @@ def _stack(
     return stack
 
 
-def orthogonal(stack: Tensor, rule: Rule) -> Tensor:
+def orthogonal(stack: Tensor, rule: UpdateRule) -> Tensor:
     """Newton-Schulz of each matrix of [k, m, n]; with `exact_rms`, of root mean square 1."""
     update = newton_schulz(normalized(stack).to(COMPUTE), rule.coefficients)
     if rule.exact_rms:
@@ -267,7 +267,7 @@ def _inverse_norms(stack: Tensor) -> Tensor:
     return norms.clamp_min(EPS).reciprocal()[:, None, None]
 
 
-def _runs(chunk: Sequence[Matrix]) -> list[slice]:
+def _stretches(chunk: Sequence[Matrix]) -> list[slice]:
     """The stretches of a chunk that are written back alike."""
     found, first = [], 0
     for i in range(1, len(chunk) + 1):
@@ -278,7 +278,9 @@ def _runs(chunk: Sequence[Matrix]) -> list[slice]:
     return found
 
 
-def write(like: Matrix, weights: list[Tensor], update: Tensor, scale: float, rule: Rule) -> None:
+def write(
+    like: Matrix, weights: list[Tensor], update: Tensor, scale: float, rule: UpdateRule
+) -> None:
     """W <- W - lr wd W - lr s O for weights whose updates are O[i].
 
     A learning rate that lies on the weights' device is never read by the host.

@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.cpu import library as cpu_build
 from moonfx.kernels.cpu import moba as cpu
 from moonfx.kernels.reference import moba as reference
@@ -128,13 +130,13 @@ def assert_like_reference(case: Case, inputs: tuple[Tensor, Tensor, Tensor] | No
         bias = bias.expand(*leaves[0].shape[:2], case.length).double().requires_grad_()
         named["key_bias"] = bias
     variables = leaves if bias is None else [*leaves, bias]
-    out, lse = reference.moba_attention(*leaves, case.block, case.topk, **named)
+    out, lse = reference.moba_attention(*leaves, MobaArguments(case.block, case.topk, **named))
     grad_out = torch.randint(-8, 9, out.shape) / 8
     grad_lse = torch.randint(-8, 9, lse.shape) / 8
     expected = torch.autograd.grad((out, lse), variables, (grad_out, grad_lse))
-    got, got_lse = cpu.forward(*tensors, *case.policy())
+    got, got_lse = cpu.forward(*tensors, case.arguments())
     *grads, grad_bias = cpu.backward(
-        grad_out.to(case.dtype), grad_lse, *tensors, got, got_lse, *case.policy()
+        grad_out.to(case.dtype), grad_lse, *tensors, got, got_lse, case.arguments()
     )
     assert (grad_bias is None) == (bias is None)
     if grad_bias is not None:
@@ -160,7 +162,9 @@ def chosen(
     blocks = -(-key.shape[2] // block)
     value = torch.eye(blocks).repeat_interleave(block, 0)[: key.shape[2]]
     value = value.expand(*key.shape[:2], *value.shape)
-    return cpu.forward(query, key, value, block, topk, sinks, 0.0, None, causal)[0].gt(0)
+    return cpu.forward(
+        query, key, value, MobaArguments(block, topk, sinks, scale=0.0, causal=causal)
+    )[0].gt(0)
 
 
 @needs_kernel
@@ -211,8 +215,8 @@ def test_blocks_that_no_panel_divides_equal_the_reference(block: int) -> None:
 def test_results_lie_token_major() -> None:
     case = Case(queries=80, length=80, dim=8, value_dim=16)
     q, k, v = case.inputs()
-    out, lse = cpu.forward(q, k, v, *case.policy())
-    *grads, _ = cpu.backward(torch.ones_like(out), None, q, k, v, out, lse, *case.policy())
+    out, lse = cpu.forward(q, k, v, case.arguments())
+    *grads, _ = cpu.backward(torch.ones_like(out), None, q, k, v, out, lse, case.arguments())
     assert all(x.transpose(1, 2).is_contiguous() for x in (out, *grads))
     assert lse.is_contiguous()
 
@@ -243,8 +247,8 @@ def test_every_bit_repeats_whatever_the_number_of_threads(
     runs = []
     for count in (1, 2, 2, 5):
         torch.set_num_threads(count)
-        out, lse = cpu.forward(q, k, v, *case.policy())
-        grads = cpu.backward(grad, lse, q, k, v, out, lse, *case.policy())
+        out, lse = cpu.forward(q, k, v, case.arguments())
+        grads = cpu.backward(grad, lse, q, k, v, out, lse, case.arguments())
         runs.append([x for x in (out, lse, *grads) if x is not None])
     for other in runs[1:]:
         for first, again in zip(runs[0], other, strict=True):
@@ -273,12 +277,12 @@ def test_with_means_given_a_few_queries_read_the_blocks_that_they_select_alone(
     case = Case(queries=queries, length=400, topk=3, sinks=1, means="other", dtype=dtype)
     query, key, value = case.inputs()
     means = case.block_means()
-    expected = cpu.forward(query, key, value, *case.policy())
-    found = reference.select_blocks(query, key, 8, 3, sinks=1, block_means=means)
+    expected = cpu.forward(query, key, value, case.arguments())
+    found = reference.select_blocks(query, key, MobaArguments(8, 3, sinks=1, block_means=means))
     read = found.view(2, 2, 2, queries, -1).any(3).any(2).repeat_interleave(8, -1)[..., None]
     assert 0 < read.float().mean() < 0.3
     key, value = (x.masked_fill(~read, torch.nan) for x in (key, value))
-    got = cpu.forward(query, key, value, *case.policy())
+    got = cpu.forward(query, key, value, case.arguments())
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
@@ -289,7 +293,7 @@ def test_ties_go_to_the_lower_block(queries: int) -> None:
     key[:, :, 40:48] = 2.0  # one block is better, the others are equal
     got = chosen(query, key, 8, 5, 1)
     assert got[0, 0, -1].nonzero().flatten().tolist() == [0, 1, 2, 5, 12]
-    assert torch.equal(got, reference.select_blocks(query, key, 8, 5, sinks=1))
+    assert torch.equal(got, reference.select_blocks(query, key, MobaArguments(8, 5, sinks=1)))
 
 
 @needs_kernel
@@ -306,7 +310,9 @@ def test_bidirectional_ties_go_to_the_lower_block_whatever_side_it_is_on() -> No
     ]
     for token, blocks in expected:
         assert got[0, 0, token].nonzero().flatten().tolist() == blocks, token
-    assert torch.equal(got, reference.select_blocks(query, key, 8, 5, sinks=1, causal=False))
+    assert torch.equal(
+        got, reference.select_blocks(query, key, MobaArguments(8, 5, sinks=1, causal=False))
+    )
 
 
 @needs_kernel
@@ -329,10 +335,9 @@ def test_a_packed_sequence_gives_what_it_gives_alone_to_the_bit(
     q, k, v = (x * torch.rand((), dtype=dtype) for x in case.inputs())
     grad, grad_lse = torch.randn(q.shape[:3] + v.shape[3:]).to(dtype), torch.randn(q.shape[:3])
     mask, bias = case.key_mask(), case.key_bias()
-    fixed = (case.block, case.topk, case.sinks, case.scale)
-    policy = (*fixed, mask, case.causal, case.softcap, bias)
-    out, lse = cpu.forward(q, k, v, *policy, ids)
-    grads = cpu.backward(grad, grad_lse, q, k, v, out, lse, *policy, ids)
+    packing = replace(case.arguments(), segments=ids)
+    out, lse = cpu.forward(q, k, v, packing)
+    grads = cpu.backward(grad, grad_lse, q, k, v, out, lse, packing)
     packed = [x for x in (out, lse, *grads) if x is not None]
     for row, sequence in itertools.product(range(2), range(4)):
         at = ids[row].eq(sequence).nonzero().flatten()
@@ -341,13 +346,14 @@ def test_a_packed_sequence_gives_what_it_gives_alone_to_the_bit(
         def alone(x: Tensor, row: int = row, at: Tensor = at) -> Tensor:
             return x[row : row + 1, :, at]
 
-        policy = (
-            *(*fixed, None if mask is None else mask[row : row + 1, at]),
-            *(case.causal, case.softcap, None if bias is None else alone(bias)),
+        arguments = replace(
+            case.arguments(),
+            key_mask=None if mask is None else mask[row : row + 1, at],
+            key_bias=None if bias is None else alone(bias),
         )
         tensors = [alone(x) for x in (q, k, v)]
-        out, lse = cpu.forward(*tensors, *policy)
-        grads = cpu.backward(alone(grad), alone(grad_lse), *tensors, out, lse, *policy)
+        out, lse = cpu.forward(*tensors, arguments)
+        grads = cpu.backward(alone(grad), alone(grad_lse), *tensors, out, lse, arguments)
         single = [x for x in (out, lse, *grads) if x is not None]
         for name, mine, theirs in zip(
             ("out", "lse", "dq", "dk", "dv", "db"), packed, single, strict=False
@@ -364,12 +370,13 @@ def test_a_query_among_packed_sequences_selects_what_it_selects_alone(queries: i
     value = torch.eye(400).expand(1, 2, 400, 400)  # names the keys that are attended
     bias = 1e-6 * torch.randn(1, 4, 400)
     ids = torch.arange(400)[None] % 3
-    rest = (8, 5, 1, 1e-3, None, True, 0.0, bias)
-    full = cpu.forward(query, key, value, *rest, ids)[0].gt(0)
-    part = cpu.forward(query[:, :, 400 - queries :], key, value, *rest, ids)[0].gt(0)
+    arguments = MobaArguments(8, 5, 1, scale=1e-3, key_bias=bias, segments=ids)
+    full = cpu.forward(query, key, value, arguments)[0].gt(0)
+    part = cpu.forward(query[:, :, 400 - queries :], key, value, arguments)[0].gt(0)
     assert full[..., -1, :].sum(-1).gt(32).all()
     assert torch.equal(part, full[:, :, 400 - queries :])
-    assert torch.equal(cpu.forward(query, key, value, *rest, ids.int())[0].gt(0), full)
+    arguments = replace(arguments, segments=ids.int())
+    assert torch.equal(cpu.forward(query, key, value, arguments)[0].gt(0), full)
 
 
 @needs_kernel
@@ -381,14 +388,16 @@ def test_thousands_of_short_sequences_equal_the_reference_of_each(causal: bool) 
     case = Case(batch=1, queries=total, length=total, causal=causal, block=2, topk=3, sinks=1)
     q, k, v = case.inputs()
     grad = torch.randint(-8, 9, q.shape) / 8
-    policy = (*case.policy()[:5], causal, 0.0, None, ids)
-    out, lse = cpu.forward(q, k, v, *policy)
-    grads = cpu.backward(grad, None, q, k, v, out, lse, *policy)[:3]
+    arguments = replace(case.arguments(), segments=ids)
+    out, lse = cpu.forward(q, k, v, arguments)
+    grads = cpu.backward(grad, None, q, k, v, out, lse, arguments)[:3]
     for length in range(1, 13):  # all sequences of a length are one batch for the reference
         starts = (lengths.cumsum(0) - lengths)[lengths == length]
         at = starts[:, None] + torch.arange(length)
         leaves = [x[0, :, at].transpose(0, 1).clone().requires_grad_() for x in (q, k, v)]
-        expected, expected_lse = reference.moba_attention(*leaves, 2, 3, sinks=1, causal=causal)
+        expected, expected_lse = reference.moba_attention(
+            *leaves, MobaArguments(2, 3, sinks=1, causal=causal)
+        )
         given = grad[0, :, at].transpose(0, 1)
         theirs = [expected, *torch.autograd.grad(expected, leaves, given)]
         for mine, their in zip((out, *grads), theirs, strict=True):
@@ -404,14 +413,14 @@ def test_softcap_is_tanh_near_zero_and_where_it_saturates() -> None:
     x = torch.cat([-sizes, sizes, torch.linspace(-0.62, -0.58, 999), torch.tensor([0.0])])
     query, key = x[:, None, None, None], torch.ones(len(x), 1, 1, 1)
     for cap in (1.0, 30.0):
-        out, lse = cpu.forward(query * cap, key, key, 1, 1, 0, 1.0, None, True, cap)
+        out, lse = cpu.forward(query * cap, key, key, MobaArguments(1, 1, scale=1.0, softcap=cap))
         expected = cap * (query.flatten().double() * cap / cap).tanh()
         error = (lse.flatten().double() - expected).abs()
         assert (error <= 3 * 2**-23 * expected.abs()).all()
         assert torch.equal(out, torch.ones_like(out))
     extremes = torch.tensor([torch.inf, -torch.inf])[:, None, None, None]
     ones = torch.ones_like(extremes)
-    lse = cpu.forward(extremes, ones, ones, 1, 1, 0, 1.0, None, True, 30.0)[1]
+    lse = cpu.forward(extremes, ones, ones, MobaArguments(1, 1, scale=1.0, softcap=30.0))[1]
     torch.testing.assert_close(lse.flatten(), torch.tensor([30.0, -30.0]))
 
 
@@ -421,9 +430,9 @@ def test_a_constant_in_the_bias_changes_lse_alone(queries: int) -> None:
     """However large: ALiBi's slope times key index must not round the scores away."""
     q, k, v = Case(queries=queries, length=100, topk=20).inputs()
     bias = torch.randint(-16, 17, (2, 4, 100)) / 8
-    rest = (8, 20, 0, 0.25, None, True, 0.0)
-    out, lse = cpu.forward(q, k, v, *rest, bias)
-    shifted, shifted_lse = cpu.forward(q, k, v, *rest, bias + 4096)
+    arguments = MobaArguments(8, 20, scale=0.25, key_bias=bias)
+    out, lse = cpu.forward(q, k, v, arguments)
+    shifted, shifted_lse = cpu.forward(q, k, v, replace(arguments, key_bias=bias + 4096))
     assert torch.equal(out, shifted)
     torch.testing.assert_close(shifted_lse - 4096, lse, rtol=0, atol=2**-11)  # half a unit of 4096
 
@@ -433,12 +442,12 @@ def test_large_scores_do_not_overflow_and_a_nan_stays_in_its_row() -> None:
     case = Case(queries=60, length=60, topk=3)
     q, k, v = case.inputs()
     q = q * 1e4
-    expected, expected_lse = reference.moba_attention(q, k, v, case.block, case.topk)
-    out, lse = cpu.forward(q, k, v, *case.policy())
+    expected, expected_lse = reference.moba_attention(q, k, v, MobaArguments(case.block, case.topk))
+    out, lse = cpu.forward(q, k, v, case.arguments())
     torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)  # lse 1e4 has unit 1e-3
     torch.testing.assert_close(lse, expected_lse)
     q[0, 1, 33] = torch.nan
-    again = cpu.forward(q, k, v, *case.policy())[0]
+    again = cpu.forward(q, k, v, case.arguments())[0]
     assert again[0, 1, 33].isnan().all()
     again[0, 1, 33] = out[0, 1, 33]
     assert torch.equal(again, out)
@@ -447,9 +456,9 @@ def test_large_scores_do_not_overflow_and_a_nan_stays_in_its_row() -> None:
 @needs_kernel
 def test_an_empty_problem_gives_empty_results() -> None:
     q, k, v = torch.empty(2, 4, 0, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
-    out, lse = cpu.forward(q, k, v, 2, 2, 0, None, None)
+    out, lse = cpu.forward(q, k, v, MobaArguments(2, 2))
     assert out.shape == (2, 4, 0, 8)
-    *grads, _ = cpu.backward(out, None, q, k, v, out, lse, 2, 2, 0, None, None)
+    *grads, _ = cpu.backward(out, None, q, k, v, out, lse, MobaArguments(2, 2))
     assert [x.count_nonzero().item() for x in grads] == [0, 0, 0]
     assert grads[1].shape == k.shape
 
@@ -481,13 +490,13 @@ def test_scratch_is_a_few_copies_of_key_and_value(
     for length in (4096, 8192):
         q, k, v = (torch.randn(1, h, length, 64, dtype=dtype) for h in (4, 2, 2))
         ids = None if sequence is None else torch.arange(length)[None] // sequence
-        policy = (64, 4, 1, None, None, True, 0.0, None, ids)
-        out, lse = cpu.forward(q, k, v, *policy)
-        cpu.backward(out, None, q, k, v, out, lse, *policy)
+        arguments = MobaArguments(64, 4, 1, segments=ids)
+        out, lse = cpu.forward(q, k, v, arguments)
+        cpu.backward(out, None, q, k, v, out, lse, arguments)
         sizes[length] = used[-2:]
     for index, copies in enumerate((2, 3)):
         grown = sizes[8192][index] - sizes[4096][index]
-        width = cpu.compute_dtype(cpu.load(), dtype).itemsize
+        width = cpu_build.compute_dtype(cpu_build.load(), dtype).itemsize
         packed = copies * width * k[:, :, 4096:].numel()
         means = 2 * 64 * 64 * 4 * 2
         assert (
@@ -528,7 +537,7 @@ def test_a_missing_compiler_is_a_reason_with_a_remedy(
     assert cpu.available() == expected
     q = torch.randn(1, 1, 4, 8)
     with pytest.raises(RuntimeError, match="apt-get install g"):
-        cpu.forward(q, q, q, 2, 2, 0, None, None)
+        cpu.forward(q, q, q, MobaArguments(2, 2))
     cpu_build.library.cache_clear()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(fresh_build))
@@ -605,7 +614,7 @@ def test_other_compilers_and_processors_compute_the_same(
         for case, dtype in itertools.product(BUILT, DTYPES):
             assert_like_reference(case.but(dtype=dtype))
         tensors = BUILT[0].inputs()
-        runs.append(cpu.forward(*tensors, *BUILT[0].policy())[0])
+        runs.append(cpu.forward(*tensors, BUILT[0].arguments())[0])
     assert torch.equal(*runs)
 
 

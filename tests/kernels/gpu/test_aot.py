@@ -21,8 +21,8 @@ pytestmark = pytest.mark.xdist_group("aot")  # one process compiles for every te
 
 TENSOR = 512  # columns of tensor memory
 # Where the time goes, and the instruction that a 16-bit product there has to become.
-FORWARD = ("gpu_forward._tiles", "gpu_forward_held.held")
-ATTENTION = (*FORWARD, "gpu_backward_keys._walk", "gpu_backward_query._tiles")
+FORWARD = ("forward._tiles", "forward_small_blocks.held")
+ATTENTION = (*FORWARD, "backward_dkdv._walk", "backward_dq._tiles")
 UNIT = {
     "sm_80": "HMMA",
     "sm_86": "HMMA",
@@ -32,19 +32,19 @@ UNIT = {
 }
 ENTRIES = {
     *ATTENTION,
-    "gpu_means.mean_kernel",
-    "gpu_means.part_kernel",
-    "gpu_route.route_kernel",
-    "gpu_route.merge_kernel",
-    "gpu_sort._walk",
-    "gpu_index._count",
-    "gpu_index._place",
-    "gpu_merge._merge",
-    "gpu_backward_delta._delta",
-    "gpu_backward_keys._join",
-    "gpu_backward_query._sum",
-    "gpu_decode._attend",
-    "gpu_decode._combine",
+    "block_means.mean_kernel",
+    "block_means.part_kernel",
+    "route.route_kernel",
+    "route.merge_kernel",
+    "counting_sort._walk",
+    "block_index._count",
+    "block_index._place",
+    "merge._merge",
+    "backward_preprocess._delta",
+    "backward_join.join",
+    "backward_dq._sum",
+    "decode._attend",
+    "decode._combine",
 }
 
 
@@ -52,7 +52,7 @@ def aot(*arguments: str) -> list[str]:
     """Lines that aot.py prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.aot", *arguments],
+        [sys.executable, "-m", "tests.support.aot", *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -92,7 +92,7 @@ def too_wide(row: dict[str, Any]) -> bool:
     """A known limit: the smallest tile of float32 heads beyond 256 has 160 KB in the backward."""
     case = row["case"]
     wide = case["dim"] > 256 and case["dtype"] == "float32"
-    return wide and row["chip"] == "sm_86" and row["kernel"].startswith("gpu_backward")
+    return wide and row["chip"] == "sm_86" and row["kernel"].startswith("backward_")
 
 
 def test_the_common_shapes_fit_every_chip_and_use_its_matrix_units() -> None:
@@ -102,7 +102,7 @@ def test_the_common_shapes_fit_every_chip_and_use_its_matrix_units() -> None:
     assert {row["chip"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
 
 
-ONE = ("--dims", "128", "--blocks", "512", "--only", "gpu_forward._tiles")
+ONE = ("--dims", "128", "--blocks", "512", "--only", "forward._tiles")
 
 
 @pytest.mark.parametrize(

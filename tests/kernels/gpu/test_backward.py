@@ -1,5 +1,6 @@
 """Gradients on a GPU (under Triton's interpreter where there is none) against autograd's."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,24 +9,24 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.gpu import backward as gpu_backward
 from moonfx.kernels.gpu import backward_schedule as gpu_backward_plan
 from moonfx.kernels.gpu import block_index as gpu_index
 from moonfx.kernels.gpu.problem import Layout, layout
 from moonfx.kernels.reference import moba as reference
-from tests.kernels.gpu.test_problem import NoWaits
 from tests.kernels.torch_ops.test_moba import TOLERANCE
 from tests.support.moba_cases import FEATURES, Case
+from tests.support.no_waits import NoWaits
 
 NAMES = ("dq", "dk", "dv", "dbias")
 
 
-def routes_of(query: Tensor, key: Tensor, of: Layout, policy: Policy) -> Tensor:
+def routes_of(query: Tensor, key: Tensor, of: Layout, arguments: MobaArguments) -> Tensor:
     """int32 [B, Hkv, R, K] by the definition, from the layout's slots."""
     B, Hq, Nq, D = query.shape
     Hkv, Nk = key.shape[1:3]
-    bias = torch.zeros(1) if policy.key_bias is None else policy.key_bias.nan_to_num()
+    bias = torch.zeros(1) if arguments.key_bias is None else arguments.key_bias.nan_to_num()
     bias = bias.expand(B, Hq, Nk).unflatten(1, (Hkv, of.group))
     place = torch.arange(Nk).expand(B, Nk) if of.blocks.token is None else of.blocks.token.long()
     keys = key.float().nan_to_num().gather(2, place[:, None, :, None].expand(B, Hkv, Nk, D))
@@ -39,7 +40,7 @@ def routes_of(query: Tensor, key: Tensor, of: Layout, policy: Policy) -> Tensor:
     rows = query.float().gather(2, index[:, None, :, None].expand(query.shape))
     rows = rows.unflatten(1, (Hkv, of.group)).transpose(2, 3)  # [B, Hkv, Nq, G, D]
     score = torch.einsum("bhqgd,bhnd->bhqgn", rows, means)
-    score = score + biases.mT[:, :, None] / (policy.scale or 1.0)
+    score = score + biases.mT[:, :, None] / (arguments.scale or 1.0)
     number = torch.arange(of.n)
     own, first, end = (
         x[:, None, :, None, None] for x in (of.queries.own, of.queries.first, of.queries.end)
@@ -72,14 +73,14 @@ def small(case: Case) -> Case:
 
 def problem(case: Case) -> tuple[Any, ...]:
     """What the kernel is given after the gradients."""
-    inputs, policy = case.inputs(), case.policy()
+    inputs, arguments = case.inputs(), case.arguments()
     with torch.no_grad():
-        out, lse = reference.moba_attention(*inputs, **policy._asdict())
-    of = layout(inputs[0], inputs[1], policy)
+        out, lse = reference.moba_attention(*inputs, arguments)
+    of = layout(inputs[0], inputs[1], arguments)
     index = None
     if of.n > 1:
-        index = index_of(routes_of(*inputs[:2], of, policy), of.n)
-    return *inputs, out, lse, of, index, policy
+        index = index_of(routes_of(*inputs[:2], of, arguments), of.n)
+    return *inputs, out, lse, of, index, arguments
 
 
 def upstream(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,8 +94,8 @@ def assert_like_reference(case: Case) -> None:
     given = problem(case)
     leaves = [tensor.clone().requires_grad_() for tensor in given[:3]]
     bias = case.full_bias()
-    policy = case.policy()._asdict() | {"key_bias": bias}
-    out, lse = reference.moba_attention(*leaves, **policy)
+    arguments = replace(case.arguments(), key_bias=bias)
+    out, lse = reference.moba_attention(*leaves, arguments)
     grads = upstream(out, lse)
     leaves += [] if bias is None else [bias]
     expected = torch.autograd.grad((out, lse), leaves, grads)
@@ -143,7 +144,7 @@ def test_each_shape_equals_the_reference(case: Case) -> None:
 def random(case: Case, *, chunks: bool = False) -> tuple[Any, ...]:
     """A problem off the grid, where another order of summation would show."""
     torch.manual_seed(1)
-    query, key, value, _, _, of, index, policy = problem(case)
+    query, key, value, _, _, of, index, arguments = problem(case)
     if chunks:
         index = gpu_index.build(index.routes, of.n)
     query, key, value = (torch.randn_like(x) for x in (query, key, value))
@@ -160,7 +161,7 @@ def random(case: Case, *, chunks: bool = False) -> tuple[Any, ...]:
         lse,
         of,
         index,
-        policy,
+        arguments,
     )
 
 
@@ -259,12 +260,12 @@ def test_a_plan_has_each_row_and_key_that_see_each_other_once(
 def test_a_group_sums_what_its_heads_give_alone() -> None:
     case = Case(batch=1, kv_heads=1, group=3, topk=1, bias="all", scale=0.25)
     given = random(case)
-    _, _, query, key, value, *_, policy = given
-    of = layout(query, key.expand(-1, 3, -1, -1), policy)
-    index = index_of(routes_of(query, key.expand(-1, 3, -1, -1), of, policy), of.n)
+    _, _, query, key, value, *_, arguments = given
+    of = layout(query, key.expand(-1, 3, -1, -1), arguments)
+    index = index_of(routes_of(query, key.expand(-1, 3, -1, -1), of, arguments), of.n)
     wide = [x.expand(-1, 3, -1, -1) for x in (key, value)]
     together = gpu_backward.gradients(*given)
-    alone = gpu_backward.gradients(*given[:3], *wide, *given[5:7], of, index, policy)
+    alone = gpu_backward.gradients(*given[:3], *wide, *given[5:7], of, index, arguments)
     close = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums in another order
     torch.testing.assert_close(together[0], alone[0], **close)
     torch.testing.assert_close(together[1], alone[1].sum(1, keepdim=True), **close)

@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 from moonfx.kernels.gpu import counting_sort as gpu_sort
 from moonfx.kernels.gpu.block_index import BUDGET, build, passes, rows_of, tiles
-from tests.kernels.no_waits import NoWaits
+from tests.support.no_waits import NoWaits
 
 Shape = tuple[int, int, int, int]
 

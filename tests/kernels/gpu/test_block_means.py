@@ -39,7 +39,7 @@ def by_loop(source: Tensor, of: Layout) -> Tensor:
 @pytest.mark.parametrize("case", [case for _, case in CASES], ids=[name for name, _ in CASES])
 def test_means_are_of_each_blocks_real_keys(case: Case) -> None:
     query, key, _ = case.inputs()
-    of = layout(query, key, case.policy())
+    of = layout(query, key, case.arguments())
     got = gpu_means.block_means(key, of)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, by_loop(key, of), rtol=0, atol=1e-7)  # sums are exact
@@ -50,7 +50,7 @@ def test_means_are_of_each_blocks_real_keys(case: Case) -> None:
 def test_means_of_biases_are_of_each_blocks_real_keys(bias: str, packing: str) -> None:
     case = Case(bias=bias, packing=packing, padding="holes", length=90, queries=90, block=4)
     query, key, _ = case.inputs()
-    of = layout(query, key, case.policy())
+    of = layout(query, key, case.arguments())
     given = case.key_bias()
     assert given is not None
     got = gpu_means.bias_means(given, of, query.shape[1])
@@ -70,6 +70,6 @@ def test_means_repeat_bit_for_bit() -> None:
     case = Case(block=80, length=500, queries=9)
     query, key, _ = case.inputs()
     key = torch.randn_like(key)
-    of = layout(query, key, case.policy())
+    of = layout(query, key, case.arguments())
     first, again = gpu_means.block_means(key, of), gpu_means.block_means(key, of)
     assert torch.equal(first, again)

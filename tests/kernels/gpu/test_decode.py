@@ -1,6 +1,7 @@
 """Attention of a few queries on a GPU: as the reference says, and each block read once."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference import moba as reference
-from tests.kernels.no_waits import NoWaits
 from tests.support.moba_cases import Case, feature_cases
+from tests.support.no_waits import NoWaits
 
 gpu = pytest.importorskip("moonfx.kernels.gpu.moba", reason="needs Triton")
 from moonfx.kernels.gpu import decode as gpu_decode  # noqa: E402
@@ -37,12 +38,12 @@ def memory_that_nobody_wrote_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def routes_of(query: Tensor, key: Tensor, policy: Policy, layout: Layout) -> Tensor:
+def routes_of(query: Tensor, key: Tensor, arguments: MobaArguments, layout: Layout) -> Tensor:
     """The reference's choice as int32 [B, Hkv, R, K], a row's columns in no special order."""
     batch, length, queries = len(key), key.shape[2], query.shape[2]
     real = torch.ones(batch, length, dtype=torch.bool)
-    real = real if policy.key_mask is None else policy.key_mask
-    ids = torch.zeros(batch, length) if policy.segments is None else policy.segments
+    real = real if arguments.key_mask is None else arguments.key_mask
+    ids = torch.zeros(batch, length) if arguments.segments is None else arguments.segments
     mine = ids[:, length - queries :]
     place = torch.arange(queries).expand(batch, -1)
     if layout.queries.index is not None:
@@ -51,13 +52,15 @@ def routes_of(query: Tensor, key: Tensor, policy: Policy, layout: Layout) -> Ten
     routes = torch.full((*query.shape[:3], layout.topk), -1)
     for sequence in ids.unique():
         chosen = reference.select_blocks(
-            *(query, key, layout.block, layout.topk),
-            sinks=layout.sinks,
-            scale=policy.scale,
-            key_mask=real & ids.eq(sequence),
-            causal=policy.causal,
-            key_bias=policy.key_bias,
-            block_means=policy.block_means,
+            query,
+            key,
+            replace(
+                arguments,
+                block=layout.block,
+                topk=layout.topk,
+                sinks=layout.sinks,
+                key_mask=real & ids.eq(sequence),
+            ),
         )
         blocks = chosen.shape[-1]
         number = torch.where(chosen, torch.arange(blocks), blocks)
@@ -71,22 +74,25 @@ def routes_of(query: Tensor, key: Tensor, policy: Policy, layout: Layout) -> Ten
     return routes.int().contiguous()
 
 
-def decode(query: Tensor, key: Tensor, value: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
-    layout = gpu_problem.layout(query, key, policy)
+def decode(
+    query: Tensor, key: Tensor, value: Tensor, arguments: MobaArguments
+) -> tuple[Tensor, Tensor]:
+    layout = gpu_problem.layout(query, key, arguments)
     assert gpu_decode.fits(query, layout)
-    routes = routes_of(query, key, policy, layout).to(DEVICE)
-    policy = Policy(*(x.to(DEVICE) if isinstance(x, Tensor) else x for x in policy))
+    routes = routes_of(query, key, arguments, layout).to(DEVICE)
+    moved = {n: x.to(DEVICE) for n, x in arguments.named().items() if isinstance(x, Tensor)}
+    arguments = replace(arguments, **moved)
     inputs = [x.to(DEVICE) for x in (query, key, value)]
-    layout = gpu_problem.layout(*inputs[:2], policy)
+    layout = gpu_problem.layout(*inputs[:2], arguments)
     with NoWaits():
-        out, lse = gpu_decode.attend(*inputs, layout, routes, policy)
+        out, lse = gpu_decode.attend(*inputs, layout, routes, arguments)
     return out.cpu(), lse.cpu()
 
 
 def assert_like_reference(case: Case) -> None:
     inputs = case.inputs()
-    out, lse = decode(*inputs, case.policy())
-    expected = reference.moba_attention(*inputs, case.block, case.topk, **case.named())
+    out, lse = decode(*inputs, case.arguments())
+    expected = reference.moba_attention(*inputs, case.arguments())
     assert out.dtype == case.dtype
     assert out.transpose(1, 2).is_contiguous()
     torch.testing.assert_close(out, expected[0], **TOLERANCE[case.dtype])
@@ -150,12 +156,12 @@ def test_whatever_has_few_rows_is_as_the_reference_says(case: Case) -> None:
 def test_rows_of_decoding_are_rows_of_a_prefill(padding: str) -> None:
     case = Case(batch=2, kv_heads=1, length=53, queries=53, topk=3, sinks=1, padding=padding)
     query, key, value = case.inputs()
-    whole = reference.moba_attention(query, key, value, case.block, case.topk, **case.named())
+    whole = reference.moba_attention(query, key, value, case.arguments())
     mask = case.key_mask()
     for count, end in ((1, 53), (4, 50), (1, 41), (2, 17), (1, 8)):
         part = query[:, :, end - count : end], key[:, :, :end], value[:, :, :end]
-        policy = case.policy()._replace(key_mask=None if mask is None else mask[:, :end])
-        few = decode(*part, policy)
+        arguments = replace(case.arguments(), key_mask=None if mask is None else mask[:, :end])
+        few = decode(*part, arguments)
         for mine, theirs in zip(few, whole, strict=True):
             rows = theirs[:, :, end - count : end]
             torch.testing.assert_close(mine, rows, **TOLERANCE[torch.float32])
@@ -165,9 +171,10 @@ def test_rows_of_decoding_are_rows_of_a_prefill(padding: str) -> None:
 def test_a_step_with_means_from_a_cache_is_a_row_of_a_prefill(padding: str) -> None:
     case = Case(batch=2, kv_heads=1, length=61, queries=61, topk=3, sinks=1, padding=padding)
     query, key, value = case.inputs()
-    whole = reference.moba_attention(query, key, value, case.block, case.topk, **case.named())
-    step = query[:, :, -2:], key, value, *case.but(means="exact").policy()
-    out, lse, _ = gpu.forward(*(x.to(DEVICE) if isinstance(x, Tensor) else x for x in step))
+    whole = reference.moba_attention(query, key, value, case.arguments())
+    step = [x.to(DEVICE) for x in (query[:, :, -2:], key, value)]
+    arguments = case.but(means="exact").arguments(DEVICE)
+    out, lse, _ = gpu.forward(*step, arguments)
     torch.testing.assert_close(out.cpu(), whole[0][:, :, -2:], **TOLERANCE[torch.float32])
     torch.testing.assert_close(lse.cpu(), whole[1][:, :, -2:], **TOLERANCE[torch.float32])
 
@@ -203,9 +210,9 @@ def test_each_chosen_block_is_read_once_for_all_the_rows_that_chose_it(
 
     monkeypatch.setattr(gpu_decode, "advance", counting)
     query, key, value = case.inputs()
-    layout = gpu_problem.layout(query, key, case.policy())
-    routes = routes_of(query, key, case.policy(), layout)
-    gpu_decode.attend(query, key, value, layout, routes, case.policy())
+    layout = gpu_problem.layout(query, key, case.arguments())
+    routes = routes_of(query, key, case.arguments(), layout)
+    gpu_decode.attend(query, key, value, layout, routes, case.arguments())
     distinct = [set(rows.flatten().tolist()) for rows in routes.flatten(0, 1)]
     expected = sum(min(32, 200 - 32 * block) for blocks in distinct for block in blocks)
     assert routes.numel() > sum(len(blocks) for blocks in distinct) * 2  # there is much to share
@@ -214,11 +221,11 @@ def test_each_chosen_block_is_read_once_for_all_the_rows_that_chose_it(
 
 def test_passes_within_the_budget_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(batch=3, queries=2, length=61, topk=3, padding="left")
-    inputs, policy = case.inputs(), case.policy()
-    whole = decode(*inputs, policy)
+    inputs, arguments = case.inputs(), case.arguments()
+    whole = decode(*inputs, arguments)
     for budget in (1, 5 * 12 * 4 * 9):
         monkeypatch.setattr(gpu_decode, "BUDGET", budget)
-        for mine, theirs in zip(decode(*inputs, policy), whole, strict=True):
+        for mine, theirs in zip(decode(*inputs, arguments), whole, strict=True):
             assert torch.equal(mine, theirs)
 
 
@@ -256,4 +263,4 @@ def test_a_call_fits_by_its_rows_and_routes(
 ) -> None:
     case = Case(kv_heads=1, group=group, queries=queries, length=1000, block=1, topk=topk)
     query, key, _ = case.inputs()
-    assert gpu_decode.fits(query, gpu_problem.layout(query, key, case.policy())) == fits
+    assert gpu_decode.fits(query, gpu_problem.layout(query, key, case.arguments())) == fits

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import moonfx
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference import moba as reference
 from tests.support.moba_cases import Case
 
@@ -136,7 +136,9 @@ def test_a_few_queries_equal_the_reference_on_upcast_inputs(case, dtype):
     inputs = [x.detach() for x in leaves(case)]
     out, lse = ours(*inputs, case.block, case.topk, **named(case))
     upcast = [x.float() for x in inputs]
-    expected = reference.moba_attention(*upcast, case.block, case.topk, **named(case))
+    expected = reference.moba_attention(
+        *upcast, MobaArguments(case.block, case.topk, **named(case))
+    )
     torch.testing.assert_close(out.float(), expected[0], **TOLERANCE[dtype])
     torch.testing.assert_close(lse, expected[1], **LSE)
 
@@ -161,7 +163,8 @@ def test_a_million_tokens_reach_every_offset():
         expected = [
             reference.moba_attention(
                 *(tail[:, 4 * h : 4 * h + 4].float(), key[:, h : h + 1].float()),
-                *(value[:, h : h + 1].float(), 4096, 12),
+                value[:, h : h + 1].float(),
+                MobaArguments(4096, 12),
             )[0]
             for h in range(8)
         ]
@@ -363,6 +366,6 @@ def test_compute_sanitizer_finds_nothing(tool, monkeypatch):
 def test_the_operator_runs_these_kernels_here():
     from moonfx.ops import dispatch
 
-    policy = Policy(64, 4)
-    assert policy.causal
+    arguments = MobaArguments(64, 4)
+    assert arguments.causal
     assert dispatch.kernel_for(torch.device("cuda")).__name__ == "moonfx.kernels.gpu.moba"

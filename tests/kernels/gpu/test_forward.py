@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference import moba as reference
 from tests.support.moba_cases import FEATURES, Case
 
@@ -37,14 +37,14 @@ def small(case: Case) -> Case:
 
 def call(case: Case) -> tuple[Tensor, Tensor]:
     inputs = [x.to(DEVICE) for x in case.inputs()]
-    policy = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in case.policy()]
-    out, lse, _ = gpu.forward(*inputs, *policy)
+    arguments = case.arguments(DEVICE)
+    out, lse, _ = gpu.forward(*inputs, arguments)
     return out.cpu(), lse.cpu()
 
 
 def assert_like_reference(case: Case) -> None:
     out, lse = call(case)
-    expected, expected_lse = reference.moba_attention(*case.inputs(), **case.policy()._asdict())
+    expected, expected_lse = reference.moba_attention(*case.inputs(), case.arguments())
     assert out.dtype == case.dtype
     torch.testing.assert_close(out, expected, **TOLERANCE[case.dtype])
     torch.testing.assert_close(lse, expected_lse, **TOLERANCE[torch.float32])
@@ -116,7 +116,7 @@ def test_a_row_that_sees_nothing_gives_zero(topk: int) -> None:
 def test_many_passes_give_the_bits_of_one(topk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = (2, 4, 70, 12), (2, 2, 70, 12), (2, 2, 70, 20)
     inputs = [torch.randn(shape, device=DEVICE) for shape in shapes]
-    whole = gpu.forward(*inputs, 8, topk, 0)
+    whole = gpu.forward(*inputs, MobaArguments(8, topk))
     seen, within = [], gpu_index.passes
 
     def passes(index: gpu_index.Index, bytes_per_route: int) -> list[gpu_index.Pass]:
@@ -125,7 +125,7 @@ def test_many_passes_give_the_bits_of_one(topk: int, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(gpu_index, "passes", passes)
     monkeypatch.setattr(gpu_sort, "PROGRAMS", 12)
-    parts = gpu.forward(*inputs, 8, topk, 0)
+    parts = gpu.forward(*inputs, MobaArguments(8, topk))
     assert len(seen) == (0 if topk == 1 else 12), seen  # results of one route need no merge
     for one, many in zip(whole, parts, strict=True):
         assert torch.equal(one, many)
@@ -165,7 +165,7 @@ def test_offsets_beyond_32_bits_are_read(
         view = far.as_strided(tensor.shape, strides, 1024 * number)
         assert tensor[0].numel() <= 1024
         inputs.append(view.copy_(tensor))
-    out, lse, _ = gpu.forward(*inputs, *case.policy())
+    out, lse, _ = gpu.forward(*inputs, case.arguments())
     expected, expected_lse = call(case)
     assert torch.equal(out.cpu(), expected)
     assert torch.equal(lse.cpu(), expected_lse)
@@ -199,7 +199,7 @@ def test_the_largest_and_the_smallest_scores_are_exact() -> None:
     key = torch.zeros(1, 1, 80, 4, device=DEVICE)
     key[:, :, 3], key[:, :, 5] = 100.0, -100.0
     value = torch.arange(80.0, device=DEVICE).view(1, 1, 80, 1).expand(1, 1, 80, 4)
-    out, lse, _ = gpu.forward(query, key, value, 8, 9)
+    out, lse, _ = gpu.forward(query, key, value, MobaArguments(8, 9))
     assert out[0, 0, 3:].eq(3.0).all()
     assert lse[0, 0, 3:].eq(20000.0).all()
 
@@ -210,18 +210,18 @@ def test_biases_of_minus_infinity_hide_keys(topk: int) -> None:
     query, key, value = (x.to(DEVICE) for x in case.inputs())
     bias = torch.zeros(1, 1, 72, device=DEVICE)
     bias[..., :40] = -torch.inf  # more than a step of keys; their blocks are chosen last
-    hidden = Policy(8, topk, 0, None, key_bias=bias)
-    out, lse, routes = gpu.forward(query, key, value, *hidden)
+    hidden = MobaArguments(8, topk, key_bias=bias)
+    out, lse, routes = gpu.forward(query, key, value, hidden)
     assert lse[:, :, :40].eq(-torch.inf).all()
     assert out[:, :, :40].eq(0).all()
     expected, expected_lse = reference.moba_attention(
-        *(query[:, :, 40:], key[:, :, 40:], value[:, :, 40:], 8, topk)
+        *(query[:, :, 40:], key[:, :, 40:], value[:, :, 40:]), MobaArguments(8, topk)
     )
     torch.testing.assert_close(out[:, :, 40:], expected, **TOLERANCE[torch.float32])
     torch.testing.assert_close(lse[:, :, 40:], expected_lse, **TOLERANCE[torch.float32])
     # Of rows that see nothing not even the gradient of a logarithm of 0 may count.
     grads = torch.ones_like(out), torch.ones_like(lse).masked_fill(lse.isneginf(), torch.nan)
-    dq, dk, dv, dbias = gpu.backward(*grads, query, key, value, out, lse, *hidden, routes=routes)
+    dq, dk, dv, dbias = gpu.backward(*grads, query, key, value, out, lse, hidden, routes=routes)
     assert dbias is not None
     for grad in (dq, dk, dv, dbias.unsqueeze(-1)):
         assert grad.isfinite().all()
@@ -246,13 +246,13 @@ def test_kernels_launch_on_the_device_of_their_tensors(
         launch(kernel, *arguments, **constants)
 
     case = Case(kv_heads=1, length=length, queries=length, block=4, topk=2)
-    inputs, policy = [x.to(DEVICE) for x in case.inputs()], case.policy()
+    inputs, arguments = [x.to(DEVICE) for x in case.inputs()], case.arguments()
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "device_of", device_of)
         patch.setattr(gpu_configs, "launch", launch_there)
-        out, lse, _ = gpu.forward(*inputs, *policy)
+        out, lse, _ = gpu.forward(*inputs, arguments)
         forward = len(launched)
-        gpu.backward(out, lse, *inputs, out, lse, *policy)
+        gpu.backward(out, lse, *inputs, out, lse, arguments)
     assert 0 < forward < len(launched)
 
 
@@ -278,7 +278,7 @@ def test_heads_that_no_tile_holds_are_refused() -> None:
     narrow, wide = (torch.zeros(1, 1, 8, dim, device=DEVICE) for dim in (16, 576))
     for inputs in ((wide, wide, narrow), (narrow, narrow, wide)):
         with pytest.raises(ValueError, match="at most 512"):
-            gpu.forward(*inputs, 4, 1)
+            gpu.forward(*inputs, MobaArguments(4, 1))
 
 
 def test_it_is_available_to_the_interpreter_and_to_a_gpu() -> None:
@@ -287,7 +287,7 @@ def test_it_is_available_to_the_interpreter_and_to_a_gpu() -> None:
 
 def test_routes_are_found_in_the_forward_and_say_the_own_block_first() -> None:
     case = Case(kv_heads=1, topk=3)
-    *_, routes = gpu.forward(*(x.to(DEVICE) for x in case.inputs()), *case.policy())
+    *_, routes = gpu.forward(*(x.to(DEVICE) for x in case.inputs()), case.arguments())
     assert routes.shape == (2, 1, 80, 3)
     assert routes.dtype == torch.int32
     own = torch.arange(40, device=DEVICE).repeat_interleave(2) // 8

@@ -14,7 +14,7 @@ import triton.language as tl  # noqa: E402
 from moonfx.kernels.gpu import block_index as gpu_index  # noqa: E402
 from moonfx.kernels.gpu import counting_sort as gpu_sort  # noqa: E402
 from moonfx.kernels.gpu import moba as gpu  # noqa: E402
-from tests.kernels.gpu.interpreter_memory import watched  # noqa: E402
+from tests.support.interpreter_memory import watched  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret,
@@ -94,10 +94,10 @@ CASES = [
 
 def run(case: Case) -> list[Tensor]:
     """Outputs and gradients."""
-    inputs, policy = case.inputs(), case.policy()
-    out, lse, routes = gpu.forward(*inputs, *policy)
+    inputs, arguments = case.inputs(), case.arguments()
+    out, lse, routes = gpu.forward(*inputs, arguments)
     grads = torch.ones_like(out), torch.ones_like(lse).masked_fill(lse.isneginf(), 0.0)
-    made = gpu.backward(*grads, *inputs, out, lse, *policy, routes=routes)
+    made = gpu.backward(*grads, *inputs, out, lse, arguments, routes=routes)
     return [x for x in (out, lse, routes, *made) if x is not None]
 
 

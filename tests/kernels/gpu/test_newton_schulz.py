@@ -20,7 +20,7 @@ from moonfx.ops import dispatch, newton_schulz_cost, newton_schulz_runs
 from moonfx.ops import gpu_waves as newton_schulz_waves
 from moonfx.ops.newton_schulz import newton_schulz_form
 from tests.kernels.gpu.test_aot import UNIT
-from tests.kernels.newton_schulz_cases import (
+from tests.support.newton_schulz_cases import (
     CASES,
     COEFFICIENTS,
     GRAM,
@@ -263,7 +263,7 @@ def test_a_gpu_without_triton_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def compiled(*arguments: str) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.aot_newton_schulz", *arguments],
+        [sys.executable, "-m", "tests.support.aot_newton_schulz", *arguments],
         capture_output=True,
         text=True,
         check=False,

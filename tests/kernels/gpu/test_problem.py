@@ -1,18 +1,20 @@
 """What GPU kernels read in place of masks and segments, against a plain loop over each row."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moonfx.kernels.gpu.problem import Layout, layout
-from tests.kernels.no_waits import NoWaits
 from tests.support.moba_cases import PACKINGS, PADDINGS, Case
+from tests.support.no_waits import NoWaits
 
 
 def made(case: Case) -> Layout:
     query, key, _ = case.inputs()
-    policy = case.policy()
+    arguments = case.arguments()
     with NoWaits():
-        return layout(query, key, policy)
+        return layout(query, key, arguments)
 
 
 def keys_of(of: Layout, row: int, number: int) -> list[int]:
@@ -125,8 +127,8 @@ def shapes(of: Layout) -> list[torch.Size | None]:
 def test_sizes_follow_from_shapes_alone(packing: str, padding: str, causal: bool) -> None:
     case = Case(packing=packing, padding=padding, causal=causal, topk=3)
     query, key, _ = case.inputs()
-    policy = case.policy()
-    given = {"key_mask": policy.key_mask, "segments": policy.segments}
+    arguments = case.arguments()
+    given = {"key_mask": arguments.key_mask, "segments": arguments.segments}
     unread = {name: None if x is None else x.to("meta") for name, x in given.items()}
-    of = layout(query.to("meta"), key.to("meta"), policy._replace(**unread))
-    assert shapes(of) == shapes(layout(query, key, policy))
+    of = layout(query.to("meta"), key.to("meta"), replace(arguments, **unread))
+    assert shapes(of) == shapes(layout(query, key, arguments))

@@ -1,6 +1,6 @@
 """The routing kernels, under Triton's interpreter, against the reference's chosen blocks."""
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.gpu import block_means as gpu_means
 from moonfx.kernels.gpu import configs as gpu_configs
 from moonfx.kernels.gpu import route as gpu_route
@@ -34,26 +34,26 @@ def take(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpu_route_wide, "SCRATCH", 1 << 16)
 
 
-def routed(inputs: tuple[Tensor, ...], policy: Any) -> tuple[Tensor, Layout]:
+def routed(inputs: tuple[Tensor, ...], arguments: MobaArguments) -> tuple[Tensor, Layout]:
     query, key = inputs[:2]
-    of = layout(query, key, policy)
-    scale = query.shape[3] ** -0.5 if policy.scale is None else policy.scale
-    means = policy.block_means if gpu_route.gated(of) else None
+    of = layout(query, key, arguments)
+    scale = arguments.scale_for(query.shape[3])
+    means = arguments.block_means if gpu_route.gated(of) else None
     if means is None and gpu_route.gated(of):
         means = gpu_means.block_means(key, of)
-    bias = policy.key_bias
+    bias = arguments.key_bias
     if bias is not None:
         bias = gpu_means.bias_means(bias, of, query.shape[1])
     return gpu_route.route(query, means, bias, of, scale), of
 
 
-def expected(inputs: tuple[Tensor, ...], policy: Any, of: Layout) -> Tensor:
+def expected(inputs: tuple[Tensor, ...], arguments: MobaArguments, of: Layout) -> Tensor:
     """The reference's choice in the order that is promised: own, then ascending, then -1."""
     query, key = inputs[:2]
     batch, heads, queries, _ = query.shape
     routes = torch.full((batch, heads, queries, of.topk), -1)
     length = key.shape[2]
-    segments = policy.segments
+    segments = arguments.segments
     if segments is None:
         segments = torch.zeros(batch, length, dtype=torch.int64)
     own = torch.full((batch, queries), -1)
@@ -65,16 +65,12 @@ def expected(inputs: tuple[Tensor, ...], policy: Any, of: Layout) -> Tensor:
         first[row, index] = of.queries.first[row].long()
     for sequence in segments.unique():
         mask = segments.eq(sequence)
-        if policy.key_mask is not None:
-            mask &= policy.key_mask
+        if arguments.key_mask is not None:
+            mask &= arguments.key_mask
         chosen = reference.select_blocks(
-            *(query, key, of.block, of.topk),
-            sinks=of.sinks,
-            scale=policy.scale,
-            key_mask=mask,
-            causal=policy.causal,
-            key_bias=policy.key_bias,
-            block_means=policy.block_means,
+            query,
+            key,
+            replace(arguments, block=of.block, topk=of.topk, sinks=of.sinks, key_mask=mask),
         )
         for b, q in segments[:, length - queries :].eq(sequence).nonzero().tolist():
             for h in range(heads):
@@ -92,11 +88,11 @@ def expected(inputs: tuple[Tensor, ...], policy: Any, of: Layout) -> Tensor:
 
 
 def assert_as_reference(case: Case) -> None:
-    inputs, policy = case.inputs(), case.policy()
-    got, of = routed(inputs, policy)
+    inputs, arguments = case.inputs(), case.arguments()
+    got, of = routed(inputs, arguments)
     assert got.dtype == torch.int32
     assert got.shape == (case.batch, case.kv_heads, case.queries * case.group, of.topk)
-    torch.testing.assert_close(got.long(), expected(inputs, policy, of), rtol=0, atol=0)
+    torch.testing.assert_close(got.long(), expected(inputs, arguments, of), rtol=0, atol=0)
 
 
 # The interpreter is slow: the road of torch operations is left to `make sweep`, but for few tests.
@@ -153,7 +149,7 @@ def random_call(dtype: torch.dtype) -> tuple[Tensor, Tensor, Layout]:
     """Off the grid: scores are rounded, and another order of summation shows."""
     query, key = torch.randn(1, 4, 30, 64), torch.randn(1, 2, 600, 64)
     query, key = query.to(dtype), key.to(dtype)
-    return query, key, layout(query, key, Policy(8, 9, 1))
+    return query, key, layout(query, key, MobaArguments(8, 9, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -249,7 +245,7 @@ def test_lanes_change_no_route(lanes: int, causal: bool, monkeypatch: pytest.Mon
     take(ROADS[0], monkeypatch)
     query, key = torch.randn(1, 2, 40, 16), torch.randn(1, 1, 300, 16)
     query = query if causal else torch.randn(1, 2, 300, 16)
-    of = layout(query, key, Policy(2, 7, 1, causal=causal))
+    of = layout(query, key, MobaArguments(2, 7, 1, causal=causal))
     means = gpu_means.block_means(key, of)
     monkeypatch.setattr(gpu_route_lanes, "TABLE", lanes)
     got = gpu_route.route(query, means, None, of, 1.0)
@@ -276,7 +272,7 @@ def test_ties_go_to_the_lower_block(road: str, monkeypatch: pytest.MonkeyPatch) 
     query, key = torch.ones(1, 1, 40, 4), torch.ones(1, 1, 40, 4)
     key[:, :, 24] = -0.0
     key[:, :, 25] = 0.0
-    of = layout(query, key, Policy(1, 4, 1))
+    of = layout(query, key, MobaArguments(1, 4, 1))
     routes = gpu_route.route(query, gpu_means.block_means(key, of), None, of, 1.0)[0, 0]
     assert routes[39].tolist() == [39, 0, 1, 2]
     assert routes[1].tolist() == [1, 0, -1, -1]
@@ -294,7 +290,7 @@ def test_a_nan_never_comes_before_a_number(road: str, monkeypatch: pytest.Monkey
     key[:, :, 3:8] = torch.nan
     key[:, :, 8:20] = -torch.inf
     key[:, :, 20] = 1e30
-    of = layout(query, key, Policy(1, 4))
+    of = layout(query, key, MobaArguments(1, 4))
     routes = gpu_route.route(query, gpu_means.block_means(key, of), None, of, 1.0)[0, 0]
     assert routes[39].tolist() == [39, 0, 1, 20]
     # What is left is chosen all the same: absent is only what is not there.
@@ -305,10 +301,12 @@ def test_a_nan_never_comes_before_a_number(road: str, monkeypatch: pytest.Monkey
     assert routes[7].tolist() == [7, 0, 1, 2]
 
 
-@pytest.mark.parametrize("policy", [Policy(8, 1), Policy(8, 3, 2)], ids=["own", "own and sinks"])
-def test_no_mean_is_read_where_nothing_is_chosen(policy: Policy) -> None:
+@pytest.mark.parametrize(
+    "arguments", [MobaArguments(8, 1), MobaArguments(8, 3, 2)], ids=["own", "own and sinks"]
+)
+def test_no_mean_is_read_where_nothing_is_chosen(arguments: MobaArguments) -> None:
     query, key = torch.randn(1, 2, 40, 4), torch.randn(1, 1, 40, 4)
-    of = layout(query, key, policy)
+    of = layout(query, key, arguments)
     assert gpu_route.gated(of) == 0
     routes = gpu_route.route(query, None, None, of, 1.0)
     fixed = [4, 0, 1][: of.topk]
@@ -319,14 +317,14 @@ def test_no_mean_is_read_where_nothing_is_chosen(policy: Policy) -> None:
 @pytest.mark.parametrize("sizes", [(0, 8), (2, 0)])
 def test_nothing_in_gives_nothing_out(sizes: tuple[int, int]) -> None:
     query, key = torch.randn(sizes[0], 2, sizes[1], 4), torch.randn(sizes[0], 1, 80, 4)
-    of = layout(query, key, Policy(8, 3))
+    of = layout(query, key, MobaArguments(8, 3))
     routes = gpu_route.route(query, gpu_means.block_means(key, of), None, of, 1.0)
     assert routes.shape == (sizes[0], 1, 2 * sizes[1], 3)
 
 
 def test_given_means_may_stop_at_the_last_complete_block(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 77, 8)
-    of = layout(query, key, Policy(4, 5, 1))
+    of = layout(query, key, MobaArguments(4, 5, 1))
     means = gpu_means.block_means(key, of)
     for road in ROADS:
         take(road, monkeypatch)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference import moba as reference
 from tests.support.moba_cases import FEATURES, GIVEN_MEANS, PACKINGS, Case
 
@@ -123,12 +124,12 @@ CASES = [
 @pytest.mark.parametrize("case", [case for _, case in CASES], ids=[name for name, _ in CASES])
 def test_the_reference_equals_a_loop_over_single_queries(case: Case) -> None:
     query, key, value = case.inputs()
-    out, lse = reference.moba_attention(query, key, value, case.block, case.topk, **case.named())
+    out, lse = reference.moba_attention(query, key, value, case.arguments())
     expected_out, expected_lse, expected_chosen = loop(case, query, key, value)
     if case.packing == "none":
         names = "sinks", "scale", "key_mask", "causal", "key_bias", "block_means"
-        gate = {name: case.policy()._asdict()[name] for name in names}
-        chosen = reference.select_blocks(query, key, case.block, case.topk, **gate)
+        gate = {name: getattr(case.arguments(), name) for name in names}
+        chosen = reference.select_blocks(query, key, MobaArguments(case.block, case.topk, **gate))
         assert torch.equal(chosen, expected_chosen)
     torch.testing.assert_close(out, expected_out, **FLOAT32)
     torch.testing.assert_close(lse, expected_lse, **FLOAT32)
@@ -138,7 +139,7 @@ def test_the_reference_equals_a_loop_over_single_queries(case: Case) -> None:
 def test_a_query_attends_topk_blocks_or_all_that_there_are(topk: int, sinks: int) -> None:
     case = Case(length=60, queries=60, topk=topk, sinks=sinks)
     query, key, _ = case.inputs()
-    chosen = reference.select_blocks(query, key, case.block, topk, sinks=sinks)
+    chosen = reference.select_blocks(query, key, MobaArguments(case.block, topk, sinks=sinks))
     own = torch.arange(60) // case.block
     assert torch.equal(chosen.sum(-1), (own + 1).clamp(max=topk).expand(2, 4, 60))
     index = torch.arange(chosen.shape[-1])
@@ -150,43 +151,43 @@ def test_a_query_attends_topk_blocks_or_all_that_there_are(topk: int, sinks: int
 def test_equal_scores_go_to_the_lower_block_and_a_better_one_still_wins() -> None:
     query = torch.ones(1, 1, 48, 4)
     key = torch.ones(1, 1, 48, 4)
-    chosen = reference.select_blocks(query, key, 8, 3)
+    chosen = reference.select_blocks(query, key, MobaArguments(8, 3))
     assert chosen[0, 0, 47].tolist() == [True, True, False, False, False, True]
     key[0, 0, 24:32] += 2**-20
-    chosen = reference.select_blocks(query, key, 8, 3)
+    chosen = reference.select_blocks(query, key, MobaArguments(8, 3))
     assert chosen[0, 0, 47].tolist() == [True, False, False, True, False, True]
 
 
 def test_the_gate_does_not_round_a_mean_to_the_keys_dtype() -> None:
     # Block 1 has mean 1 + 2**-8, which bfloat16 would round to 1, the mean of block 0: a tie.
     key = torch.tensor([1, 1, 1, 1 + 2**-7, 0, 0]).view(1, 1, 6, 1).bfloat16()
-    chosen = reference.select_blocks(torch.ones_like(key), key, 2, 2)
+    chosen = reference.select_blocks(torch.ones_like(key), key, MobaArguments(2, 2))
     assert chosen[0, 0, 5].tolist() == [False, True, True]
 
 
 def test_given_means_are_what_the_gate_reads() -> None:
     query, key, value = Case(length=44, queries=44).inputs()
     means = reference.block_means(key, 8, *reference.key_positions(2, 44, None, key.device))
-    plain = reference.moba_attention(query, key, value, 8, 3)
+    plain = reference.moba_attention(query, key, value, MobaArguments(8, 3))
     # Five are before the last query's block; what lies beyond is not read.
     for given in (
         means[:, :, :5],
         torch.cat([means[:, :, :5], torch.full_like(means, torch.nan)], 2),
     ):
-        same = reference.moba_attention(query, key, value, 8, 3, block_means=given)
+        same = reference.moba_attention(query, key, value, MobaArguments(8, 3, block_means=given))
         assert all(torch.equal(a, b) for a, b in zip(same, plain, strict=True))
-    turned = reference.select_blocks(query, key, 8, 2, block_means=-means[:, :, :5])
+    turned = reference.select_blocks(query, key, MobaArguments(8, 2, block_means=-means[:, :, :5]))
     score = -(query @ means.repeat_interleave(2, 1).mT)[..., :5]
     assert torch.equal(turned[:, :, 43, :5].long().argmax(-1), score[:, :, 43].argmax(-1))
-    best = reference.select_blocks(query, key, 8, 2)
+    best = reference.select_blocks(query, key, MobaArguments(8, 2))
     assert not torch.equal(turned, best)
 
 
 def test_the_softmax_scale_does_not_change_the_choice() -> None:
     case = Case()
     query, key, _ = case.inputs()
-    negative = reference.moba_attention(query, key, key, 8, 2, scale=-1.0)[1]
-    visible = reference.select_blocks(query, key, 8, 2)
+    negative = reference.moba_attention(query, key, key, MobaArguments(8, 2, scale=-1.0))[1]
+    visible = reference.select_blocks(query, key, MobaArguments(8, 2))
     keys = visible.repeat_interleave(8, -1) & torch.ones(40, 40, dtype=torch.bool).tril()
     score = -(query @ key.repeat_interleave(2, 1).mT)
     expected = score.masked_fill(~keys, -torch.inf).logsumexp(-1)
@@ -198,7 +199,7 @@ def test_the_softmax_scale_does_not_change_the_choice() -> None:
 def test_enough_blocks_make_it_dense_attention(length: int, queries: int, sinks: int) -> None:
     case = Case(length=length, queries=queries, topk=5, sinks=sinks)
     query, key, value = (tensor.double() for tensor in case.inputs())
-    out, lse = reference.moba_attention(query, key, value, 8, 5, sinks=sinks)
+    out, lse = reference.moba_attention(query, key, value, MobaArguments(8, 5, sinks=sinks))
     causal = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
     dense = F.scaled_dot_product_attention(query, key, value, attn_mask=causal, enable_gqa=True)
     torch.testing.assert_close(out, dense, **FLOAT64)
@@ -224,7 +225,9 @@ def test_enough_blocks_make_it_dense_attention_with_the_same_scores(
 ) -> None:
     case = Case(padding=padding)
     query, key, value = (tensor.nan_to_num().double() for tensor in case.inputs())
-    out, lse = reference.moba_attention(query, key, value, 8, 5, key_mask=case.key_mask(), **named)
+    out, lse = reference.moba_attention(
+        query, key, value, MobaArguments(8, 5, key_mask=case.key_mask(), **named)
+    )
     score = query @ key.repeat_interleave(2, 1).mT * 8**-0.5
     if "softcap" in named:
         score = named["softcap"] * torch.tanh(score / named["softcap"])
@@ -244,7 +247,7 @@ def test_alibi_by_key_is_alibi_by_distance() -> None:
     query, key, value = (tensor.double() for tensor in Case().inputs())
     slope, index = 0.5 ** torch.arange(1, 5).double(), torch.arange(40.0).double()
     bias = (slope[:, None] * index)[None]
-    out, lse = reference.moba_attention(query, key, value, 8, 5, key_bias=bias)
+    out, lse = reference.moba_attention(query, key, value, MobaArguments(8, 5, key_bias=bias))
     distance = index[:, None] - index
     score = query @ key.repeat_interleave(2, 1).mT * 8**-0.5 - slope[:, None, None] * distance
     score = score.masked_fill(distance < 0, -torch.inf)
@@ -257,9 +260,9 @@ def test_alibi_by_key_is_alibi_by_distance() -> None:
 def test_a_constant_bias_only_shifts_the_denominator(causal: bool) -> None:
     case = Case(topk=3, causal=causal, bias="all", scale=0.25)
     named = case.named()
-    out, lse = reference.moba_attention(*case.inputs(), 8, 3, **named)
+    out, lse = reference.moba_attention(*case.inputs(), MobaArguments(8, 3, **named))
     named["key_bias"] = named["key_bias"] + 2.5
-    again, shifted = reference.moba_attention(*case.inputs(), 8, 3, **named)
+    again, shifted = reference.moba_attention(*case.inputs(), MobaArguments(8, 3, **named))
     torch.testing.assert_close(again, out, **FLOAT32)
     torch.testing.assert_close(shifted - 2.5, lse, **FLOAT32)
 
@@ -267,14 +270,14 @@ def test_a_constant_bias_only_shifts_the_denominator(causal: bool) -> None:
 def test_the_gate_sees_the_bias_of_a_block_but_not_the_softcap() -> None:
     query, key = torch.ones(1, 1, 48, 4), torch.zeros(1, 1, 48, 4)
     key[:, :, 8:16] = 1.0  # block 1 scores 4
-    plain = reference.select_blocks(query, key, 8, 2, scale=0.5)
+    plain = reference.select_blocks(query, key, MobaArguments(8, 2, scale=0.5))
     assert plain[0, 0, 47].nonzero().flatten().tolist() == [1, 5]
     bias = torch.zeros(1, 1, 48)
     bias[..., 24] = 17.0  # block 3: 17 / 8 / 0.5 = 4.25
-    moved = reference.select_blocks(query, key, 8, 2, scale=0.5, key_bias=bias)
+    moved = reference.select_blocks(query, key, MobaArguments(8, 2, scale=0.5, key_bias=bias))
     assert moved[0, 0, 47].nonzero().flatten().tolist() == [3, 5]
     out, _ = reference.moba_attention(
-        query, key, torch.eye(48)[None, None], 8, 2, scale=0.5, softcap=1e-3
+        query, key, torch.eye(48)[None, None], MobaArguments(8, 2, scale=0.5, softcap=1e-3)
     )
     assert out[0, 0, 47].view(6, 8).sum(-1).gt(0).nonzero().flatten().tolist() == [1, 5]
 
@@ -284,7 +287,7 @@ def test_a_bidirectional_query_attends_topk_blocks_its_own_and_later_ones_too(
     topk: int, sinks: int
 ) -> None:
     query, key, _ = Case(length=44, queries=44).inputs()  # six blocks, the last of four keys
-    chosen = reference.select_blocks(query, key, 8, topk, sinks=sinks, causal=False)
+    chosen = reference.select_blocks(query, key, MobaArguments(8, topk, sinks=sinks, causal=False))
     assert chosen.sum(-1).eq(topk).all()
     own = torch.arange(44) // 8
     assert chosen.gather(-1, own[:, None].expand(2, 4, 44, 1)).all()
@@ -295,7 +298,7 @@ def test_a_bidirectional_query_attends_topk_blocks_its_own_and_later_ones_too(
 
 def test_topk_one_is_block_diagonal_attention() -> None:
     query, key, value = (tensor.double() for tensor in Case(topk=1).inputs())
-    out, _ = reference.moba_attention(query, key, value, 8, 1)
+    out, _ = reference.moba_attention(query, key, value, MobaArguments(8, 1))
     parts = [
         F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)
         for part in zip(*(tensor.split(8, 2) for tensor in (query, key, value)), strict=True)
@@ -308,8 +311,10 @@ def test_a_permutation_of_key_heads_with_their_groups_permutes_the_output() -> N
     query, key, value = case.inputs()
     turn = torch.tensor([2, 0, 1])
     heads = torch.tensor([4, 5, 0, 1, 2, 3])
-    out, lse = reference.moba_attention(query, key, value, 8, 2)
-    turned = reference.moba_attention(query[:, heads], key[:, turn], value[:, turn], 8, 2)
+    out, lse = reference.moba_attention(query, key, value, MobaArguments(8, 2))
+    turned = reference.moba_attention(
+        query[:, heads], key[:, turn], value[:, turn], MobaArguments(8, 2)
+    )
     assert torch.equal(turned[0], out[:, heads])
     assert torch.equal(turned[1], lse[:, heads])
 
@@ -318,12 +323,12 @@ def test_a_permutation_of_key_heads_with_their_groups_permutes_the_output() -> N
 def test_padding_never_changes_a_real_tokens_output(padding: str) -> None:
     case = Case(padding=padding, topk=3, sinks=1)
     query, key, value = case.inputs()
-    out, lse = reference.moba_attention(query, key, value, 8, 3, **case.named())
+    out, lse = reference.moba_attention(query, key, value, MobaArguments(8, 3, **case.named()))
     mask = case.key_mask()
     assert mask is not None
     for row, real in enumerate(mask):
         alone = [tensor[row : row + 1, :, real] for tensor in (query, key, value)]
-        expected = reference.moba_attention(*alone, 8, 3, sinks=1)
+        expected = reference.moba_attention(*alone, MobaArguments(8, 3, sinks=1))
         torch.testing.assert_close(out[row : row + 1, :, real], expected[0], **FLOAT32)
         torch.testing.assert_close(lse[row : row + 1, :, real], expected[1], **FLOAT32)
 
@@ -336,7 +341,7 @@ def test_a_packed_sequence_is_what_it_is_alone(causal: bool, packing: str, paddi
     case = case.but(packing=packing, padding=padding, causal=causal)
     query, key, value = case.inputs()
     named = case.named()
-    out, lse = reference.moba_attention(query, key, value, 8, 3, **named)
+    out, lse = reference.moba_attention(query, key, value, MobaArguments(8, 3, **named))
     mask = torch.ones(2, 60, dtype=torch.bool) if padding == "none" else named["key_mask"]
     for row, ids in enumerate(named["segments"]):
         for one in ids.unique():
@@ -344,7 +349,7 @@ def test_a_packed_sequence_is_what_it_is_alone(causal: bool, packing: str, paddi
             alone = [tensor[row : row + 1, :, where] for tensor in (query, key, value)]
             same = {name: named[name] for name in ("sinks", "scale", "causal")}
             bias = named["key_bias"][row : row + 1, :, where]
-            expected = reference.moba_attention(*alone, 8, 3, key_bias=bias, **same)
+            expected = reference.moba_attention(*alone, MobaArguments(8, 3, key_bias=bias, **same))
             torch.testing.assert_close(out[row : row + 1, :, where], expected[0], **FLOAT32)
             torch.testing.assert_close(lse[row : row + 1, :, where], expected[1], **FLOAT32)
 
@@ -352,8 +357,8 @@ def test_a_packed_sequence_is_what_it_is_alone(causal: bool, packing: str, paddi
 @pytest.mark.parametrize("queries", [1, 8, 11, 39])
 def test_fewer_queries_than_keys_give_the_last_rows(queries: int) -> None:
     query, key, value = Case().inputs()
-    out, lse = reference.moba_attention(query, key, value, 8, 2)
-    last = reference.moba_attention(query[:, :, -queries:], key, value, 8, 2)
+    out, lse = reference.moba_attention(query, key, value, MobaArguments(8, 2))
+    last = reference.moba_attention(query[:, :, -queries:], key, value, MobaArguments(8, 2))
     torch.testing.assert_close(last[0], out[:, :, -queries:], **FLOAT32)
     torch.testing.assert_close(last[1], lse[:, :, -queries:], **FLOAT32)
 
@@ -361,7 +366,7 @@ def test_fewer_queries_than_keys_give_the_last_rows(queries: int) -> None:
 def test_a_query_without_a_real_key_gives_zero_and_takes_no_gradient() -> None:
     case = Case(padding="one row empty")
     leaves = [tensor.requires_grad_() for tensor in case.inputs()]
-    out, lse = reference.moba_attention(*leaves, 8, 2, **case.named())
+    out, lse = reference.moba_attention(*leaves, MobaArguments(8, 2, **case.named()))
     assert out[0].eq(0).all()
     assert lse[0].isneginf().all()
     grads = torch.autograd.grad(out.sum() + lse[1, :, -1].sum(), leaves)
@@ -397,7 +402,9 @@ def test_gradients_of_the_reference_are_derivatives(case: Case) -> None:
 
     def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         bias = {"key_bias": inputs[3]} if len(inputs) > 3 else {}
-        out, lse = reference.moba_attention(*inputs[:3], case.block, case.topk, **named | bias)
+        out, lse = reference.moba_attention(
+            *inputs[:3], MobaArguments(case.block, case.topk, **named | bias)
+        )
         return out, lse[lse.isfinite()]  # -inf has no derivative
 
     assert torch.autograd.gradcheck(function, leaves)

@@ -1,6 +1,7 @@
 """The torch kernel against the reference; its memory, its determinism, its laws."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference import moba as reference
 from moonfx.kernels.torch_ops import moba as tiled
 from moonfx.kernels.torch_ops import plan as tiled_plan
@@ -38,19 +39,19 @@ NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
 def gradients(case: Case, device: str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
     """out, lse and the gradients: the kernel's, and autograd's through the reference."""
     leaves = [tensor.to(device).requires_grad_() for tensor in case.inputs()]
-    policy = Policy(*(x.to(device) if isinstance(x, Tensor) else x for x in case.policy()))
+    arguments = case.arguments(device)
     bias = case.full_bias()
     if bias is not None:
         leaves.append(bias.detach().to(device).requires_grad_())
-    named = policy._asdict() | {"key_bias": None if bias is None else leaves[3]}
-    out, lse = reference.moba_attention(*leaves[:3], **named)
+    with_leaf = replace(arguments, key_bias=None if bias is None else leaves[3])
+    out, lse = reference.moba_attention(*leaves[:3], with_leaf)
     # Upstream gradients on the grid as well: exact in every dtype.
     grad_out = (torch.randint(-8, 9, out.shape) / 8).to(out)
     grad_lse = (torch.randint(-8, 9, lse.shape) / 8).to(lse)
     expected = torch.autograd.grad((out, lse), leaves, (grad_out, grad_lse))
     inputs = [leaf.detach() for leaf in leaves[:3]]
-    got, got_lse = tiled.forward(*inputs, *policy)
-    *grads, grad_bias = tiled.backward(grad_out, grad_lse, *inputs, got, got_lse, *policy)
+    got, got_lse = tiled.forward(*inputs, arguments)
+    *grads, grad_bias = tiled.backward(grad_out, grad_lse, *inputs, got, got_lse, arguments)
     assert (grad_bias is None) == (bias is None)
     grads = grads if grad_bias is None else [*grads, grad_bias]
     return [got, got_lse, *grads], [out.detach(), lse.detach(), *expected]
@@ -107,8 +108,8 @@ def test_output_and_gradients_equal_the_reference_on_a_gpu(
 def test_the_layouts_are_those_of_the_contract(grad_lse: bool) -> None:
     case = Case(queries=17, value_dim=4)
     inputs = case.inputs()
-    out, lse = tiled.forward(*inputs, *case.policy())
-    grads = tiled.backward(out, lse if grad_lse else None, *inputs, out, lse, *case.policy())
+    out, lse = tiled.forward(*inputs, case.arguments())
+    grads = tiled.backward(out, lse if grad_lse else None, *inputs, out, lse, case.arguments())
     assert lse.is_contiguous()
     assert lse.dtype == torch.float32
     assert grads[3] is None
@@ -122,9 +123,9 @@ def test_the_layouts_are_those_of_the_contract(grad_lse: bool) -> None:
 def test_a_missing_lse_gradient_is_zero() -> None:
     case = Case(topk=3, sinks=1, bias="all", scale=0.25)
     inputs = case.inputs()
-    out, lse = tiled.forward(*inputs, *case.policy())
-    without = tiled.backward(out, None, *inputs, out, lse, *case.policy())
-    with_zero = tiled.backward(out, torch.zeros_like(lse), *inputs, out, lse, *case.policy())
+    out, lse = tiled.forward(*inputs, case.arguments())
+    without = tiled.backward(out, None, *inputs, out, lse, case.arguments())
+    with_zero = tiled.backward(out, torch.zeros_like(lse), *inputs, out, lse, case.arguments())
     for left, right in zip(without, with_zero, strict=True):
         assert torch.equal(left, right)
 
@@ -134,8 +135,8 @@ def test_nothing_in_gives_nothing_out(sizes: tuple[int, int, int]) -> None:
     batch, queries, length = sizes
     case = Case(batch=batch, queries=queries, length=length, bias="all", scale=0.25)
     inputs = case.inputs()
-    out, lse = tiled.forward(*inputs, *case.policy())
-    grads = tiled.backward(out, lse, *inputs, out, lse, *case.policy())
+    out, lse = tiled.forward(*inputs, case.arguments())
+    grads = tiled.backward(out, lse, *inputs, out, lse, case.arguments())
     assert out.shape == inputs[0].shape
     assert lse.shape == inputs[0].shape[:3]
     assert all(grad.eq(0).all() for grad in grads)
@@ -147,34 +148,10 @@ def test_ties_go_to_the_lower_block() -> None:
     key[:, :, 24:32] = -0.0  # scores of block 3 tie with those of block 4, which are 0.0
     key[:, :, 32:40] = 0.0
     query[:, :, 40:] = -1.0
-    out, _ = tiled.forward(query, key, value, 8, 2, 0, None, None)
+    out, _ = tiled.forward(query, key, value, MobaArguments(8, 2))
     attended = out[0, 0].view(48, 6, 8).sum(-1) > 0
     assert attended[39].tolist() == [True, False, False, False, True, False]
     assert attended[47].tolist() == [False, False, False, True, False, True]
-
-
-def test_scores_sort_as_integers_do() -> None:
-    score = torch.tensor([-torch.inf, -3.5, -1e-40, -0.0, 0.0, 1e-40, 2.0, torch.inf])
-    order = tiled_plan.sortable(score)
-    assert order[3] == order[4]
-    distinct = order[[0, 1, 2, 3, 5, 6, 7]]
-    assert distinct.diff().gt(0).all()
-    assert torch.equal(order & 0xFFFFFFFF, torch.zeros_like(order))
-
-
-def test_a_lower_matmul_precision_does_not_reach_the_gate() -> None:
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-        with tiled_plan.exact_float32():
-            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
-            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 REPEATED = [
@@ -191,15 +168,15 @@ def test_the_backward_repeats_bit_for_bit(device: str, named: dict[str, Any]) ->
     # Off the grid, where another order of summation would show, and with a block that all choose.
     inputs = [torch.randn(1, heads, 600, 16, device=device) for heads in (4, 2, 2)]
     named = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in named.items()}
-    policy = Policy(16, 5, 1, **named)
+    arguments = MobaArguments(16, 5, 1, **named)
     before = torch.are_deterministic_algorithms_enabled()
     # warn_only: cuBLAS asks for an environment variable that has to be set before the process.
     torch.use_deterministic_algorithms(True, warn_only=device == "cuda")
     try:
         runs = []
         for _ in range(3):
-            out, lse = tiled.forward(*inputs, *policy)
-            grads = tiled.backward(out, None, *inputs, out, lse, *policy)
+            out, lse = tiled.forward(*inputs, arguments)
+            grads = tiled.backward(out, None, *inputs, out, lse, arguments)
             runs.append([x for x in (out, lse, *grads) if x is not None])
     finally:
         torch.use_deterministic_algorithms(before)
@@ -229,8 +206,8 @@ class Largest(TorchDispatchMode):
 def largest(case: Case) -> int:
     inputs = case.inputs()
     with Largest() as seen:
-        out, lse = tiled.forward(*inputs, *case.policy())
-        tiled.backward(out, None, *inputs, out, lse, *case.policy())
+        out, lse = tiled.forward(*inputs, case.arguments())
+        tiled.backward(out, None, *inputs, out, lse, case.arguments())
     return seen.elements
 
 
@@ -263,8 +240,8 @@ def test_the_dense_case_stays_linear_too(monkeypatch: pytest.MonkeyPatch) -> Non
     case = Case(batch=1, length=2048, queries=2048, block=2048)
     inputs = case.inputs()
     with Largest() as seen:
-        out, lse = tiled.forward(*inputs, *case.policy())
-        tiled.backward(out, None, *inputs, out, lse, *case.policy())
+        out, lse = tiled.forward(*inputs, case.arguments())
+        tiled.backward(out, None, *inputs, out, lse, case.arguments())
     assert seen.elements <= tiled_plan.TILE * 2048  # one tile of scores
 
 
@@ -272,7 +249,7 @@ def test_passes_cover_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, budget in BUDGETS:
         monkeypatch.setattr(Budget, "on", lambda device, budget=budget: budget)
         case = Case(batch=3, queries=300, length=300)
-        problem = Problem(*case.inputs(), case.policy())
+        problem = Problem(*case.inputs(), case.arguments())
         covered = torch.zeros(3, 2, 300, dtype=torch.int64)
         for rows, heads in problem.head_passes():
             for queries in problem.query_passes():

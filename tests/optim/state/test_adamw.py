@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from moonfx.optim.state.adamw import Source, read
-from tests.optim.sources import BitsandbytesAdamW, FusedAdam, stepped
+from moonfx.optim.state.adamw import Source, read_adamw
+from tests.support.optim.sources import BitsandbytesAdamW, FusedAdam, stepped
 
 torchao = pytest.importorskip("torchao.optim", reason="needs torchao")
 
@@ -58,7 +58,7 @@ def error(value: Tensor | None, expected: Tensor | None) -> float:
     ("make", "coupled", "tolerance"), [f[1:] for f in FORMS], ids=[f[0] for f in FORMS]
 )
 def test_the_moments_steps_and_decay_of_every_adamw_are_read(make, coupled, tolerance) -> None:
-    source = read(stepped(make(parameters()), STEPS))
+    source = read_adamw(stepped(make(parameters()), STEPS))
     plain = Source(stepped(AdamW(parameters()), STEPS))
     sign = -1 if source.groups[0].get("maximize") else 1
     for (group, p), (_, q) in zip(source.members(), plain.members(), strict=True):
@@ -75,7 +75,7 @@ def test_the_moments_steps_and_decay_of_every_adamw_are_read(make, coupled, tole
 @pytest.mark.parametrize("make", [f[1] for f in FORMS], ids=[f[0] for f in FORMS])
 def test_before_the_first_step_there_are_no_moments_and_reading_makes_none(make) -> None:
     optimizer = make(parameters())
-    source = read(optimizer)
+    source = read_adamw(optimizer)
     for group, p in source.members():
         assert source.first_moment(p) is None
         assert source.second_moment(p) is None
@@ -89,14 +89,14 @@ def test_before_the_first_step_there_are_no_moments_and_reading_makes_none(make)
     ids=[f[0] for f in FORMS],
 )
 def test_quantized_states_are_known_as_such(make, low) -> None:
-    assert read(make(parameters())).low_bit() is low
-    assert read(stepped(make(parameters()), 1)).low_bit() is low
+    assert read_adamw(make(parameters())).low_bit() is low
+    assert read_adamw(stepped(make(parameters()), 1)).low_bit() is low
 
 
 def test_names_are_those_given_and_places_are_always_there() -> None:
     a, b, c = (nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
-    assert read(AdamW([("x.weight", a), ("y.weight", b)])).names() == ["x.weight", "y.weight"]
-    unnamed = read(AdamW([{"params": [a]}, {"params": [b, c]}]))
+    assert read_adamw(AdamW([("x.weight", a), ("y.weight", b)])).names() == ["x.weight", "y.weight"]
+    unnamed = read_adamw(AdamW([{"params": [a]}, {"params": [b, c]}]))
     assert unnamed.names() == ["", "", ""]
     assert unnamed.places() == [
         "param_groups[0].params[0]",
@@ -183,4 +183,4 @@ REFUSED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
 )
 def test_what_is_no_adamw_is_refused_by_name(make, kind, words) -> None:
     with pytest.raises(kind, match=words):
-        read(make())
+        read_adamw(make())

@@ -24,8 +24,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 import moonfx
 from moonfx.optim.matrices import Layout
-from tests.optim.nets import MUON, equal, net, train
-from tests.optim.sources import BitsandbytesAdamW
+from tests.support.optim.nets import MUON, equal, net, train
+from tests.support.optim.sources import BitsandbytesAdamW
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 import moonfx
-from tests.optim.nets import MUON, net, train
+from tests.support.optim.nets import MUON, net, train
 
 
 def whole(value: Any) -> Any:

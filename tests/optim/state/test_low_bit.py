@@ -11,7 +11,7 @@ from torch import nn
 from moonfx.optim.memory import state_memory
 from moonfx.optim.muon import Muon
 from moonfx.optim.state import low_bit
-from tests.optim.by_hand import muon
+from tests.support.optim.by_hand import muon
 
 pytest.importorskip("torchao")
 

@@ -11,8 +11,8 @@ from moonfx.optim.matrices import Layout
 from moonfx.optim.muon import Muon
 from moonfx.optim.step import compiled
 from moonfx.optim.step import update as step
-from tests.kernels.no_waits import NoWaits
-from tests.optim.by_hand import Row, muon
+from tests.support.no_waits import NoWaits
+from tests.support.optim.by_hand import Row, muon
 
 # Between eager and compiled, relative to the root mean square of an update. A compiler fuses, so
 # that the last bits of float32 differ; those decide here and there between two neighbours in

@@ -120,20 +120,20 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_only_plain_contiguous_tensors_of_one_dtype_that_nobody_watches_are_taken() -> None:
     plain = torch.zeros(4, 8)
-    takes = [
-        muon.takes(plain, plain, plain, Layout()),
-        muon.takes(plain.bfloat16(), plain.bfloat16(), plain.bfloat16(), Layout()),
-        muon.takes(torch.nn.Parameter(plain), plain, plain, Layout(sizes=(2, 2))),
+    supported = [
+        muon.supports(plain, plain, plain, Layout()),
+        muon.supports(plain.bfloat16(), plain.bfloat16(), plain.bfloat16(), Layout()),
+        muon.supports(torch.nn.Parameter(plain), plain, plain, Layout(sizes=(2, 2))),
     ]
-    assert takes == [True] * 3
+    assert supported == [True] * 3
     with Watch():
-        watched = muon.takes(plain, plain, plain, Layout())
+        watched = muon.supports(plain, plain, plain, Layout())
     declined = [
         watched,
-        muon.takes(plain, plain, plain.bfloat16(), Layout()),
-        muon.takes(plain, plain.mT, plain, Layout()),
-        muon.takes(plain.half(), plain.half(), plain.half(), Layout()),
-        muon.takes(plain.to("meta"), plain.to("meta"), plain.to("meta"), Layout()),
-        muon.takes(plain, plain, plain, Layout(dim=1, outer=2, sizes=(2, 2))),
+        muon.supports(plain, plain, plain.bfloat16(), Layout()),
+        muon.supports(plain, plain.mT, plain, Layout()),
+        muon.supports(plain.half(), plain.half(), plain.half(), Layout()),
+        muon.supports(plain.to("meta"), plain.to("meta"), plain.to("meta"), Layout()),
+        muon.supports(plain, plain, plain, Layout(dim=1, outer=2, sizes=(2, 2))),
     ]
     assert declined == [False] * 6

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from moonfx.optim.matrices import Layout
 from moonfx.optim.step import update as step
-from tests.optim.by_hand import Row, muon
+from tests.support.optim.by_hand import Row, muon
 
 HOW: list[dict[str, Any]] = [
     {},

@@ -10,7 +10,7 @@ from moonfx.optim.matrices import Layout, single
 from moonfx.optim.step import cpu_passes as passes
 from moonfx.optim.step import update as step
 from moonfx.optim.update_rms import update_rms
-from tests.optim.by_hand import Row, expected_step, muon
+from tests.support.optim.by_hand import Row, expected_step, muon
 
 # Relative to the largest change, with Newton-Schulz in float64: what is left is float32's rounding
 # of weights of 1 against changes of 0.05.
@@ -98,7 +98,7 @@ def test_each_matrix_of_a_layout_is_stepped_as_if_it_were_alone(
     if exact:
         monkeypatch.setattr(step, "COMPUTE", torch.float64)
     if by == "torch":
-        monkeypatch.setattr(passes, "takes", lambda *_: False)
+        monkeypatch.setattr(passes, "supports", lambda *_: False)
     before, grad = gaussian(*shape), gaussian(*shape, seed=1)
     W, G = before.double(), grad.double()
     matrices = [*zip(_flat(W, layout), _flat(G, layout), strict=True)]
@@ -141,8 +141,8 @@ def test_low_precision_weights_take_the_step_and_keep_their_dtype(dtype) -> None
 
 def test_weights_are_changed_and_gradients_and_buffers_are_not_normalized(monkeypatch) -> None:
     """torch.optim.Muon normalizes the buffer itself in bfloat16 without Nesterov."""
-    for takes in (passes.takes, lambda *_: False):
-        monkeypatch.setattr(passes, "takes", takes)
+    for supports in (passes.supports, lambda *_: False):
+        monkeypatch.setattr(passes, "supports", supports)
         grad = gaussian(8, 8, seed=1, dtype=torch.bfloat16)
         weight = gaussian(8, 8, dtype=torch.bfloat16)
         optimizer, (p,) = stepped([weight], [[grad]], [Row("w")], nesterov=False)
@@ -157,7 +157,7 @@ def test_a_step_is_as_long_for_gradients_whose_squares_overflow_or_vanish(
     taken, dtype, monkeypatch
 ) -> None:
     if not taken:
-        monkeypatch.setattr(passes, "takes", lambda *_: False)
+        monkeypatch.setattr(passes, "supports", lambda *_: False)
     weight, grad = torch.zeros(32, 32, dtype=dtype), gaussian(32, 32, dtype=dtype)
     _, (expected,) = stepped([weight], [[grad]], [])
     for exponent in (-110, -67, 63, 120):  # powers of two change no digit
@@ -175,7 +175,7 @@ def test_a_gradient_that_is_not_finite_spoils_all_of_its_matrix_and_no_other(
     taken, bad, monkeypatch
 ) -> None:
     if not taken:
-        monkeypatch.setattr(passes, "takes", lambda *_: False)
+        monkeypatch.setattr(passes, "supports", lambda *_: False)
     before = [gaussian(8, 12, seed=i) for i in range(3)]
     grads = [gaussian(8, 12, seed=i + 3) for i in range(3)]
     _, expected = stepped(before, [grads], [])
@@ -200,7 +200,7 @@ def test_a_backward_over_weights_that_a_step_changed_is_refused() -> None:
 @pytest.mark.parametrize("taken", [True, False])
 def test_many_matrices_are_stepped_as_one_at_a_time_whatever_the_chunks(taken, monkeypatch) -> None:
     if not taken:
-        monkeypatch.setattr(passes, "takes", lambda *_: False)
+        monkeypatch.setattr(passes, "supports", lambda *_: False)
     shapes = [(8, 8)] * 5 + [(8, 16)] * 3 + [(16, 8), (5, 8, 8)]
     weights = [gaussian(*s, seed=i) for i, s in enumerate(shapes)]
     grads = [[gaussian(*s, seed=20 + i) for i, s in enumerate(shapes)]]
@@ -221,7 +221,7 @@ def test_groups_keep_their_own_rates_decays_and_targets_within_one_bucket() -> N
     before = [gaussian(8, 8, seed=i) for i in range(4)]
     grads = [gaussian(8, 8, seed=9 + i) for i in range(4)]
     rates = [(0.1, 0.0), (0.1, 0.5), (0.02, 0.5), (torch.tensor(0.02), 0.5)]
-    for takes in (passes.takes, lambda *_: False):
+    for supports in (passes.supports, lambda *_: False):
         parameters = [torch.nn.Parameter(x.clone()) for x in before]
         groups = [
             {"params": [p], "lr": lr, "weight_decay": wd}
@@ -229,7 +229,7 @@ def test_groups_keep_their_own_rates_decays_and_targets_within_one_bucket() -> N
         ]
         optimizer = muon(torch.optim.AdamW(groups))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(passes, "takes", takes)
+            patch.setattr(passes, "supports", supports)
             for p, g in zip(parameters, grads, strict=True):
                 p.grad = g.clone()
             optimizer.step()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moonfx
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference.moba import moba_attention
 from moonfx.report.report import Report
 from tests.passes.attention.forms import outcome
@@ -56,7 +57,7 @@ def by_reference(
         real = None if attn_mask is None else attn_mask[:, 0, 0]
         scale = other.get("scale")
         return moba_attention(
-            q, k, v, block, topk, sinks=1, scale=scale, key_mask=real, causal=False
+            q, k, v, MobaArguments(block, topk, sinks=1, scale=scale, key_mask=real, causal=False)
         )[0]
 
     with monkeypatch.context() as patched:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference.moba import moba_attention
 from tests.passes.attention.forms import NEG, SCALE, B, D, H, Model, N, causal, inputs, outcome, run
 
@@ -212,9 +213,9 @@ def test_right_attention_is_found_and_becomes_the_reference(
     sparse, _ = run(model, q, k, v, block=4, topk=2)
     if body is both_scaled:  # the keys that are attended are the scaled ones: same order of blocks
         k, q = k * D**-0.25, q * D**-0.25
-        expected, _ = moba_attention(q, k, v, 4, 2, scale=1.0)
+        expected, _ = moba_attention(q, k, v, MobaArguments(4, 2, scale=1.0))
     else:
-        expected, _ = moba_attention(q, k, v, 4, 2)
+        expected, _ = moba_attention(q, k, v, MobaArguments(4, 2))
     torch.testing.assert_close(sparse, expected, atol=2e-6, rtol=1e-5)
     assert not torch.allclose(sparse, dense, atol=1e-3)
 
@@ -225,7 +226,7 @@ def test_permuted_keys_are_right_whether_tokens_equal_heads_or_not(n: int) -> No
     model = model_of(permuted_keys)
     out, report = run(model, q, k, v, block=2, topk=1)
     assert outcome(report) == ["causal"]
-    expected, _ = moba_attention(q, k, v, 2, 1)
+    expected, _ = moba_attention(q, k, v, MobaArguments(2, 1))
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
 
 
@@ -239,7 +240,7 @@ def test_a_softmax_in_float32_of_bfloat16_scores_is_attention() -> None:
     out, report = run(Model(body), q, k, v, block=4, topk=2)
     assert outcome(report) == ["causal"]
     assert out.dtype == torch.bfloat16
-    expected, _ = moba_attention(q, k, v, 4, 2)
+    expected, _ = moba_attention(q, k, v, MobaArguments(4, 2))
     torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)  # bfloat16: 8 bits
 
 
@@ -271,7 +272,7 @@ def test_heads_repeated_for_their_group_are_folded_back() -> None:
 
     q, k, v = inputs()
     k, v = k[:, :2], v[:, :2]
-    expected, _ = moba_attention(q, k, v, 4, 2)
+    expected, _ = moba_attention(q, k, v, MobaArguments(4, 2))
     for repeat in (expanded, by_interleave):
 
         def body(self: Model, q: Tensor, k: Tensor, v: Tensor, r: Any = repeat) -> Tensor:
@@ -315,7 +316,7 @@ def test_a_mask_of_padding_is_read_where_heads_lie_in_the_batch() -> None:
     real[1, :7] = False
     out, report = run(Model(body), q, k, v, real, block=4, topk=2)
     assert outcome(report) == ["causal & padding"]
-    expected, _ = moba_attention(q, k, v, 4, 2, key_mask=real)
+    expected, _ = moba_attention(q, k, v, MobaArguments(4, 2, key_mask=real))
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
 
 
@@ -330,7 +331,7 @@ def test_a_key_that_no_query_sees_counts_as_padding() -> None:
     out, report = run(Model(body), q, k, v, block=4, topk=2)
     assert outcome(report) == ["causal & padding"]
     real = (torch.arange(N) % 3 != 2).expand(B, N)
-    expected, _ = moba_attention(q, k, v, 4, 2, key_mask=real)
+    expected, _ = moba_attention(q, k, v, MobaArguments(4, 2, key_mask=real))
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference.moba import moba_attention
 from tests.passes.attention.forms import SCALE, Model, N, inputs, outcome, run
 
@@ -70,7 +71,7 @@ def test_flash_attention_is_read_with_its_layout_and_softcap(cap: float) -> None
     assert rows == [("flash_attn_forward", "causal", modifiers, "sparse")]
     torch.testing.assert_close(out, dense, atol=2e-6, rtol=1e-5)
     sparse, _ = run(model, q, k, v, block=4, topk=2)
-    expected, _ = moba_attention(q, k, v, 4, 2, softcap=cap)
+    expected, _ = moba_attention(q, k, v, MobaArguments(4, 2, softcap=cap))
     torch.testing.assert_close(sparse, expected, atol=2e-6, rtol=1e-5)
 
 
@@ -104,4 +105,6 @@ def test_sdpa_takes_its_arguments_by_keyword() -> None:
     q, k, v = inputs()
     out, report = run(Model(body), q, k, v, block=4, topk=2)
     assert outcome(report) == ["causal"]
-    torch.testing.assert_close(out, moba_attention(q, k, v, 4, 2)[0], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        out, moba_attention(q, k, v, MobaArguments(4, 2))[0], atol=2e-6, rtol=1e-5
+    )

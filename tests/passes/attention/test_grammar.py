@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference.moba import moba_attention
 from tests.passes.attention.forms import NEG, SCALE, B, D, H, Model, N, causal, inputs, run
 
@@ -279,7 +280,7 @@ def test_what_is_legal_is_rewritten_and_right(attention: Attention) -> None:
     sparse, _ = called(attention, block=4, topk=2)
     if attention.heads != "own":
         k, v = (REPEATS[attention.heads](x) for x in (k, v))
-    expected, lse = moba_attention(q, k, v, 4, 2, softcap=CAP if cap else 0.0)
+    expected, lse = moba_attention(q, k, v, MobaArguments(4, 2, softcap=CAP if cap else 0.0))
     if sink:
         expected = expected * torch.sigmoid(lse - SINK[None, :, 0])[..., None]
     torch.testing.assert_close(sparse, expected, atol=5e-6, rtol=1e-4)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference.moba import moba_attention
 from tests.passes.attention.forms import SCALE, B, D, H, Model, N, causal, check_form, inputs, run
 
@@ -86,7 +87,7 @@ GROUPED = [
 )
 def test_a_group_shares_its_keys(body: Callable[..., Any], form: str) -> None:
     form = form if form == "sdpa" else f"{form} + softmax"
-    expected = lambda q, k, v: moba_attention(q, k, v, 4, 2)[0]  # noqa: E731
+    expected = lambda q, k, v: moba_attention(q, k, v, MobaArguments(4, 2))[0]  # noqa: E731
     check_form(body, expected, form=form, heads=(H, X), kv_heads=X)
 
 
@@ -133,7 +134,7 @@ def one_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 )
 def test_one_key_head_serves_all(body: Callable[..., Any]) -> None:
     form = {one_sdpa: "sdpa", one_einsum: "einsum + softmax"}.get(body, "matmul + softmax")
-    expected = lambda q, k, v: moba_attention(q, k, v, 4, 2)[0]  # noqa: E731
+    expected = lambda q, k, v: moba_attention(q, k, v, MobaArguments(4, 2))[0]  # noqa: E731
     check_form(body, expected, form=form, heads=(H, 1), kv_heads=1)
 
 
@@ -160,7 +161,7 @@ def two_halves(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def test_heads_in_the_batch_are_counted() -> None:
-    expected = lambda q, k, v: moba_attention(q, k, v, 4, 2)[0]  # noqa: E731
+    expected = lambda q, k, v: moba_attention(q, k, v, MobaArguments(4, 2))[0]  # noqa: E731
     check_form(in_the_batch, expected, form="sdpa")
     check_form(in_the_batch_by_hand, expected, form="matmul + softmax")
 
@@ -168,7 +169,7 @@ def test_heads_in_the_batch_are_counted() -> None:
 def test_keys_of_one_row_serve_every_row() -> None:
     def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (x[:1].expand(B, H, N, D).contiguous() for x in (k, v))
-        return moba_attention(q, k, v, 4, 2)[0]
+        return moba_attention(q, k, v, MobaArguments(4, 2))[0]
 
     check_form(keys_of_one_row, expected, form="sdpa")
 
@@ -176,6 +177,6 @@ def test_keys_of_one_row_serve_every_row() -> None:
 def test_keys_may_be_wider_than_values() -> None:
     def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = torch.cat([q, q], -1), torch.cat([k, k], -1)
-        return moba_attention(q, k, v, 4, 2, scale=SCALE)[0]
+        return moba_attention(q, k, v, MobaArguments(4, 2, scale=SCALE))[0]
 
     check_form(two_halves, expected, form="matmul + softmax")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference.moba import moba_attention
 from tests.passes.attention.forms import (
     SCALE,
@@ -63,7 +64,7 @@ def cap_of_a_buffer(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return moba_attention(q, k, v, 4, 2, softcap=CAP)[0]
+    return moba_attention(q, k, v, MobaArguments(4, 2, softcap=CAP))[0]
 
 
 CAPS = [
@@ -82,7 +83,9 @@ def test_a_softcap_is_read_from_its_constants(body: Callable[..., Any], form: st
 
 def test_a_softcap_over_a_scaled_query_keeps_that_query() -> None:
     def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return moba_attention(q * (SCALE / CAP), k, v, 4, 2, scale=CAP, softcap=CAP)[0]
+        return moba_attention(q * (SCALE / CAP), k, v, MobaArguments(4, 2, scale=CAP, softcap=CAP))[
+            0
+        ]
 
     check_form(cap_scales_query, expected, form="einsum + softmax", modifiers="softcap 0.7")
 
@@ -94,7 +97,7 @@ def test_a_softcap_that_is_not_the_divisor_scales_the_scores_as_well() -> None:
         return hidden(2.0 * (q @ k.mT * 0.3).tanh()).softmax(-1) @ v
 
     def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return moba_attention(q, k, v, 4, 2, scale=0.6, softcap=2.0)[0]
+        return moba_attention(q, k, v, MobaArguments(4, 2, scale=0.6, softcap=2.0))[0]
 
     check_form(body, expected, form="matmul + softmax", modifiers="softcap 2")
 
@@ -132,7 +135,7 @@ def sink_by_hand(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sunk(q: Tensor, k: Tensor, v: Tensor, cap: float = 0.0) -> Tensor:
-    out, lse = moba_attention(q, k, v, 4, 2, softcap=cap)
+    out, lse = moba_attention(q, k, v, MobaArguments(4, 2, softcap=cap))
     return out * torch.sigmoid(lse - SINK[None, :, 0])[..., None]
 
 
@@ -165,7 +168,7 @@ def test_one_sink_logit_may_serve_all_heads() -> None:
         return s.softmax(-1)[..., :-1] @ v
 
     def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = moba_attention(q, k, v, 4, 2)
+        out, lse = moba_attention(q, k, v, MobaArguments(4, 2))
         return out * torch.sigmoid(lse)[..., None]
 
     check_form(body, expected, form="matmul + softmax", modifiers="sink logits")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference.moba import moba_attention
 from tests.passes.attention.forms import (
     NEG,
@@ -109,7 +110,7 @@ FORMS: list[tuple[str, Callable[..., Any]]] = [
 
 @pytest.mark.parametrize("body", [f[1] for f in FORMS], ids=[f[0].replace(" ", "-") for f in FORMS])
 def test_a_softmax_is_read_however_it_is_spelled(body: Callable[..., Any]) -> None:
-    expected = lambda q, k, v: moba_attention(q, k, v, 4, 2)[0]  # noqa: E731
+    expected = lambda q, k, v: moba_attention(q, k, v, MobaArguments(4, 2))[0]  # noqa: E731
     check_form(body, expected, form="matmul + softmax")
 
 
@@ -119,7 +120,9 @@ def test_safe_softmax_is_a_softmax() -> None:
     safe = attention(lambda s: torch.ops.aten._safe_softmax(s, -1))
     out, report = run(Model(safe), q, k, v, block=4, topk=2)
     assert outcome(report) == ["causal"]
-    torch.testing.assert_close(out, moba_attention(q, k, v, 4, 2)[0], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        out, moba_attention(q, k, v, MobaArguments(4, 2))[0], atol=2e-6, rtol=1e-5
+    )
 
 
 def test_padding_beside_a_guard_is_read_from_both() -> None:
@@ -135,7 +138,7 @@ def test_padding_beside_a_guard_is_read_from_both() -> None:
     q, k, v = inputs()
     out, report = run(Model(body), q, k, v, real, block=4, topk=2)
     assert outcome(report) == ["causal & padding"]
-    expected, _ = moba_attention(q, k, v, 4, 2, key_mask=real)
+    expected, _ = moba_attention(q, k, v, MobaArguments(4, 2, key_mask=real))
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from moonfx.passes.graph import unmarked_aliases as unmarked
-from tests.passes.newton_schulz.cases import Rewritten, always, matrix
-from tests.passes.newton_schulz.forms import QUINTIC, step
+from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.forms import QUINTIC, step
 
 a, b, c = QUINTIC
 aten = torch.ops.aten

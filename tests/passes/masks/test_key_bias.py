@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import moonfx
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference.moba import moba_attention
 from tests.passes.attention.forms import NEG, SCALE, B, H, Model, N, causal, inputs, outcome, run
 from tests.support.zoo import HEADS, VOCABULARY, WIDTH, build, logits
@@ -48,7 +49,7 @@ def biased(bias: Bias, *, hide: float = NEG, last: float = 1.0) -> Model:
 
 
 def expected(value: Tensor, block: int, topk: int) -> Tensor:
-    return moba_attention(*inputs(), block, topk, key_bias=value.expand(1, H, N))[0]
+    return moba_attention(*inputs(), MobaArguments(block, topk, key_bias=value.expand(1, H, N)))[0]
 
 
 ALIBI = SLOPES[:, None] * torch.arange(N)
@@ -147,7 +148,7 @@ def test_a_float_mask_of_the_keys_is_padding_and_a_bias_at_once(hidden: float) -
     torch.testing.assert_close(full[0, :, 6:], dense[0, :, 6:], atol=5e-6, rtol=1e-4)
     few, _ = run(Model(body), q, k, v, mask, block=BLOCK, topk=TOPK)
     bias = mask.clamp(min=-1e30)[:, None]
-    wanted = moba_attention(q, k, v, BLOCK, TOPK, key_mask=real, key_bias=bias)[0]
+    wanted = moba_attention(q, k, v, MobaArguments(BLOCK, TOPK, key_mask=real, key_bias=bias))[0]
     torch.testing.assert_close(few[0, :, 6:], wanted[0, :, 6:], atol=5e-6, rtol=1e-4)
     torch.testing.assert_close(few[1], wanted[1], atol=5e-6, rtol=1e-4)
 
@@ -262,7 +263,7 @@ def test_a_bias_holds_for_every_length(name: str) -> None:
     for n in (12, 20, 24, 33):
         q, k, v = inputs(n=n)
         bias = (SLOPES[:, None] * torch.arange(n))[None]
-        wanted = moba_attention(q, k, v, BLOCK, TOPK, key_bias=bias)[0]
+        wanted = moba_attention(q, k, v, MobaArguments(BLOCK, TOPK, key_bias=bias))[0]
         got = model(torch.cat([q, k, v], 1))
         torch.testing.assert_close(got, wanted, atol=5e-6, rtol=1e-4)
     report = moonfx.report(model)
@@ -334,7 +335,7 @@ def bloom_by_definition(self: Any, x: Tensor, residual: Tensor, alibi: Tensor, *
     real = None if mask is None else (mask == 0)[:, 0, -1]
     bias = alibi.view(batch, self.num_heads, n)
     given = {"sinks": 1, "scale": self.inv_norm_factor, "key_mask": real, "key_bias": bias}
-    out, _ = moba_attention(q, k, v, BLOCK, TOPK, **given)
+    out, _ = moba_attention(q, k, v, MobaArguments(BLOCK, TOPK, **given))
     return residual + self.dense(out.transpose(1, 2).flatten(2)), None
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from moonfx.passes.newton_schulz import batching as plan
-from tests.passes.newton_schulz.cases import Rewritten, always, matrix
-from tests.passes.newton_schulz.forms import CHANGING, QUINTIC, gram_free, jordan, normalized, wide
-from tests.passes.newton_schulz.programs import (
+from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.forms import CHANGING, QUINTIC, gram_free, jordan, normalized, wide
+from tests.support.newton_schulz.programs import (
     Program,
     assert_computes_the_same,
     iterate,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.passes.newton_schulz.cases import Rewritten, always, matrix
-from tests.passes.newton_schulz.forms import CHANGING, normalized
-from tests.passes.newton_schulz.programs import Program, assert_computes_the_same, iterate
+from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.forms import CHANGING, normalized
+from tests.support.newton_schulz.programs import Program, assert_computes_the_same, iterate
 
 GIVEN = 4
 MODES = (contextlib.nullcontext, torch.no_grad, torch.enable_grad)

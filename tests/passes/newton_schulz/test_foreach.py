@@ -12,8 +12,8 @@ from torch import Tensor
 import moonfx
 import moonfx.ops.newton_schulz as operator
 from tests.frontends.test_optimizer_steps import steps
-from tests.passes.newton_schulz.cases import Rewritten, always, matrix
-from tests.passes.newton_schulz.forms import CHANGING, QUINTIC, normalized
+from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.forms import CHANGING, QUINTIC, normalized
 
 Body = Callable[..., list[Tensor]]
 GIVEN = [matrix(4, 6, seed=1), matrix(4, 6, seed=2), matrix(6, 4, seed=3)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.passes.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.cases import Rewritten, always, matrix
 
 Program = Callable[[Tensor], Tensor]
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moonfx.passes.newton_schulz import rewrite as newton_schulz
-from tests.passes.newton_schulz.cases import Rewritten, always, matrix
-from tests.passes.newton_schulz.forms import QUINTIC, normalized, step
+from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.forms import QUINTIC, normalized, step
 
 aten = torch.ops.aten
 a, b, c = QUINTIC

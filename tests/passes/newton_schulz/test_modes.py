@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.passes.newton_schulz.cases import Rewritten, always, matrix
-from tests.passes.newton_schulz.forms import CHANGING, normalized
-from tests.passes.newton_schulz.programs import Program, assert_computes_the_same, iterate, pairs
+from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.forms import CHANGING, normalized
+from tests.support.newton_schulz.programs import Program, assert_computes_the_same, iterate, pairs
 
 
 @pytest.fixture(autouse=True)

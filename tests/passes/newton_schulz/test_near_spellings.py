@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.passes.newton_schulz.cases import Rewritten, always, matrix
-from tests.passes.newton_schulz.forms import normalized
-from tests.passes.newton_schulz.spellings import BATCH, BATCHES, MATRIX, Spelling, plain
+from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.forms import normalized
+from tests.support.newton_schulz.spellings import BATCH, BATCHES, MATRIX, Spelling, plain
 
 SQUARE = (5, 5)
 

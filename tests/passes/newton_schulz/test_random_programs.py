@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.passes.newton_schulz.cases import Rewritten, always, matrix
-from tests.passes.newton_schulz.forms import (
+from tests.passes.newton_schulz.test_foreach import LISTS
+from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.forms import (
     CHANGING,
     doubled_between,
     gram_free,
@@ -21,8 +22,7 @@ from tests.passes.newton_schulz.forms import (
     normalized,
     transposed_a,
 )
-from tests.passes.newton_schulz.spellings import MATRIX, SPELLINGS, Spelling
-from tests.passes.newton_schulz.test_foreach import LISTS
+from tests.support.newton_schulz.spellings import MATRIX, SPELLINGS, Spelling
 
 aten = torch.ops.aten
 FORMS = (gram_free, horner_on_x, in_place, transposed_a, doubled_between)

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.passes.newton_schulz.cases import Rewritten, always, matrix
-from tests.passes.newton_schulz.forms import CHANGING, FORMS, QUINTIC, Form, normalized
-from tests.passes.newton_schulz.spellings import SPELLINGS, Spelling
+from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.forms import CHANGING, FORMS, QUINTIC, Form, normalized
+from tests.support.newton_schulz.spellings import SPELLINGS, Spelling
 
 aten = torch.ops.aten
 PRODUCTS = {

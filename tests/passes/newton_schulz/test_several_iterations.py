@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from moonfx.passes.newton_schulz import iterations as chain
-from tests.passes.newton_schulz.cases import Rewritten, always, matrix
-from tests.passes.newton_schulz.forms import CHANGING, QUINTIC, normalized
-from tests.passes.newton_schulz.programs import assert_computes_the_same, iterate
+from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.forms import CHANGING, QUINTIC, normalized
+from tests.support.newton_schulz.programs import assert_computes_the_same, iterate
 
 Body = Callable[..., list[Tensor]]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.passes.newton_schulz.cases import Rewritten, always, matrix
-from tests.passes.newton_schulz.forms import CHANGING, QUINTIC, normalized, step
+from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.forms import CHANGING, QUINTIC, normalized, step
 
 a, b, c = QUINTIC
 Body = Callable[..., Any]

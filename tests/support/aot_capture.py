@@ -64,7 +64,7 @@ def recording(chip: str) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def hook(*, key: str, fn: Any, compile: dict[str, Any], **_: object) -> bool:
-        name = f"{fn.module}.{fn.name}".removeprefix("moonfx.kernels.")
+        name = f"{fn.module}.{fn.name}".removeprefix("moonfx.kernels.gpu.")
         options = json.loads(compile["specialization_data"])["options"]
         launches.append(
             Launch(

@@ -1,6 +1,6 @@
 """Compiles what Newton-Schulz would launch on chips that are not here; a line of JSON for each.
 
-    python -m tests.kernels.aot_newton_schulz --chips sm_90,sm_80 --dtypes bfloat16 --terms 0,1,2
+    python -m tests.support.aot_newton_schulz --chips sm_90,sm_80 --dtypes bfloat16 --terms 0,1,2
 
 The last column of a sum's terms names the product: X X^T has none, b A + c A^2 one, Q's own two.
 """
@@ -13,8 +13,8 @@ from dataclasses import asdict
 import torch
 
 from moonfx.kernels.gpu import newton_schulz as gpu_newton_schulz
-from tests.kernels.aot_capture import Launch, recording
-from tests.kernels.aot_resources import resources
+from tests.support.aot_capture import Launch, recording
+from tests.support.aot_resources import resources
 
 STEPS = [(3.4445, -4.7750, 2.0315)] * 2
 

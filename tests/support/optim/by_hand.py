@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from moonfx.optim.matrices import Layout
-from moonfx.optim.muon import Muon, Settings
-from moonfx.optim.roles.table import WHOLE, RoleRow
+from moonfx.optim.muon import Muon
+from moonfx.optim.roles.classify import Classifier
+from moonfx.optim.roles.table import ONE_MATRIX, RoleRow
+from moonfx.optim.settings import Settings
 from moonfx.optim.step.update import rms_gain
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 
 
-def Row(name: str, optimizer: str = "muon", layout: Layout = WHOLE) -> RoleRow:
+def Row(name: str, optimizer: str = "muon", layout: Layout = ONE_MATRIX) -> RoleRow:
     """As much of a row as a step looks at."""
     return RoleRow(name, (), "", "", optimizer, "a test says so", layout)
 
@@ -53,4 +55,11 @@ def muon(source: torch.optim.Optimizer, *rows: RoleRow, **settings: Any) -> Muon
         for p, row in zip(parameters, table, strict=True)
         if row.optimizer == "adamw" and p in source.state
     }
-    return Muon(source, table, Settings(**settings), target_rms=targets, state=state)
+    return Muon(
+        source,
+        table,
+        Settings(**settings),
+        target_rms=targets,
+        classify=Classifier(),
+        state=state,
+    )

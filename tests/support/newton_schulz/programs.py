@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx
 
 from moonfx.passes.graph.memory_versions import Memory
-from tests.passes.newton_schulz.cases import Rewritten
-from tests.passes.newton_schulz.forms import CHANGING
+from tests.support.newton_schulz.cases import Rewritten
+from tests.support.newton_schulz.forms import CHANGING
 
 Program = Callable[..., list[Tensor]]
 

@@ -1,6 +1,6 @@
 """Compiles what the GPU kernels would launch, and prints what it needs of each chip.
 
-    python -m tests.kernels.aot --chips sm_90 --dims 64,128 --only attend
+    python -m tests.support.aot --chips sm_90 --dims 64,128 --only attend
 
 No GPU is needed; TRITON_INTERPRET must not be set. `aot_capture` says what is recorded, and
 `aot_resources` what is read.
@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 from tabulate import tabulate
 
-from moonfx.kernels.common.arguments import Policy
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.gpu import configs as gpu_configs
 from moonfx.kernels.gpu import moba as gpu
 from moonfx.kernels.gpu.configs import ARCHITECTURES
-from tests.kernels.aot_capture import Launch, recording
-from tests.kernels.aot_resources import Resources, resources
+from tests.support.aot_capture import Launch, recording
+from tests.support.aot_resources import Resources, resources
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FEATURES = ("plain", "everything", "dense", "decode")
@@ -56,11 +56,13 @@ class Case:
             segments = torch.empty(batch, self.length, dtype=torch.int64) if everything else None
             bias = torch.empty(batch, heads, self.length) if everything else None
         softcap = 30.0 if everything else 0.0
-        policy = Policy(self.block, topk, 1, None, mask, True, softcap, bias, segments)
-        out, lse, routes = gpu.forward(query, key, value, *policy)
+        arguments = MobaArguments(
+            *(self.block, topk, 1), key_mask=mask, softcap=softcap, key_bias=bias, segments=segments
+        )
+        out, lse, routes = gpu.forward(query, key, value, arguments)
         if self.features != "decode":
             grads = torch.empty_like(out), torch.empty_like(lse)
-            gpu.backward(*grads, query, key, value, out, lse, *policy, routes=routes)
+            gpu.backward(*grads, query, key, value, out, lse, arguments, routes=routes)
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def table(rows: list[Row]) -> str:
 FAST = [
     *((("sm_90",), Case(dim, "bfloat16", 128, feature), "")
       for feature in FEATURES for dim in (128, 64)),
-    *((("sm_90",), Case(dim, "float32", 128), "gpu_forward._tiles") for dim in (128, 64)),
+    *((("sm_90",), Case(dim, "float32", 128), "forward._tiles") for dim in (128, 64)),
     # A cache with so many blocks that programs share them.
     (("sm_90",), Case(128, "bfloat16", 128, "decode", 1 << 17), "gpu_(route|decode)"),
     (("sm_80", "sm_100", "gfx942"), Case(128, "bfloat16", 128), "gpu_(forward|backward)"),
