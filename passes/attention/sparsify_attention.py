@@ -50,9 +50,8 @@ def run(graph: fx.Graph, context: Context) -> int:
             continue
         site.action, rewritten = "sparse", rewritten + 1
     if rewritten:
-        context.changed(
-            graph
-        )  # once: what was put in writes nowhere, and comes before what is left
+        # once: what was put in writes nowhere, and comes before what is left
+        context.changed(graph)
     return rewritten
 
 
@@ -88,7 +87,7 @@ def rewrite(site: AttentionSite, policy: LayerPolicy, written: Written, context:
         node.meta.update(
             {k: old.meta[k] for k in ("stack_trace", "nn_module_stack") if k in old.meta}
         )
-    old.replace_all_uses_with(new)
+    context.replaced(old, new)
     site.output = new
 
 
