@@ -61,7 +61,7 @@ class Road:
     def __init__(self) -> None:
         self.before = ""  # the captured graph, and the rewritten one, as MOONFX_DUMP prints them
         self.after = ""
-        self.site: dict[str, str] = {}  # as find_attention leaves it
+        self.site: dict[str, str] = {}  # as lay_out_heads leaves it
         self.mask: list[str] = []  # what is read of the mask, and what classify_mask proves of it
         self.called: list[str] = []
 
@@ -72,7 +72,7 @@ class Road:
         self.before = readable(captured)
         for name, run in PASSES:
             run(captured.graph, context)
-            if name == "find_attention":
+            if name == "lay_out_heads":
                 self.site = fields_of(context.sites[0])
             if name == "classify_mask":
                 self.mask = mask_of(context.sites[0], context)
@@ -134,8 +134,8 @@ def worked_example() -> str:
             "",
             "**A site** (`passes/attention/find_attention.py` fills the `AttentionSite` of "
             "`moonfx/site.py`). Key and value are those from before `repeat_kv` "
-            "(`passes/attention/heads.py`); the scale is read from the node that carries it "
-            "(`passes/attention/scores.py`).",
+            "(`passes/attention/lay_out_heads.py`); the scale is read from the node that carries "
+            "it (`passes/attention/scores.py`).",
             "",
             *code([f"{name:<9} {value}" for name, value in site.items()]),
             "",

@@ -9,13 +9,15 @@ from torch import fx
 from moonfx.policy import LayerPolicy
 
 
-class Reject(Exception):
-    """A reason for leaving something as it is, and the node that stands in the way."""
+class Declined(Exception):
+    """Why something is left as it is, and the node that stands in the way.
+
+    Raised where a parse cannot go on, and caught once, by the pass that parses.
+    """
 
     def __init__(self, reason: str, node: fx.Node) -> None:
         super().__init__(reason, node)
-        self.reason = reason
-        self.node = node
+        self.reason, self.node = reason, node
 
     def __str__(self) -> str:
         return f"{self.reason} (node {self.node.name})"
@@ -50,11 +52,15 @@ class AttentionSite:
 
     Shapes: query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv], output
     [B, Hq, Nq, Dv]. With `folded` the heads lie in the batch and every tensor lacks the head axis.
+    As it is found, and until `lay_out_heads`, an attention may also have its heads cut in two, or
+    keys and values repeated for each query head.
 
     Args:
         output: the node that the rewrite replaces.
         query, key, value: before any repeat_kv.
         key_transposed: the key node is [B, Hkv, D, Nk].
+        tokens_first: until `lay_out_heads`, operands and output are [B, N, H, D].
+        laid_out: the shapes are those above, and checked.
         scale: softmax scale; None is head_dim ** -0.5.
         factors: scalars unknown to the graph that scale the query, as (node, "mul" | "div").
         masks: nodes of the masks, as (node, how) with how one of "additive", "keep", "drop", or
@@ -62,8 +68,8 @@ class AttentionSite:
         mask_scales: additive masks that are multiplied after they were added -> by what.
         causal: the operator itself was told to be causal (is_causal=True, top-left aligned).
         softcap: c where the scores are c * tanh(scaled scores / c) before any mask, 0.0 for none.
-        sink_logits: a node with one logit per query head (every other dim is 1), which joins the
-            softmax's denominator and no value; None for none.
+        sink_logits: a node with one logit per query head, or one for all (every other dim is 1),
+            which joins the softmax's denominator and no value; None for none.
         lse: a node [B, Hq, Nq] or [B, Hq, Nq, 1] with the logarithm of the softmax's denominator,
             which something else reads; None for none.
         form: which surface form was found, for the report.
@@ -88,6 +94,8 @@ class AttentionSite:
     lse: fx.Node | None = None
     key_transposed: bool = False
     folded: bool = False
+    tokens_first: bool = False
+    laid_out: bool = False
     ordinal: int = 0
     heads: int | None = None
     kv_heads: int | None = None
@@ -95,7 +103,7 @@ class AttentionSite:
     query_length: int | None = None
     key_length: int | None = None
     mask: Mask | None = None
-    reject: Reject | None = None
+    reject: Declined | None = None
     action: str = "declined"
     policy: LayerPolicy | None = None
 
@@ -150,5 +158,5 @@ class NewtonSchulzSite:
     action: str = "declined"
     form: str = ""
     why: str = ""
-    reject: Reject | None = None
+    reject: Declined | None = None
     call: int | None = None

@@ -1,7 +1,7 @@
 """Graphs as Python files and as artifacts of a trace, before and after each pass.
 
-    MOONFX_DUMP=dir     dir/00_graph/01_find_attention_before.py, 01_find_attention_after.py, and
-                        01_find_attention.diff, what is different between the two; 02_...
+    MOONFX_DUMP=dir     dir/00_graph/01_canonicalize_before.py, 01_canonicalize_after.py, and
+                        01_canonicalize.diff, what is different between the two; 02_...
     TORCH_TRACE=dir     the same texts as artifacts, which tlparse shows
 
 Each file is Python that parses, with the shapes and dtypes of the graph's values as annotations,

@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterable
 from torch import fx
 
 from moonfx.environment import verifying
-from moonfx.passes.attention import find_attention, sparsify_attention
+from moonfx.passes.attention import (
+    canonicalize,
+    find_attention,
+    lay_out_heads,
+    sparsify_attention,
+)
 from moonfx.passes.cleanup import remove_dead, symbolic_alpha, verify
 from moonfx.passes.context import Context
 from moonfx.passes.dump import Dump
@@ -15,7 +20,7 @@ from moonfx.passes.masks import classify_mask
 from moonfx.passes.newton_schulz import rewrite as newton_schulz
 from moonfx.policy import did_you_mean
 from moonfx.report.attention import row_of
-from moonfx.site import Reject
+from moonfx.site import Declined
 
 log = logging.getLogger("moonfx.passes")
 sites_log = logging.getLogger("moonfx.sites")
@@ -46,7 +51,9 @@ def isolated(name: str, run: Pass) -> Pass:
 
 
 PASSES: Passes = (
+    ("canonicalize", canonicalize.run),
     ("find_attention", find_attention.run),
+    ("lay_out_heads", lay_out_heads.run),
     ("classify_mask", classify_mask.run),
     ("sparsify_attention", sparsify_attention.run),
     ("newton_schulz", isolated("newton_schulz", newton_schulz.run)),
@@ -54,7 +61,7 @@ PASSES: Passes = (
     ("remove_dead", remove_dead.run),
 )
 # Without one of these an attention that was found stays as it was.
-NEEDED_BY_ATTENTIONS = ("classify_mask", "sparsify_attention")
+NEEDED_BY_ATTENTIONS = ("lay_out_heads", "classify_mask", "sparsify_attention")
 # What is left to do where a pass for attentions fails.
 WITHOUT_ATTENTION = tuple(
     p for p in PASSES if p[0] in ("newton_schulz", "symbolic_alpha", "remove_dead")
@@ -115,7 +122,7 @@ def _leave_sites(name: str, context: Context) -> None:
     if name in NEEDED_BY_ATTENTIONS:
         for site in context.sites:
             if site.reject is None:
-                context.decline(site, Reject(f"the pass {name} is disabled", site.output))
+                context.decline(site, Declined(f"the pass {name} is disabled", site.output))
 
 
 def _in_order_of_execution(context: Context) -> None:
@@ -124,7 +131,7 @@ def _in_order_of_execution(context: Context) -> None:
 
     def place(node: fx.Node) -> tuple[int, ...]:
         if node not in position:
-            call = context.call_of(node.graph)
+            call = context.nesting.call_of(node.graph)
             prefix = place(call) if call is not None else ()
             for index, each in enumerate(node.graph.nodes):
                 position[each] = (*prefix, index)

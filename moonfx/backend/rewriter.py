@@ -150,9 +150,9 @@ class Backend:
         if context is None:
             return gm, {}
         name_invoked_bodies(captured, retraced=True)
-        given = placeholders(captured.graph)
+        known = placeholders(captured.graph)
         guards = {
-            given.index(node): values for node, values in context.proofs.items() if node in given
+            known.index(node): values for node, values in context.proofs.items() if node in known
         }
         return captured, guards
 
@@ -209,6 +209,7 @@ class Backend:
         flags = self.policies.causal_only, self.policies.recompute_routing
         disabled = self.policies.disable_passes
         context = Context(captured, self.policy_of, self.names, root, *flags, disabled)
+        context.likely_policy = self.likely_policy_of
         try:
             rewritten = run_passes(context, *passes)
         except DenseLastUnknown:
@@ -236,24 +237,45 @@ class Backend:
             root: the module that the graph starts in, "" for the model, None if that is not known.
         """
         assert self.policies is not None
-        if root != "" and not self.policies.uniform:
+        if not self._tells_layers_apart(root):
             where = f"{root} and every layer of its class" if root else "several layers"
             return (
                 f"a graph break makes {where} share one graph, so layers= and dense_last= cannot "
                 "tell them apart: mend the break, or drop them"
             )
-        known = len(self.layers)
-        self.layers += [k for k in map(_key, sites) if k not in self.layers]
+        known, self.layers = len(self.layers), self._layers_with(sites)
         if self.policies.dense_last and 0 < known < len(self.layers):
             raise DenseLastUnknown(
                 f"dense_last={self.policies.dense_last} needs the whole model in one graph, and "
                 "torch.compile broke it in several; name the dense layers in layers={...: None}"
             )
-        index = self.layers.index(_key(site))
-        if index >= len(self.layers) - self.policies.dense_last:
+        found = self.likely_policy_of(site, sites, root)
+        if found is None and self._is_last(site, self.layers):
             return f"one of the last {self.policies.dense_last} (dense_last)"
-        found = self.policies.find(site.layer, index)
         return "kept dense by the policy" if found is None else found
+
+    def likely_policy_of(
+        self, site: AttentionSite, sites: list[AttentionSite], root: str | None
+    ) -> LayerPolicy | None:
+        """A site's policy, as far as is known before all attentions are; notes nothing."""
+        assert self.policies is not None
+        layers = self._layers_with(sites)
+        if not self._tells_layers_apart(root) or self._is_last(site, layers):
+            return None
+        return self.policies.find(site.layer, layers.index(_key(site)))
+
+    def _tells_layers_apart(self, root: str | None) -> bool:
+        """Whether a graph with this root says which layer is which, where that matters."""
+        assert self.policies is not None
+        return root == "" or self.policies.uniform
+
+    def _layers_with(self, sites: list[AttentionSite]) -> list[tuple[str, int]]:
+        """All attentions that are known, with those of one more graph."""
+        return [*self.layers, *(k for k in map(_key, sites) if k not in self.layers)]
+
+    def _is_last(self, site: AttentionSite, layers: list[tuple[str, int]]) -> bool:
+        assert self.policies is not None
+        return layers.index(_key(site)) >= len(layers) - self.policies.dense_last
 
     def unused(self) -> list[str]:
         """Keys of `layers` that fit no attention seen so far."""

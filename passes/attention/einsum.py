@@ -20,13 +20,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moonfx.passes.graph.nodes import insert
+from moonfx.passes.graph.nodes import insert, operator_name
 
 aten = torch.ops.aten
 
+_WRITTEN_AS = "moonfx_written_as"
+
 
 @dataclass(frozen=True)
-class Product:
+class Contraction:
     """A two-operand einsum over one letter.
 
     Args:
@@ -41,11 +43,11 @@ class Product:
     result: str
     summed: str
 
-    def swapped(self) -> "Product":
-        return Product(self.second, self.first, self.right, self.left, self.result, self.summed)
+    def swapped(self) -> "Contraction":
+        return Contraction(self.second, self.first, self.right, self.left, self.result, self.summed)
 
 
-def read(node: fx.Node) -> Product | None:
+def read(node: fx.Node) -> Contraction | None:
     """An einsum as the matrix product that it is, else None."""
     if node.target is not aten.einsum.default or len(node.args) < 2 or node.kwargs.get("path"):
         return None
@@ -71,7 +73,7 @@ def read(node: fx.Node) -> Product | None:
     one_sided = set(left) ^ set(right)
     if len(summed) != 1 or not one_sided <= set(result) or not set(result) <= set(left + right):
         return None
-    return Product(first, second, left, right, result, summed.pop())
+    return Contraction(first, second, left, right, result, summed.pop())
 
 
 def _hidden(operand: fx.Node, part: str) -> int:
@@ -94,10 +96,17 @@ def as_scores(node: fx.Node) -> fx.Node | None:
     query = _laid_out(found.first, found.left, batch, queries + found.summed, node)
     key = _laid_out(found.second, found.right, batch, keys + found.summed, node)
     key = insert(aten.transpose.int, (key, -2, -1), node)
-    return _replace(node, insert(aten.matmul.default, (query, key), node))
+    product = insert(aten.matmul.default, (query, key), node)
+    product.meta[_WRITTEN_AS] = operator_name(node)
+    return _replace(node, product)
 
 
-def takes(node: fx.Node, probabilities: fx.Node) -> bool:
+def written_as(product: fx.Node) -> str:
+    """The operator's name for a product of scores, as the graph had it: "einsum", "matmul"."""
+    return str(product.meta.get(_WRITTEN_AS, operator_name(product)))
+
+
+def contracts_keys(node: fx.Node, probabilities: fx.Node) -> bool:
     """Whether an einsum sums over the last dim of one of its operands, the probabilities."""
     found = read(node)
     if found is None:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.passes.graph.nodes import insert
-from moonfx.site import AttentionSite, Reject
+from moonfx.site import AttentionSite, Declined
 
 aten = torch.ops.aten
 
@@ -104,15 +103,43 @@ def name_of(node: fx.Node) -> str:
 
 
 def read(node: fx.Node, site: AttentionSite) -> None:
-    """Fills in a site from the operator's arguments, and its `reject` if one is in the way."""
+    """Fills in a site from the operator's arguments.
+
+    Raises:
+        Declined: if one of them is in the way.
+    """
     name = node.target._schema.name  # type: ignore[union-attr]
     kind = KINDS.get(name)
     if kind is None:
         instead = "torch.backends.mha.set_fastpath_enabled(False) takes the path that is"
         if name not in _FAST_PATHS:
             instead = "use scaled_dot_product_attention"
-        site.reject = Reject(f"the operator {name} is not read: {instead}", node)
-        return
+        raise Declined(f"the operator {name} is not read: {instead}", node)
+    given = _arguments(node, kind)
+    site.query, site.key, site.value = given["query"], given["key"], given["value"]
+    site.causal = bool(given.get("causal", False))
+    mask, dropout, scale = given.get("mask"), given.get("dropout", 0.0), given.get("scale")
+    if dropout != 0.0:
+        raise Declined(f"dropout p={dropout} is active; set it to 0 or call eval()", node)
+    if mask is not None:
+        how = "keep" if mask.meta["val"].dtype == torch.bool else "additive"
+        site.masks.append((mask, how))
+    site.softcap = given.get("softcap", 0.0)
+    if isinstance(scale, fx.Node):
+        site.scale, site.factors = 1.0, [(scale, "mul")]
+    elif scale is not None and not 0 < scale < float("inf"):
+        raise Declined(f"the scores are scaled by {scale}; a scale must be above 0", node)
+    else:
+        site.scale = scale
+    if site.softcap and isinstance(scale, fx.Node):
+        raise Declined("a softcap and a scale that is no constant; give a float", node)
+    if kind.several:
+        site.output, site.tokens_first = _only_output(node), kind.tokens_first
+
+
+def _arguments(node: fx.Node, kind: Kind) -> dict[str, Any]:
+    """The operator's arguments by their role; the others must ask for nothing."""
+    name = node.target._schema.name  # type: ignore[union-attr]
     given: dict[str, Any] = {}
     for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         default = argument.default_value if argument.has_default_value() else None
@@ -126,55 +153,28 @@ def read(node: fx.Node, site: AttentionSite) -> None:
             if value != _NEUTRAL[argument.name]:
                 neutral = f"{argument.name}={_NEUTRAL[argument.name]}"
                 has = f"{name} with {argument.name}={value}; only {neutral} is read"
-                site.reject = Reject(has, node)
+                raise Declined(has, node)
         elif argument.name not in kind.harmless:
-            site.reject = Reject(f"{name} has an argument that is not read: {argument.name}", node)
-    site.query, site.key, site.value = given["query"], given["key"], given["value"]
-    site.causal = bool(given.get("causal", False))
-    mask, dropout, scale = given.get("mask"), given.get("dropout", 0.0), given.get("scale")
-    if dropout != 0.0:
-        site.reject = Reject(f"dropout p={dropout} is active; set it to 0 or call eval()", node)
-    if mask is not None:
-        how = "keep" if mask.meta["val"].dtype == torch.bool else "additive"
-        site.masks.append((mask, how))
-    site.softcap = given.get("softcap", 0.0)
-    if isinstance(scale, fx.Node):
-        site.scale, site.factors = 1.0, [(scale, "mul")]
-    elif scale is not None and not 0 < scale < float("inf"):
-        scaled = f"the scores are scaled by {scale}; a scale must be above 0"
-        site.reject = site.reject or Reject(scaled, node)
-    else:
-        site.scale = scale
-    if site.softcap and isinstance(scale, fx.Node):
-        site.reject = site.reject or Reject(
-            "a softcap and a scale that is no constant; give a float", node
-        )
-    if kind.several and site.reject is None:
-        site.reject = _first_of_several(node, site, kind)
+            raise Declined(f"{name} has an argument that is not read: {argument.name}", node)
+    return given
 
 
-def _first_of_several(node: fx.Node, site: AttentionSite, kind: Kind) -> Reject | None:
-    """Takes (output, ...) apart; only the output may have a user."""
+def first_results(node: fx.Node) -> list[fx.Node]:
+    """What takes the first of several results, and is read itself."""
+    taken = [u for u in node.users if u.users and u.target is operator.getitem and u.args[1] == 0]
+    return sorted(taken)
+
+
+def _only_output(node: fx.Node) -> fx.Node:
+    """The first of several results; no other may have a user."""
     used = [u for u in node.users if u.users]
     if any(u.target is not operator.getitem for u in used):
-        return Reject("what the operator returns is not taken apart", node)
+        raise Declined("what the operator returns is not taken apart", node)
     beyond = [u for u in used if u.args[1] != 0]
     if beyond or not used:
         which = ", ".join(u.name for u in beyond)
         more = f"more than the output of the operator is used: {which}; leave out the logsumexp"
-        return Reject(more, node)
-    (output, *again) = used
-    for other in again:
-        other.replace_all_uses_with(output)
-    site.output = output
-    if not kind.tokens_first:
-        return None
-    site.query, site.key, site.value = (
-        insert(aten.transpose.int, (x, 1, 2), node) for x in (site.query, site.key, site.value)
-    )
-    after = output.next
-    site.output = insert(aten.transpose.int, (output, 1, 2), after, output)
-    back = insert(aten.transpose.int, (site.output, 1, 2), after, output)
-    own = {site.output, back}
-    output.replace_all_uses_with(back, delete_user_cb=lambda user: user not in own)
-    return None
+        raise Declined(more, node)
+    if len(used) > 1:  # which `canonicalize` joins
+        raise Declined("the output of the operator is taken twice; take it once", node)
+    return used[0]

@@ -12,7 +12,7 @@ from torch import fx
 
 from moonfx.passes.context import Context
 from moonfx.passes.graph.nodes import origin
-from moonfx.site import AttentionSite, Reject
+from moonfx.site import AttentionSite, Declined
 
 
 def between(site: AttentionSite) -> set[fx.Node]:
@@ -41,8 +41,8 @@ def between(site: AttentionSite) -> set[fx.Node]:
     return below
 
 
-def overwritten(site: AttentionSite, context: Context) -> Reject | None:
-    """An operand written to in place between its first use and the operator's."""
+def check_writes(site: AttentionSite, context: Context) -> None:
+    """Raises Declined for an operand written to between its first use and the operator's."""
     writes = context.writes(site.output.graph)
     path = between(site)
     named = [("query", site.query), ("key", site.key), ("value", site.value)]
@@ -52,28 +52,26 @@ def overwritten(site: AttentionSite, context: Context) -> Reject | None:
     operands = [(name, origin(node)) for name, node in named if origin(node) in writes]
     inner = [n for n in path if n is not site.output and writes.get(n, n) not in path]
     if not operands and not inner:
-        return None
+        return
     position = {node: i for i, node in enumerate(site.output.graph.nodes)}
     for name, node in operands:
         first_use = min((position[u] for u in node.users if u in path), default=0)
         if position[writes[node]] > first_use:
             written = f"{name} is written to in place after it was read; write to a copy"
-            return Reject(written, node)
+            raise Declined(written, node)
     for node in inner:
         if position[writes[node]] > position[node]:
-            return Reject("a part of the attention is written to in place; write to a copy", node)
-    return None
+            raise Declined("a part of the attention is written to in place; write to a copy", node)
 
 
-def split_by_mode(site: AttentionSite, context: Context) -> Reject | None:
-    """Attention of which a part runs under torch.no_grad() or autocast, and a part does not."""
+def check_modes(site: AttentionSite, context: Context) -> None:
+    """Raises Declined if a part runs under torch.no_grad() or autocast, and a part does not."""
     here = context.mode(site.output)
     for node in sorted(between(site)):
         mode = context.mode(node)
         if mode.gradients != here.gradients:
             partly = "part of the attention is under torch.no_grad(); put all or none under it"
-            return Reject(partly, node)
+            raise Declined(partly, node)
         if mode.autocast != here.autocast:
             partly = "part of the attention is under another autocast; put all of it under one"
-            return Reject(partly, node)
-    return None
+            raise Declined(partly, node)

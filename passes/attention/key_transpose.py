@@ -5,16 +5,19 @@ from torch import fx
 
 from moonfx.passes.graph.nodes import permutation
 from moonfx.passes.graph.operators import CASTS, COPIES, DIVIDE, MULTIPLY
-from moonfx.site import Reject
+from moonfx.site import Declined
 
 aten = torch.ops.aten
 
 
-def token_major(key: fx.Node) -> Reject | None:
+def check_token_major(key: fx.Node) -> None:
     """Checks that key^T was made from keys [.., N, D], features last.
 
     The composed permutation of key^T must put a source dim before the feature dim last; without a
     transpose the product could be query @ weights of the same shape by coincidence of sizes.
+
+    Raises:
+        Declined: if it does not.
     """
     rank = len(key.meta["val"].shape)
     order, node = list(range(rank)), key
@@ -29,6 +32,6 @@ def token_major(key: fx.Node) -> Reject | None:
         if len(same) != 1 and step is None and node.target in MULTIPLY | DIVIDE:
             break
         node = same[0]
-    if order[-1] < order[-2]:
-        return None
-    return Reject("the keys are not transposed: their last dim is not proved to be tokens", key)
+    if order[-1] > order[-2]:
+        unproved = "the keys are not transposed: their last dim is not proved to be tokens"
+        raise Declined(unproved, key)

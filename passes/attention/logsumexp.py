@@ -3,7 +3,7 @@
     before  lse = logsumexp(scores); share = sigmoid(lse - sink); ...; out = softmax(scores) @ value
     after   out, lse = moba_attention(...); share = sigmoid(lse - sink)
 
-What is computed from lse before the output was there moves behind the operator, which is legal for
+What is computed from lse before the output was there moves to after the operator. That is legal for
 operators that compute each element by itself.
 """
 
@@ -35,7 +35,7 @@ def give_lse(old: fx.Node, both: fx.Node, output: fx.Node, context: Context) -> 
     Nothing is changed before it is known that all of it can be.
 
     Raises:
-        CannotWrite: if what reads it cannot move behind the operator.
+        CannotWrite: if what reads it cannot move to after the operator.
     """
     moved = _readers_before(old, output, context)
     value = old.meta["val"]

@@ -108,7 +108,7 @@ class Writer:
         path: list[fx.Node] = []
         graph = self.site.output.graph
         while graph is not home:
-            outside = self.context.call_of(graph)
+            outside = self.context.nesting.call_of(graph)
             if outside is None:
                 raise CannotWrite(f"{name}: its parts lie in a nested body")
             path.append(outside)

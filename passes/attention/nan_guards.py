@@ -23,7 +23,7 @@ from moonfx.passes.masks.additive import NotAMask, split
 from moonfx.passes.masks.classify_mask import mask_index
 from moonfx.passes.symbolic.expressions import head_symbol, to_bool
 from moonfx.passes.symbolic.indices import HEAD
-from moonfx.site import AttentionSite, Reject
+from moonfx.site import AttentionSite, Declined
 
 aten = torch.ops.aten
 
@@ -78,10 +78,10 @@ def guard_of(node: fx.Node, probabilities: fx.Node, context: Context) -> Guard |
     return Guard(node, condition, keep)
 
 
-def unproved(guard: Guard, site: AttentionSite, scores: Scores, context: Context) -> Reject | None:
-    """A Reject unless the guard changes only what the masks of the site hide, or NaN."""
+def check_guard(guard: Guard, site: AttentionSite, scores: Scores, context: Context) -> None:
+    """Raises Declined unless the guard changes only what the masks of the site hide, or NaN."""
     if guard.condition is None:
-        return None
+        return
     node: Any = guard.condition
     keep = guard.keep
     while node.target in COPIES | _NOT:
@@ -94,7 +94,7 @@ def unproved(guard: Guard, site: AttentionSite, scores: Scores, context: Context
         whole = keepdim and dim % rank == rank - 1 and row == keep
         if not whole:
             test = "the probabilities are set to 0 by a test not of whole rows; mask the scores"
-            return Reject(test, node)
+            raise Declined(test, node)
         node = node.args[0]
         while node.target in COPIES | _NOT:
             keep ^= node.target in _NOT
@@ -103,14 +103,14 @@ def unproved(guard: Guard, site: AttentionSite, scores: Scores, context: Context
         if tested in scores.path and node.args[1] == -torch.inf and not keep:
             scores.inner.add(node)
             scores.inner |= _between(node, guard.condition)
-            return None
+            return
     condition = _read(node, site, context)
     if condition is not None:
         visible = _visible(site, context)
         given = to_bool(condition) if keep else sympy.Not(to_bool(condition))
         if all(atom == True or atom in visible for atom in _atoms(given)):  # noqa: E712
-            return None
-    return Reject(
+            return
+    raise Declined(
         "the probabilities are set to 0 where the scores are not known to be masked; mask those",
         node,
     )

@@ -17,8 +17,7 @@ from moonfx.passes.attention.nan_guards import Guard, guard_of
 from moonfx.passes.attention.softmax import Softmax
 from moonfx.passes.attention.upstream import reaches_product
 from moonfx.passes.context import Context
-from moonfx.passes.graph.nodes import argument, permutation
-from moonfx.passes.graph.nodes import operator_name as short
+from moonfx.passes.graph.nodes import argument, operator_name, permutation
 from moonfx.passes.graph.operators import (
     CASTS,
     COPIES,
@@ -33,7 +32,7 @@ from moonfx.passes.graph.operators import (
     SHAPE_ONLY,
     SLICES,
 )
-from moonfx.site import Reject
+from moonfx.site import Declined
 
 aten = torch.ops.aten
 
@@ -58,110 +57,141 @@ class Product:
     """probabilities @ value.
 
     Args:
-        node: the product, or the division that ends the attention.
+        node: the product, or the division that ends the attention; the softmax where neither is
+            known.
+        value: its right operand.
+        probabilities: the nodes from the softmax to the product's left operand, both included.
+        product: the product, or None where `beyond` stands in its way.
+        beyond: the first operator that is not read on a way to a product.
         heads: H where a view folds the heads into the batch, or None.
         sliced: what cuts columns off the probabilities, or None.
-        guards: what sets some of the probabilities to 0.
-        path: the nodes from the softmax to the product, both included.
-        reject: why it is not plain attention, or None.
+        guards: node of `probabilities` -> how it sets some of them to 0, or why that is no guard.
     """
 
     node: fx.Node
     value: fx.Node
+    probabilities: list[fx.Node] = field(default_factory=list)
+    product: fx.Node | None = None
+    beyond: fx.Node | None = None
     heads: int | None = None
     sliced: fx.Node | None = None
-    guards: list[Guard] = field(default_factory=list)
-    path: list[fx.Node] = field(default_factory=list)
-    reject: Reject | None = None
+    guards: dict[fx.Node, Guard | str] = field(default_factory=dict)
 
-    def refuse(self, reason: str, node: fx.Node) -> None:
-        """Keeps the first reason."""
-        self.reject = self.reject or Reject(reason, node)
+    @property
+    def path(self) -> list[fx.Node]:
+        """The nodes from the softmax to `node`, both included."""
+        ends = [] if self.product is None else [self.product]
+        return [*self.probabilities, *ends, *(n for n in [self.node] if n not in ends)]
+
+    @property
+    def proved_guards(self) -> list[Guard]:
+        """The guards whose condition is one."""
+        return [guard for guard in self.guards.values() if isinstance(guard, Guard)]
 
 
 def product_of(softmax: Softmax, context: Context) -> Product | None:
-    """The product that the softmax's result enters as left operand; None if there is none."""
+    """The product that the softmax's result enters as left operand; None if there is none.
+
+    Whether all on the way is plain attention is for `check_product` to say.
+    """
     node = softmax.node
     found = Product(node, node)
     while True:
-        found.path.append(node)
-        product = next((u for u in node.users if _enters(node, u)), None)
-        step, guard = product, None
-        for user in [] if product is not None else node.users:
-            guard = guard_of(user, node, context)
-            if guard is not None or _passes(user):
-                step = user
-                break
-        if step is None:
-            far = product_beyond(node, reaches_product(softmax.operand))
-            if far is None:
-                return None
-            reason = f"'{short(far)}' stands between the softmax and its product with the values"
-            if far.target is DETACH:
-                reason = "the probabilities are detached; take the detach() away"
-            if softmax.total is not None:
-                reason = _NOT_DIVIDED
-            found.refuse(reason, far)
-            return found
-        if isinstance(guard, str):
-            found.refuse(guard, step)
-        elif guard is not None:
-            found.guards.append(guard)
-        own = softmax.inner | (guard.inner if isinstance(guard, Guard) else set())
-        others = [
-            u for u in node.users if u is not step and u not in own and u.target not in SHAPE_ONLY
-        ]
-        if others:
-            names = ", ".join(u.name for u in others)
-            remedy = "call with output_attentions=False or need_weights=False"
-            found.refuse(f"the probabilities are also used by {names}; {remedy}", node)
-        if step is product:
+        found.probabilities.append(node)
+        found.product = next((u for u in node.users if _enters(node, u)), None)
+        if found.product is not None:
             break
-        if step.target in DROPOUT:
-            p, train = argument(step, 1, "p"), argument(step, 2, "train")
-            if train and p != 0.0:
-                found.refuse(f"dropout p={p} is active; set it to 0 or call eval()", step)
+        step = _next(node, found, context)
+        if step is None:
+            found.beyond = product_beyond(node, reaches_product(softmax.operand))
+            return None if found.beyond is None else found
         if step.target in SLICES:
-            if found.sliced is not None:
-                found.refuse("the probabilities are sliced twice", step)
             found.sliced = step
         found.heads = folded_heads(step) or found.heads
         node = step
-    assert product is not None
-    return _ended(found, product, softmax, context)
-
-
-def _ended(found: Product, product: fx.Node, softmax: Softmax, context: Context) -> Product:
-    """Takes the values from the product, and the division by the sum if it is still to come."""
-    probabilities, total = found.path[-1], softmax.total
-    if product.target is aten.einsum.default:
-        equation = product.args[0]
-        plain = einsum.as_output(product, probabilities)
-        if plain is None:
-            found.refuse(f"einsum '{equation}' is not probabilities @ values", product)
-            return found
-        context.changed(plain.graph)
-        product = plain
-    found.node, found.value = product, product.args[1]  # type: ignore[assignment]
-    found.path.append(product)
-    if found.value is probabilities:
-        found.refuse("the probabilities are also the values", product)
-    if total is not None:
-        last = next(iter(product.users), None)
-        divided = last is not None and last.target in DIVIDE and last.args == (product, total)
-        if not divided or len(product.users) > 1 or probabilities is not softmax.node:
-            found.refuse(_NOT_DIVIDED, product)
-        else:
-            found.node = last  # type: ignore[assignment]
-            found.path.append(found.node)
+    if found.product.target in MATMUL:
+        found.node, found.value = found.product, found.product.args[1]  # type: ignore[assignment]
+        if softmax.total is not None and _is_divided(found.product, softmax.total):
+            found.node = next(iter(found.product.users))
     return found
+
+
+def _next(node: fx.Node, found: Product, context: Context) -> fx.Node | None:
+    """The user that probabilities go on through; notes what kind of guard it is."""
+    for user in node.users:
+        guard = guard_of(user, node, context)
+        if guard is not None:
+            found.guards[user] = guard
+        if guard is not None or _passes(user):
+            return user
+    return None
+
+
+def _is_divided(product: fx.Node, total: fx.Node) -> bool:
+    """Whether all that reads a product is its division by a total."""
+    last = next(iter(product.users), None)
+    divided = last is not None and last.target in DIVIDE and last.args == (product, total)
+    return divided and len(product.users) == 1
+
+
+def check_product(found: Product, softmax: Softmax) -> None:
+    """Checks that nothing but the product with the values becomes of the probabilities.
+
+    Raises:
+        Declined: naming the first thing on the way that is not plain attention.
+    """
+    slices = 0
+    steps = [*found.probabilities[1:], found.product]
+    for node, step in zip(found.probabilities, steps, strict=True):
+        if step is None:
+            raise _beyond(found, softmax)
+        _check_readers(node, step, found, softmax)
+        if step.target in DROPOUT:
+            p, train = argument(step, 1, "p"), argument(step, 2, "train")
+            if train and p != 0.0:
+                raise Declined(f"dropout p={p} is active; set it to 0 or call eval()", step)
+        slices += step.target in SLICES
+        if slices > 1:
+            raise Declined("the probabilities are sliced twice", step)
+    product, probabilities = found.product, found.probabilities[-1]
+    assert product is not None
+    if product.target is aten.einsum.default:
+        raise Declined(f"einsum '{product.args[0]}' is not probabilities @ values", product)
+    if found.value is probabilities:
+        raise Declined("the probabilities are also the values", product)
+    undivided = found.node is product or probabilities is not softmax.node
+    if softmax.total is not None and undivided:
+        raise Declined(_NOT_DIVIDED, product)
+
+
+def _check_readers(node: fx.Node, step: fx.Node, found: Product, softmax: Softmax) -> None:
+    """Probabilities are read by what comes next, and by what belongs to it."""
+    guard = found.guards.get(step)
+    if isinstance(guard, str):
+        raise Declined(guard, step)
+    own = softmax.inner | {step} | (set() if guard is None else guard.inner)
+    others = [u for u in node.users if u not in own and u.target not in SHAPE_ONLY]
+    if others:
+        names = ", ".join(u.name for u in others)
+        remedy = "call with output_attentions=False or need_weights=False"
+        raise Declined(f"the probabilities are also used by {names}; {remedy}", node)
+
+
+def _beyond(found: Product, softmax: Softmax) -> Declined:
+    """Why the probabilities are not followed to a product that they enter."""
+    assert found.beyond is not None
+    far = found.beyond
+    reason = f"'{operator_name(far)}' stands between the softmax and its product with the values"
+    if far.target is DETACH:
+        reason = "the probabilities are detached; take the detach() away"
+    return Declined(_NOT_DIVIDED if softmax.total is not None else reason, far)
 
 
 def _enters(node: fx.Node, product: fx.Node) -> bool:
     """Whether a node is the left operand of a product, summed over its last dim."""
     if product.target in MATMUL:
         return product.args[0] is node
-    return einsum.takes(product, node)
+    return einsum.contracts_keys(product, node)
 
 
 def _passes(node: fx.Node) -> bool:

@@ -28,8 +28,7 @@ from moonfx.passes.attention.upstream import (
     reaches_product,
 )
 from moonfx.passes.context import Context
-from moonfx.passes.graph.nodes import argument, insert
-from moonfx.passes.graph.nodes import operator_name as short
+from moonfx.passes.graph.nodes import argument, operator_name
 from moonfx.passes.graph.operators import (
     ADD,
     CASTS,
@@ -46,7 +45,7 @@ from moonfx.passes.graph.operators import (
     WHERE,
 )
 from moonfx.passes.symbolic.expressions import MASKED_BELOW
-from moonfx.site import Reject
+from moonfx.site import Declined
 
 aten = torch.ops.aten
 SCALED_LATE = "the mask is scaled after it was added; scale the scores first"
@@ -107,14 +106,12 @@ class _Walk:
         masks = (self.masks, self.mask_scales)
         return Scores(*found, *masks, self.factors, self.path, self.inner, self.heads)
 
-    def reject(self, node: fx.Node, reason: str) -> Reject | None:
-        """A Reject if the softmax is over a product of tensors at all, else None: no attention."""
-        if reaches_product(self.start):
-            return Reject(reason, node)
-        near = product_above(self.start)
+    def declined(self, node: fx.Node, reason: str) -> Declined:
+        """The reason; of scores that are no product, the reason is that."""
+        near = None if reaches_product(self.start) else product_above(self.start)
         if near is not None and near.target in DISTANCES:
-            return Reject("the scores are a distance (cdist), not query @ key^T", near)
-        return Reject(reason, node) if near is not None else None
+            return Declined("the scores are a distance (cdist), not query @ key^T", near)
+        return Declined(reason, node)
 
     def hides(self, value: object) -> bool:
         """Whether a fill value makes a score vanish, scaled as it will be."""
@@ -137,19 +134,23 @@ class _Walk:
         return "a logsumexp" if self.exact else None
 
 
-Step = fx.Node | Scores | Reject | None
+Step = fx.Node | Scores
 
 
-def parse_scores(start: Any, context: Context, exact: bool = False) -> Scores | Reject | None:
+def parse_scores(start: Any, context: Context, exact: bool = False) -> Scores | None:
     """Walks from the softmax back to query @ key^T; None if no such product is there at all.
 
     Args:
         exact: something else reads the scores' logsumexp, so no constant may be passed over.
+    Raises:
+        Declined: if what stands between is not of the grammar.
     """
-    step: Step = start
     if not isinstance(start, fx.Node):
         return None
+    if not reaches_product(start) and product_above(start) is None:
+        return None
     walk = _Walk(start, context, exact)
+    step: Step = start
     while isinstance(step, fx.Node):
         walk.path.append(step)
         step = _step(step, walk)
@@ -162,13 +163,13 @@ def _step(node: fx.Node, walk: _Walk) -> Step:
         return _product(node, walk)
     if target in CASTS | COPIES:
         if not node.meta["val"].dtype.is_floating_point:
-            return Reject("the scores are cast to integers", node)
+            raise Declined("the scores are cast to integers", node)
         return node.args[0]  # type: ignore[return-value]
     if views_itself(node):
         return node.args[0]  # type: ignore[return-value]
     if target in FOLDS and (heads := folded_heads(node)) is not None:
         if walk.heads not in (None, heads):
-            return Reject("the heads are folded into the batch in two ways", node)
+            raise Declined("the heads are folded into the batch in two ways", node)
         walk.heads = heads
         return node.args[0]  # type: ignore[return-value]
     if target in MULTIPLY | DIVIDE:
@@ -185,7 +186,9 @@ def _step(node: fx.Node, walk: _Walk) -> Step:
         return _capped(node, walk)
     if target is aten.cat.default and any(map(reaches_product, _parts(node))):
         return _joined(node, walk)
-    return walk.reject(node, f"'{short(node)}' stands between query @ key^T and the softmax")
+    raise walk.declined(
+        node, f"'{operator_name(node)}' stands between query @ key^T and the softmax"
+    )
 
 
 def _parts(node: fx.Node) -> list[Any]:
@@ -200,10 +203,10 @@ def _scaled(node: fx.Node, walk: _Walk) -> Step:
         source, given = given, source
     factor = constant_of(given, walk.context)
     if not reaches_product(source) and (factor is None or not isinstance(source, fx.Node)):
-        return walk.reject(node, f"'{short(node)}' is not of the scores by a scalar")
+        raise walk.declined(node, f"'{operator_name(node)}' is not of the scores by a scalar")
     if factor is not None:
         if not 0 < factor < math.inf:
-            return walk.reject(node, f"the scores are scaled by {factor}; a scale must be above 0")
+            raise walk.declined(node, f"the scores are scaled by {factor}; a scale must be above 0")
         walk.scale = walk.scale * factor if multiply else walk.scale / factor
     elif isinstance(given, fx.Node) and is_scalar(given):
         walk.factors.append((given, "mul" if multiply else "div"))
@@ -211,19 +214,21 @@ def _scaled(node: fx.Node, walk: _Walk) -> Step:
         walk.masks.append((given, "times"))  # a mask of 0 and 1, if it is anything
         walk.times = True
     else:
-        return walk.reject(node, "the scores are scaled by a tensor; scale the query by it instead")
+        raise walk.declined(
+            node, "the scores are scaled by a tensor; scale the query by it instead"
+        )
     return source  # type: ignore[return-value]
 
 
 def _added(node: fx.Node, walk: _Walk) -> Step:
     if node.kwargs.get("alpha", 1) != 1:
-        return walk.reject(node, "the mask is added with alpha != 1; scale the mask instead")
+        raise walk.declined(node, "the mask is added with alpha != 1; scale the mask instead")
     left, right = node.args[:2]
     from_scores = [s for s in (left, right) if reaches_product(s)]
     if not from_scores:
-        return walk.reject(node, "a sum that is no mask over scores")
+        raise walk.declined(node, "a sum that is no mask over scores")
     if len(from_scores) == 2:
-        return Reject("additive bias: two products are added before the softmax", node)
+        raise Declined("additive bias: two products are added before the softmax", node)
     other = right if from_scores[0] is left else left
     return _biased(node, from_scores[0], other, walk)  # type: ignore[arg-type]
 
@@ -231,22 +236,21 @@ def _added(node: fx.Node, walk: _Walk) -> Step:
 def _subtracted(node: fx.Node, walk: _Walk) -> Step:
     source, other = node.args[:2]
     if node.kwargs.get("alpha", 1) != 1:
-        return walk.reject(node, "the mask is subtracted with alpha != 1; scale the mask instead")
+        raise walk.declined(node, "the mask is subtracted with alpha != 1; scale the mask instead")
     peak = peak_of(other, source)
     if isinstance(peak, str):
-        return walk.reject(node, peak)
+        raise walk.declined(node, peak)
     if peak is not None:
         if (what := walk.seen_by()) is not None:
-            return walk.reject(node, f"the maximum is subtracted before {what}, which sees it")
+            raise walk.declined(node, f"the maximum is subtracted before {what}, which sees it")
         walk.inner |= peak
         return source  # type: ignore[return-value]
     if not reaches_product(source):
-        return walk.reject(node, "the scores are subtracted from something")
+        raise walk.declined(node, "the scores are subtracted from something")
     if reaches_product(other):
-        return Reject("additive bias: two products are subtracted before the softmax", node)
-    if isinstance(other, fx.Node):
-        other = insert(aten.neg.default, (other,), node)
-        walk.context.changed(node.graph)
+        raise Declined("additive bias: two products are subtracted before the softmax", node)
+    if isinstance(other, fx.Node):  # `canonicalize` adds its negative
+        raise walk.declined(node, "a mask is subtracted; add its negative")
     return _biased(node, source, other, walk)  # type: ignore[arg-type]
 
 
@@ -254,12 +258,12 @@ def _biased(node: fx.Node, source: fx.Node, other: Any, walk: _Walk) -> Step:
     """Scores with a mask or a constant added to them: softmax(x + constant) == softmax(x)."""
     what = walk.seen_by()
     if walk.softcap or walk.times:
-        return walk.reject(node, f"a mask or bias is added before {what}: add it after")
+        raise walk.declined(node, f"a mask or bias is added before {what}: add it after")
     if isinstance(other, fx.Node):
         if not walk.add_mask(other):
-            return walk.reject(node, SCALED_LATE)
+            raise walk.declined(node, SCALED_LATE)
     elif what is not None:
-        return walk.reject(node, f"a constant is added before {what}, which see it")
+        raise walk.declined(node, f"a constant is added before {what}, which see it")
     return source
 
 
@@ -274,25 +278,25 @@ def _masked(node: fx.Node, walk: _Walk) -> Step:
         if reaches_product(no) and not reaches_product(yes):
             yes, no, how = no, yes, "drop"
         if not reaches_product(yes):
-            return walk.reject(node, problem)
+            raise walk.declined(node, problem)
     if walk.softcap or walk.times:
         reason = f"the mask is put on before {walk.seen_by()}, which leaves it visible: "
-        return walk.reject(node, reason + "put it on after")
+        raise walk.declined(node, reason + "put it on after")
     if not walk.hides(no):
-        return walk.reject(node, problem)
+        raise walk.declined(node, problem)
     walk.masks.append((condition, how))  # type: ignore[arg-type]
     return yes  # type: ignore[return-value]
 
 
 def _clamped(node: fx.Node, walk: _Walk) -> Step:
-    """Scores clamped where none can be: below what counts as masked, above as far."""
+    """Scores clamped at bounds that no score reaches: below, one that counts as masked."""
     source, low, high = node.args[0], argument(node, 1, "min"), argument(node, 2, "max")
     if node.target in (aten.maximum.default, aten.max.other):
         source, low, high = node.args[0], node.args[1], None
         if not reaches_product(source):
             source, low = low, source
     if not reaches_product(source):
-        return walk.reject(node, f"'{short(node)}' is not of the scores")
+        raise walk.declined(node, f"'{operator_name(node)}' is not of the scores")
     far = [(low, -1.0), (high, 1.0)]
     bounds = [(constant_of(x, walk.context), sign) for x, sign in far if x is not None]
     if (
@@ -301,18 +305,18 @@ def _clamped(node: fx.Node, walk: _Walk) -> Step:
         or any(x is None or not x * sign * walk.scale >= -MASKED_BELOW for x, sign in bounds)
     ):
         limits = " and ".join(str(x) for x, _ in far if x is not None)
-        return walk.reject(node, f"the scores are clamped at {limits}, which scores may reach")
+        raise walk.declined(node, f"the scores are clamped at {limits}, which scores may reach")
     return source  # type: ignore[return-value]
 
 
 def _capped(node: fx.Node, walk: _Walk) -> Step:
     """tanh(): from here on the scale is the softcap, and what comes before is the scale in it."""
     if not reaches_product(node):
-        return walk.reject(node, "tanh() stands before the softmax, over no query @ key^T")
+        raise walk.declined(node, "tanh() stands before the softmax, over no query @ key^T")
     if walk.softcap:
-        return walk.reject(node, "two softcaps (tanh) stand between query @ key^T and the softmax")
+        raise walk.declined(node, "two softcaps (tanh) stand between query @ key^T and the softmax")
     if walk.factors:
-        return walk.reject(
+        raise walk.declined(
             node, "the softcap's size is not a constant of the graph; make it a float"
         )
     walk.softcap, walk.scale = walk.scale, 1.0
@@ -323,41 +327,37 @@ def _joined(node: fx.Node, walk: _Walk) -> Step:
     """cat([scores, sinks]): sink logits, if they are the last thing before the softmax."""
     if walk.softcap or walk.factors or walk.masks or walk.scale != 1.0 or walk.sink is not None:
         reason = "attention sink logits are joined to the scores (cat) before they are all done: "
-        return walk.reject(node, reason + "join them last, after scale, softcap and mask")
+        raise walk.declined(node, reason + "join them last, after scale, softcap and mask")
     parts = _parts(node)
     scores = [p for p in parts if reaches_product(p)]
     if len(parts) != 2 or len(scores) != 1:
-        return walk.reject(node, f"{len(parts)} tensors are joined before the softmax (cat)")
+        raise walk.declined(node, f"{len(parts)} tensors are joined before the softmax (cat)")
     sink = join_of(node, scores[0])
     if isinstance(sink, str):
-        return walk.reject(node, sink)
+        raise walk.declined(node, sink)
     walk.sink = sink
     walk.inner |= sink.inner
     return scores[0]
 
 
 def _product(node: fx.Node, walk: _Walk) -> Step:
-    form = short(node)
+    form = einsum.written_as(node)
     if node.target is aten.einsum.default:
-        product = einsum.as_scores(node)
-        if product is None:
-            return Reject(f"einsum '{node.args[0]}' is not query @ key^T", node)
-        walk.context.changed(product.graph)
-        walk.path[-1] = node = product
+        raise Declined(f"einsum '{node.args[0]}' is not query @ key^T", node)
     if node.target is not aten.baddbmm.default:
         query, key = node.args[:2]
         return walk.arrived(node, query, key, form)
     added, query, key = node.args[:3]
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     if not isinstance(alpha, int | float) or not alpha > 0:
-        return Reject(f"the scores are scaled by {alpha}; a scale must be above 0", node)
+        raise Declined(f"the scores are scaled by {alpha}; a scale must be above 0", node)
     if beta != 0:
         if beta != 1:
-            return Reject(f"the mask is added with beta={beta}; scale the mask instead", node)
+            raise Declined(f"the mask is added with beta={beta}; scale the mask instead", node)
         if walk.softcap or walk.times:
             what = walk.seen_by()
-            return Reject(f"a mask or bias is added before {what}: add it after", node)
+            raise Declined(f"a mask or bias is added before {what}: add it after", node)
         if not walk.add_mask(added):  # type: ignore[arg-type]
-            return Reject(SCALED_LATE, node)
+            raise Declined(SCALED_LATE, node)
     walk.scale *= alpha
     return walk.arrived(node, query, key, form)

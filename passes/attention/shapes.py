@@ -1,26 +1,23 @@
-"""Whether the operands of an attention site fit together, and the batch that they share."""
-
-from typing import Any
+"""Whether the operands of an attention site fit together."""
 
 import torch
-from torch import fx
 
 from moonfx.capture.sizes import hint, same_size
-from moonfx.passes.graph.nodes import insert
-from moonfx.site import AttentionSite, Reject
-
-aten = torch.ops.aten
+from moonfx.site import AttentionSite, Declined
 
 
-def check_shapes(site: AttentionSite) -> Reject | None:
-    """Fills in heads, lengths and head_dim; a Reject if the operator does not take the shapes."""
-    _expand_batch(site)
+def check_shapes(site: AttentionSite) -> None:
+    """Fills in heads, lengths and head_dim.
+
+    Raises:
+        Declined: if the operator does not take the shapes.
+    """
     query, key, value = (n.meta["val"] for n in (site.query, site.key, site.value))
     rank = 3 if site.folded else 4
     for name, node in (("query", site.query), ("key", site.key), ("value", site.value)):
         if len(node.meta["val"].shape) != rank:
             has = f"{name} has {len(node.meta['val'].shape)} dimensions, not {rank}"
-            return Reject(f"{has}; bring it to [batch, heads, tokens, head_dim]", node)
+            raise Declined(f"{has}; bring it to [batch, heads, tokens, head_dim]", node)
     key_shape = list(key.shape)
     if site.key_transposed:
         key_shape[-1], key_shape[-2] = key_shape[-2], key_shape[-1]
@@ -33,40 +30,23 @@ def check_shapes(site: AttentionSite) -> Reject | None:
     # tensor of a KV cache has its own); what it would broadcast is not.
     for name, other in (("key", key_shape), ("value", value.shape)):
         if same_size(other[0], 1) != same_size(query.shape[0], 1):
-            return Reject(f"{name} is broadcast over the batch", site.output)
+            raise Declined(f"{name} is broadcast over the batch", site.output)
         if site.folded and hint(other[0]) != hint(query.shape[0]):  # enable_gqa
             reason = f"{name} has fewer heads than query, which lie in the batch: unsqueeze(0)"
-            return Reject(reason, site.output)
+            raise Declined(reason, site.output)
     if not same_size(key_shape[-1], query.shape[-1]):
-        return Reject("query and key differ in head_dim", site.output)
+        raise Declined("query and key differ in head_dim", site.output)
     expected = [*query.shape[:-1], value.shape[-1]]
     if not all(map(same_size, site.output.meta["val"].shape, expected)):
-        return Reject("the mask or the keys broadcast the query to another shape", site.output)
+        raise Declined("the mask or the keys broadcast the query to another shape", site.output)
     if not site.folded and not same_size(value.shape[1], key_shape[1]):
-        return Reject("key and value differ in heads", site.output)
+        raise Declined("key and value differ in heads", site.output)
     if not isinstance(heads, int) or not isinstance(kv_heads, int):
         changes = "the number of heads is not a constant of the graph; make it an int of the module"
-        return Reject(changes, site.output)
+        raise Declined(changes, site.output)
     if heads % kv_heads:
-        return Reject(f"{heads} query heads are no multiple of {kv_heads} key heads", site.output)
+        raise Declined(f"{heads} query heads are no multiple of {kv_heads} key heads", site.output)
     dtype = site.output.meta["val"].dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         wrong = f"dtype {dtype} is not float32, bfloat16 or float16; model.float() makes it one"
-        return Reject(wrong, site.output)
-    return None
-
-
-def _expand_batch(site: AttentionSite) -> None:
-    """Repeats keys and values of one row for every row of the queries, as attention itself does."""
-    rows = site.query.meta["val"].shape[0]
-    many: Any = rows
-    if site.folded:
-        return
-    for name in ("key", "value"):
-        node: fx.Node = getattr(site, name)
-        sizes = list(node.meta["val"].shape)
-        if len(sizes) == 4 and same_size(sizes[0], 1) and not same_size(many, 1):
-            if not isinstance(rows, int):
-                rows = insert(aten.sym_size.int, (site.query, 0), site.output)
-            wide = insert(aten.expand.default, (node, [rows, -1, -1, -1]), site.output)
-            setattr(site, name, wide)
+        raise Declined(wrong, site.output)

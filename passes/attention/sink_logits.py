@@ -1,4 +1,4 @@
-"""Attention sink logits: one more column of scores, with no value behind it (GPT-OSS).
+"""Attention sink logits: one more column of scores, to which no value belongs (GPT-OSS).
 
     before  cat([scores, sinks [1, Hq, 1, 1].expand(B, Hq, Nq, 1)], -1) -> softmax -> [..., :-1]
     after   Sink(logits=sinks [1, Hq, 1, 1], first=False)
@@ -13,7 +13,7 @@ from torch import fx
 
 from moonfx.capture.sizes import same_size
 from moonfx.passes.attention.heads import views_itself
-from moonfx.passes.graph.nodes import argument, insert
+from moonfx.passes.graph.nodes import argument
 from moonfx.passes.graph.operators import CASTS, COPIES
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ class Sink:
 
     Args:
         node: the cat.
-        logits: one per query head, every other dim is 1.
+        logits: one per query head, or one for all; every other dim is 1.
         first: they come before the keys, not after.
         inner: the nodes between logits and cat.
     """
@@ -62,10 +62,9 @@ def join_of(node: fx.Node, scores: fx.Node) -> Sink | str:
         passed.add(current)
         current = source
     heads = current.meta["val"].shape[-3]
-    if not same_size(heads, sizes[1]):
-        if not same_size(heads, 1) or not isinstance(sizes[1], int):
-            return "the attention sink logits are not one per query head"
-        current = insert(aten.expand.default, (current, [1, sizes[1], 1, 1]), node)
+    for_all = same_size(heads, 1) and isinstance(sizes[1], int)
+    if not same_size(heads, sizes[1]) and not for_all:
+        return "the attention sink logits are not one per query head"
     return Sink(node, current, first=parts[0] is column, inner=passed)
 
 

@@ -23,7 +23,7 @@ from moonfx.passes.attention.mask_operands import CannotWrite, Writer, Written, 
 from moonfx.passes.context import Context
 from moonfx.passes.graph.nodes import in_order
 from moonfx.policy import LayerPolicy
-from moonfx.site import AttentionSite, Reject
+from moonfx.site import AttentionSite, Declined
 
 aten = torch.ops.aten
 
@@ -35,24 +35,23 @@ def run(graph: fx.Graph, context: Context) -> int:
     rewritten = 0
     written: Written = {}
     for site in context.sites:
-        if site.output.graph is not graph or site.reject is not None:
+        if site.output.graph is not graph or site.reject is not None or not site.laid_out:
             continue
         policy = context.policy(site, context.sites, context.root)
         if not isinstance(policy, LayerPolicy):
             site.action = policy
             continue
         site.policy = policy
-        context.rest_on_constants(site)
+        _note_proofs(site, context)
         try:
             rewrite(site, policy, written, context)
         except (CannotWrite, layout.CannotKeep) as reason:
-            context.decline(site, Reject(str(reason), site.output))
+            context.decline(site, Declined(str(reason), site.output))
             continue
         site.action, rewritten = "sparse", rewritten + 1
     if rewritten:
-        context.changed(
-            graph
-        )  # once: what was put in writes nowhere, and comes before what is left
+        # once: what was put in writes nowhere, and comes before what is left
+        context.changed(graph)
     return rewritten
 
 
@@ -88,8 +87,23 @@ def rewrite(site: AttentionSite, policy: LayerPolicy, written: Written, context:
         node.meta.update(
             {k: old.meta[k] for k in ("stack_trace", "nn_module_stack") if k in old.meta}
         )
-    old.replace_all_uses_with(new)
+    context.replaced(old, new)
     site.output = new
+
+
+def _note_proofs(site: AttentionSite, context: Context) -> None:
+    """Keeps the constants between the site's operands and its output, and in its masks."""
+    ends = {site.query, site.key, site.value}
+    seen, stack = set(ends), [site.output, *(mask for mask, _ in site.masks)]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in context.reader.constants:
+            context.proofs[node] = context.reader.constants[node]
+        outside = context.nesting.outer(node)
+        stack += node.all_input_nodes if outside is None else [outside]
 
 
 def _of_the_mask(site: AttentionSite, written: Written, context: Context) -> dict[str, Any]:
@@ -128,9 +142,10 @@ def _with_sink_logits(out: fx.Node, both: fx.Node, logits: fx.Node, dtype: torch
     """Attention whose denominator has exp(logit of the head) more."""
     lse = call(operator.getitem, both, 1)
     heads = lse.meta["val"].shape[1]
-    if logits.meta["val"].numel() != heads:
+    given = logits.meta["val"].numel()
+    if given not in (1, heads):
         raise CannotWrite("sink logits of heads that lie in the batch and cannot be told apart")
-    logits = call(aten.reshape.default, logits, [heads, 1])
+    logits = call(aten.reshape.default, logits, [given, 1])
     sink = call(aten.to.dtype, logits, torch.float32)
     share = call(aten.sigmoid.default, call(aten.sub.Tensor, lse, sink))
     kept = call(aten.mul.Tensor, out, call(aten.unsqueeze.default, share, -1))

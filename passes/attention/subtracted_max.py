@@ -27,12 +27,12 @@ def peak_of(node: object, scores: object) -> set[fx.Node] | str | None:
     if not isinstance(node, fx.Node) or not isinstance(scores, fx.Node):
         return None
     inner: set[fx.Node] = set()
-    peak: Any = _behind(node, inner)
+    peak: Any = _uncopied(node, inner)
     restored: int | None = None
     if peak.target is aten.unsqueeze.default:
         restored = int(peak.args[1])
         inner.add(peak)
-        peak = _behind(peak.args[0], inner)
+        peak = _uncopied(peak.args[0], inner)
     if peak.target is operator.getitem and peak.args[1] == 0:
         inner.add(peak)
         peak = peak.args[0]
@@ -43,7 +43,7 @@ def peak_of(node: object, scores: object) -> set[fx.Node] | str | None:
     else:
         return None
     inner.add(peak)
-    if _behind(peak.args[0], inner) is not _behind(scores, set()):
+    if _uncopied(peak.args[0], inner) is not _uncopied(scores, set()):
         return None
     rank = len(scores.meta["val"].shape)
     reduced = {int(d) % rank for d in ([dims] if isinstance(dims, int) else dims)} or set(
@@ -56,8 +56,8 @@ def peak_of(node: object, scores: object) -> set[fx.Node] | str | None:
     return inner if keepdim and rank - 1 in reduced else _WRONG
 
 
-def _behind(node: object, passed: set[fx.Node]) -> fx.Node:
-    """The node behind copies and detach(), which are added to `passed`."""
+def _uncopied(node: object, passed: set[fx.Node]) -> fx.Node:
+    """The node that copies and detach() were made of, which are added to `passed`."""
     assert isinstance(node, fx.Node)
     while node.target in _LOOK_THROUGH:
         passed.add(node)

@@ -31,7 +31,7 @@ def is_scalar(value: fx.Node) -> bool:
 
 
 def reaches_product(node: object) -> bool:
-    """Whether a node is query @ key^T behind elementwise operators, seen from the softmax."""
+    """Whether a node is made of query @ key^T by elementwise operators."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:

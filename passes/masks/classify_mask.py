@@ -14,12 +14,11 @@ from torch import fx
 
 from moonfx.passes.context import Context
 from moonfx.passes.masks.decode_step import appended
-from moonfx.passes.masks.prove import Given, Proof, prove
+from moonfx.passes.masks.prove import Proof, ReadMask, prove
 from moonfx.passes.masks.self_attention import same_tokens
 from moonfx.passes.symbolic.expressions import Expr, head_symbol, loads, name_of
 from moonfx.passes.symbolic.indices import BATCH, HEAD, KEY, QUERY, Lengths, lengths_of
-from moonfx.policy import LayerPolicy
-from moonfx.site import AttentionSite, Mask, Reject
+from moonfx.site import AttentionSite, Declined, Mask
 
 
 def run(graph: fx.Graph, context: Context) -> int:
@@ -28,57 +27,58 @@ def run(graph: fx.Graph, context: Context) -> int:
     for site in context.sites:
         if site.output.graph is not graph or site.reject is not None:
             continue
-        result = classify(site, context)
-        if isinstance(result, Reject):
-            context.decline(site, result)
+        try:
+            site.mask = classify(site, context)
+        except Declined as reason:
+            context.decline(site, reason)
         else:
-            site.mask, supported = result, supported + 1
+            supported += 1
     return supported
 
 
-def classify(site: AttentionSite, context: Context) -> Mask | Reject:
+def classify(site: AttentionSite, context: Context) -> Mask:
+    """What a site's masks are together.
+
+    Raises:
+        Declined: naming the part of a mask that is not proved, or not supported.
+    """
     lengths = lengths_of(site)
     if site.causal and sympy.Integer(0) not in lengths.offsets:
-        return Reject(
+        raise Declined(
             "is_causal aligns the first query with the first key, and the key length "
             f"({lengths.keys[0]}) is not proved equal to the query length ({lengths.queries[0]}); "
             "give a mask that ends at the last key",
             site.output,
         )
-    given: list[Given] = []
-    for node, how in site.masks:
-        read = _read(node, how, site, context)
-        if isinstance(read, Reject):
-            return read
-        given.append(read)
-    proof = _proved(tuple(given), lengths, site, context)
+    given = tuple(_read(node, how, site, context) for node, how in site.masks)
+    proof = _proved(given, lengths, site, context)
     if proof.reason:
         node = site.masks[proof.at][0] if site.masks else site.output
-        return Reject(proof.reason + _already_sparse(proof, site, context), node)
+        raise Declined(proof.reason + _already_sparse(proof, site, context), node)
     causal = proof.causal or (lengths.one_query and appended(site))
-    if not causal and (reject := _both_ways(site, lengths, context)) is not None:
-        return reject
+    if not causal:
+        _check_both_ways(site, lengths, context)
     kind = "causal" if causal else "all"
     kind += " & padding" if proof.padding is not None else ""
     kind += " & packed" if proof.segments is not None else ""
     return Mask(kind, proof.padding, proof.segments, proof.bias)
 
 
-def _read(node: fx.Node, how: str, site: AttentionSite, context: Context) -> Given | Reject:
+def _read(node: fx.Node, how: str, site: AttentionSite, context: Context) -> ReadMask:
     """A mask at (batch, head, query, key)."""
     index = mask_index(site, len(node.meta["val"].shape))
     if index is None:
         has = f"the mask has {len(node.meta['val'].shape)} dimensions"
-        return Reject(f"{has}; bring it to [batch, heads, queries, keys]", node)
+        raise Declined(f"{has}; bring it to [batch, heads, queries, keys]", node)
     reader = context.real(site) if how == "additive" else context.reader
     value = reader.broadcast(node, index).subs(head_symbol(site.heads or 1), HEAD)
     written = [x for x in loads(value) if context.mutated(reader.leaf(x))]
     if not written:
-        return Given(value, how, site.mask_scales.get(node, 1.0))
+        return ReadMask(value, how, site.mask_scales.get(node, 1.0))
     name = name_of(written[0])
     if written[0].has(QUERY, KEY):
-        return Reject(f"the mask is written to in place ('{name}'); use where() instead", node)
-    return Reject(
+        raise Declined(f"the mask is written to in place ('{name}'); use where() instead", node)
+    raise Declined(
         f"the mask compares positions with '{name}', which is written to in place (a static "
         "cache? a DynamicCache can be proved)",
         node,
@@ -102,7 +102,7 @@ def mask_index(site: AttentionSite, rank: int) -> tuple[Expr, ...] | None:
 
 
 def _proved(
-    given: tuple[Given, ...], lengths: Lengths, site: AttentionSite, context: Context
+    given: tuple[ReadMask, ...], lengths: Lengths, site: AttentionSite, context: Context
 ) -> Proof:
     """The proof for these masks, made once for all layers that have them."""
     once = (given, lengths, site.causal, site.sees_constants)
@@ -121,8 +121,8 @@ def _already_sparse(proof: Proof, site: AttentionSite, context: Context) -> str:
     """What a user may know of a window in the way: that it is no longer than what MoBA attends."""
     if proof.window is None:
         return ""
-    policy = context.policy(site, context.sites, context.root)
-    if not isinstance(policy, LayerPolicy):
+    policy = context.likely_policy(site, context.sites, context.root)
+    if policy is None:
         return ""
     attended = policy.block * policy.topk
     if (proof.window <= attended) != True:  # noqa: E712
@@ -131,29 +131,30 @@ def _already_sparse(proof: Proof, site: AttentionSite, context: Context) -> str:
     return f", which is already sparse: {short}; nothing to change"
 
 
-def _both_ways(site: AttentionSite, lengths: Lengths, context: Context) -> Reject | None:
-    """Why attention whose queries see keys behind them cannot be sparse, None if it can."""
+def _check_both_ways(site: AttentionSite, lengths: Lengths, context: Context) -> None:
+    """Raises Declined if attention whose queries see later keys cannot be sparse."""
     node = site.masks[0][0] if site.masks else site.output
     if lengths.one_query:
-        what = "whose mask hides no key behind it and" if site.masks else "without a mask"
-        return Reject(
+        what = "whose mask hides no later key and" if site.masks else "without a mask"
+        raise Declined(
             f"one query {what} whose keys are not a cache that it was appended to: "
             "cross-attention or pooling, for all that can be proved",
             node,
         )
     what = "the mask is not causal" if site.masks else "no mask and not causal"
     if context.causal_only:
-        return Reject(f"bidirectional: {what}; causal_only=False makes self-attention sparse", node)
+        raise Declined(
+            f"bidirectional: {what}; causal_only=False makes self-attention sparse", node
+        )
     if sympy.Integer(0) not in lengths.offsets:
-        return Reject(
+        raise Declined(
             f"cross-attention: {lengths.queries[0]} queries and {lengths.keys[0]} keys, which are "
             "not proved to be as many",
             node,
         )
     if not same_tokens(site, context):
-        return Reject(
+        raise Declined(
             f"bidirectional ({what}), and query and key are not proved to be projections of the "
             "same tokens: cross-attention, for all that can be proved",
             node,
         )
-    return None

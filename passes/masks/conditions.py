@@ -70,7 +70,7 @@ def _choice(atom: Expr, lengths: Lengths) -> Atom | None:
 
 
 def _beside_causal(atom: sympy.Or, parts: list[Atom]) -> Atom | None:
-    """j <= i or something that lets a query see some keys behind it."""
+    """j <= i or something that lets a query see some later keys."""
     others = [a for a, part in zip(atom.args, parts, strict=True) if part.kind != CAUSAL]
     if len(others) == len(parts) or atom.has(HEAD):
         return None

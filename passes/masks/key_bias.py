@@ -1,11 +1,11 @@
-"""Takes from a bias what softmax sees of it, if that depends on the key alone.
+"""Reduces a bias to the part that changes the softmax, if that depends on the key alone.
 
     before  slope[h] * (j - i)          query i, key j, head h
     after   slope[h] * j                less by slope[h] * i for every key of a query
 
 softmax(x + c) = softmax(x), so that what depends on the query alone may go; beside attention sink
-logits it may not, because these do not shift along. |i - j| is i - j where no key is behind the
-query. What depends on query and key together (T5's buckets, a learned table) is declined.
+logits it may not, because these do not shift along. |i - j| is i - j where no later key is
+seen. What depends on query and key together (T5's buckets, a learned table) is declined.
 """
 
 from dataclasses import dataclass, field
@@ -59,7 +59,7 @@ def by_key(
     mask where it is far below every score, and a bias elsewhere.
 
     Args:
-        causal: whether the masks hide what is behind a query.
+        causal: whether the masks hide the later keys of a query.
         sink: whether sink logits join the softmax.
     Raises:
         NotByKey: if the bias depends on query and key together, or may be a mask of one head.
@@ -147,7 +147,7 @@ def _together(term: Expr) -> str:
     if term.has(sympy.Abs):
         return (
             f"relative position bias {describe(term)} depends on query and key together: |i - j| "
-            "does, unless a causal mask hides the keys behind each query"
+            "does, unless a causal mask hides the later keys of each query"
         )
     return f"relative position bias {describe(term)} {_NOT_BY_KEY}"
 
@@ -180,7 +180,7 @@ def _given(load: Expr, reader: Reader) -> bool:
 
 
 def _origin(node: fx.Node, reader: Reader) -> fx.Node:
-    """The tensor behind views and casts, and outside the nested body."""
+    """The tensor that views and casts were made of, outside the nested body."""
     while True:
         outside = reader.outer(node) if node.op == "placeholder" else None
         if outside is not None:

@@ -27,11 +27,11 @@ from moonfx.passes.symbolic.expressions import Expr, to_bool, to_number
 from moonfx.passes.symbolic.indices import KEY, QUERY, Lengths
 from moonfx.passes.symbolic.reader import Reader
 
-ANTI_CAUSAL = "anti-causal: a query sees keys behind it, and those before it are hidden"
+ANTI_CAUSAL = "anti-causal: a query sees later keys, and earlier ones are hidden"
 
 
 @dataclass(frozen=True)
-class Given:
+class ReadMask:
     """One mask as it was read.
 
     Args:
@@ -50,7 +50,7 @@ class Proof:
     """What masks are together.
 
     Args:
-        causal: whether they hide exactly the keys behind each query, packing and padding apart.
+        causal: whether they hide exactly the later keys of each query, packing and padding apart.
         reason: why they are not supported, "" if they are.
         at: which mask stands in the way.
         window: the size of a sliding window in the way, in tokens.
@@ -66,7 +66,7 @@ class Proof:
 
 
 def prove(
-    given: tuple[Given, ...],
+    given: tuple[ReadMask, ...],
     lengths: Lengths,
     reader: Reader,
     *,

@@ -136,7 +136,7 @@ def _chain(place: Place, context: Context) -> Iterator[Place]:
 def _outermost(place: Place, context: Context) -> Place:
     """The same place outside of a nested body that it is an input of."""
     node, dim = place
-    while node.op == "placeholder" and (outside := context.outer(node)) is not None:
+    while node.op == "placeholder" and (outside := context.nesting.outer(node)) is not None:
         node = outside
     return node, dim
 

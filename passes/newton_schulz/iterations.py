@@ -20,7 +20,7 @@ from moonfx.passes.newton_schulz.operators import BUFFERS, read_by
 from moonfx.passes.newton_schulz.polynomials import quintic
 from moonfx.passes.newton_schulz.steps import Coefficients, Step
 from moonfx.passes.newton_schulz.views import VIEWS
-from moonfx.site import Reject
+from moonfx.site import Declined
 
 aten = torch.ops.aten
 
@@ -48,7 +48,7 @@ class Chain:
     transposed: bool = False
     coefficients: list[Coefficients] = field(default_factory=list)
     body: set[fx.Node] = field(default_factory=set)
-    reject: Reject | None = None
+    reject: Declined | None = None
     column: bool = False
     own: bool = False
 
@@ -94,7 +94,7 @@ def _proved(
             try:
                 _check_own(partial, memory)
                 _check_replaceable(partial.chain, memory, context)
-            except Reject as reject:
+            except Declined as reject:
                 # Without its traceback, which holds on to the graph.
                 partial.chain.reject = reject.with_traceback(None)
         chain, second = (partial.chain for partial in partials)
@@ -112,7 +112,7 @@ class _Partial:
 
     chain: Chain
     words: dict[fx.Node, tuple[int, set[str]]] = field(default_factory=dict)
-    rejected: Reject | None = None
+    rejected: Declined | None = None
 
 
 def _followed(
@@ -195,7 +195,7 @@ def _check_own(partial: _Partial, memory: Memory) -> None:
     """Checks that nobody else reads the nodes of a chain; drops views of X_0 that others read.
 
     Raises:
-        Reject: naming who does, or why the chain leads no further.
+        Declined: naming who does, or why the chain leads no further.
     """
     if partial.rejected is not None:
         raise partial.rejected
@@ -217,7 +217,7 @@ def _check_own(partial: _Partial, memory: Memory) -> None:
             what = f"{'A = X X^T' if made <= {'XT', 'TX'} else 'a value'} of step {number}"
         written = node in memory.writes(others[0]) and node not in read_by(others[0])
         how = "written to" if written else "read"
-        raise Reject(f"{what} is also {how} by {operator_name(others[0])}", others[0])
+        raise Declined(f"{what} is also {how} by {operator_name(others[0])}", others[0])
 
 
 def _add_constants(chain: Chain, memory: Memory) -> None:
@@ -240,30 +240,32 @@ def _check_replaceable(chain: Chain, memory: Memory, context: Context) -> None:
     must lie in memory.
 
     Raises:
-        Reject: naming what stands in the way.
+        Declined: naming what stands in the way.
     """
     value, x = chain.value, chain.source.node.meta["val"]
     node = chain.output
     if not (is_plain(value) and is_plain(x)):
-        raise Reject("a tensor subclass", node)
+        raise Declined("a tensor subclass", node)
     if x.dim() != value.dim():
-        raise Reject("X has another number of dims after the last step", node)
+        raise Declined("X has another number of dims after the last step", node)
     if not all(type(n) is int for n in (*x.shape, *value.shape)):
-        raise Reject("sizes are not known when the graph is compiled", node)
+        raise Declined("sizes are not known when the graph is compiled", node)
     if x.dtype not in DTYPES:
-        raise Reject(f"the operator has no {x.dtype}", node)
+        raise Declined(f"the operator has no {x.dtype}", node)
     if not x.numel():
-        raise Reject("a matrix without entries", node)
+        raise Declined("a matrix without entries", node)
     if not all(map(math.isfinite, (x for numbers in chain.coefficients for x in numbers))):
-        raise Reject("a coefficient is infinite or not a number", node)
-    if context.needs_gradient(node, memory):
-        raise Reject("gradients flow through it, and the operator has none", node)
+        raise Declined("a coefficient is infinite or not a number", node)
+    if context.gradients.needed(node, memory):
+        raise Declined("gradients flow through it, and the operator has none", node)
     chain.column = not value.is_contiguous()
     if chain.column and not value.mT.is_contiguous():
-        raise Reject(f"X lies in memory with strides {tuple(value.stride())}", node)
+        raise Declined(f"X lies in memory with strides {tuple(value.stride())}", node)
     by_strides = (n for m in memory.members[memory.of(node)] for n in m.users if _strides(n))
     if (reader := next(by_strides, None)) is not None:
-        raise Reject(f"{operator_name(reader)} reads memory that X lies in by its strides", reader)
+        raise Declined(
+            f"{operator_name(reader)} reads memory that X lies in by its strides", reader
+        )
     chain.own = _shows_a_view(chain, memory, context)
     _check_writes(chain, memory)
 
@@ -294,7 +296,7 @@ def _check_writes(chain: Chain, memory: Memory) -> None:
     """Checks that nobody else reads what the iteration writes in place.
 
     Raises:
-        Reject: naming who does.
+        Declined: naming who does.
     """
     first: dict[fx.Node, int] = {}
     for node in sorted(chain.body, key=memory.position.__getitem__):
@@ -309,8 +311,8 @@ def _check_writes(chain: Chain, memory: Memory) -> None:
             if member in chain.body or member in after:
                 continue
             if member.op in ("placeholder", "get_attr") or memory.is_shared(member):
-                raise Reject("it writes into memory that others see", member)
+                raise Declined("it writes into memory that others see", member)
             others = [n for n in member.users if n not in chain.body and n not in after]
             late = [n for n in others if n.op == "output" or memory.position[n] > since]
             if late:
-                raise Reject(f"{operator_name(late[0])} reads what it writes in place", late[0])
+                raise Declined(f"{operator_name(late[0])} reads what it writes in place", late[0])

@@ -25,14 +25,14 @@ from moonfx.passes.newton_schulz.decomposition import Decomposition
 from moonfx.passes.newton_schulz.iterations import Chain, chains
 from moonfx.passes.newton_schulz.operator_call import OPERATOR, write_call
 from moonfx.passes.newton_schulz.steps import find_steps
-from moonfx.site import NewtonSchulzSite, Reject
+from moonfx.site import Declined, NewtonSchulzSite
 
 
 def run(graph: fx.Graph, context: Context) -> int:
     """Returns how many iterations it replaced."""
     calls = [node for node in graph.nodes if node.target is OPERATOR]
     context.iterations += [_existing_call(call, context) for call in calls]
-    decomposed = Decomposition(graph, context.call_of(graph) is None)
+    decomposed = Decomposition(graph, context.nesting.call_of(graph) is None)
     try:
         memory = decomposed.memory
         found = chains(find_steps(graph, memory), memory, context)
@@ -147,7 +147,7 @@ def _buckets(
 
 def _blocked(
     legal: list[Chain], unplaced: set[int], order: list[fx.Node], before: node_order.Edges
-) -> list[tuple[int, Reject]]:
+) -> list[tuple[int, Declined]]:
     """Which of the iterations that are in no order stand in the way of that, and why.
 
     They are those whose own steps cannot stand side by side; others come after these. Where there
@@ -157,10 +157,10 @@ def _blocked(
     found = [(i, node) for i, node in nodes.items() if node is not None]
     if found:
         why = "{} keeps its place between its steps"
-        return [(i, Reject(why.format(operator_name(node)), node)) for i, node in found]
+        return [(i, Declined(why.format(operator_name(node)), node)) for i, node in found]
     first = min(unplaced)
     why = "other iterations keep their place between its steps"
-    return [(first, Reject(why, legal[first].output))]
+    return [(first, Declined(why, legal[first].output))]
 
 
 def _bring_together(

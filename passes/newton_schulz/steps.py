@@ -23,7 +23,7 @@ from moonfx.passes.newton_schulz.operands import TooLong, Unclear, shape
 from moonfx.passes.newton_schulz.operators import is_arithmetic, read_by, terms_of
 from moonfx.passes.newton_schulz.polynomials import Terms, quintic, sides, transposed
 from moonfx.passes.newton_schulz.views import RESHAPES
-from moonfx.site import Reject
+from moonfx.site import Declined
 
 Coefficients = tuple[float, float, float]
 
@@ -50,7 +50,7 @@ class Step:
     given: dict[TensorVersion, Terms]
     results: dict[TensorVersion, tuple[Coefficients, bool]] = field(default_factory=dict)
     terms: dict[TensorVersion, Terms] = field(default_factory=dict)
-    reject: Reject | None = None
+    reject: Declined | None = None
 
     def body(self, result: TensorVersion, memory: Memory) -> set[fx.Node]:
         """The nodes between what is given and a result, the result's among them."""
@@ -87,7 +87,7 @@ class _Search:
         self.given = {v: {"T" if t else "X": 1.0} for v, t in same_as(source, memory)}
         self.step = Step(source, self.given, terms=dict(self.given))
         # What is no polynomial of X, or made of such -> why.
-        self.spoiled: dict[TensorVersion, Reject] = {}
+        self.spoiled: dict[TensorVersion, Declined] = {}
         # Of a higher degree than a step: what follows it.
         self.beyond: set[TensorVersion] = set()
         self.squared = False
@@ -106,7 +106,7 @@ class _Search:
             return step
         if self.heap and self.squared:
             why = f"{len(self.seen)} nodes read X or what is made of it"
-            step.reject = Reject(why, self.heap[0][1])
+            step.reject = Declined(why, self.heap[0][1])
         else:
             step.reject = _why_not(step, list(self.spoiled.values()), self.squared)
         return step if step.reject is not None else None
@@ -141,7 +141,7 @@ class _Search:
                 self._follow(value)
         except (KeyError, Unclear) as why:
             reason = str(why) if isinstance(why, Unclear) else "something else than X comes in"
-            self._spoil(value, reads, bad or Reject(reason, node))
+            self._spoil(value, reads, bad or Declined(reason, node))
         else:
             self._keep(value, terms)
 
@@ -158,7 +158,7 @@ class _Search:
             raise KeyError(read)
         return known
 
-    def _spoil(self, value: TensorVersion, reads: list[TensorVersion], why: Reject) -> None:
+    def _spoil(self, value: TensorVersion, reads: list[TensorVersion], why: Declined) -> None:
         """Follows what is no polynomial, where it may be what keeps a step from being one."""
         if is_arithmetic(value.node) and not all(map(self._is_x, reads)):
             self.squared |= value.node.target in PRODUCTS and not any(map(self._is_x, reads))
@@ -200,7 +200,7 @@ def _batch(node: fx.Node) -> list[Any]:
     return sizes
 
 
-def _why_not(step: Step, spoiled: list[Reject], squared: bool) -> Reject | None:
+def _why_not(step: Step, spoiled: list[Declined], squared: bool) -> Declined | None:
     """Why something that looks like a step is none; None if it does not look like one.
 
     Args:
@@ -213,11 +213,11 @@ def _why_not(step: Step, spoiled: list[Reject], squared: bool) -> Reject | None:
     if spoiled and squared:
         return spoiled[0]
     if squared and any({"X", "XTXTX"} == words or {"T", "TXTXT"} == words for words in odd):
-        return Reject("a step without the term b A X", node)
+        return Declined("a step without the term b A X", node)
     if cubic and (not squared or _in_full(step)):
-        return Reject("a cubic step: the operator's has A^2", node)
+        return Declined("a cubic step: the operator's has A^2", node)
     if squared:
-        return Reject("a X + (b A + c A^2) X is not formed of A = X X^T", node)
+        return Declined("a X + (b A + c A^2) X is not formed of A = X X^T", node)
     return None
 
 

@@ -58,7 +58,7 @@ def is_load(expr: Expr) -> bool:
 
 
 def name_of(load: Expr) -> str:
-    """The name of the unknown tensor behind a load."""
+    """The name of the unknown tensor that a load reads."""
     return str(load.func.__name__).removeprefix("load_")
 
 

@@ -95,8 +95,16 @@ def where_kept(node: fx.Node, index: Index, load: Callable[[fx.Node, Index], Exp
     return sympy.And(causal, load(_real(node), (*rows, index[-1])))
 
 
+def write_real_keys(node: fx.Node) -> bool:
+    """Writes which keys are real by an input that `mark` noted something on; whether it did."""
+    if given_of(node) is None or _REAL in node.meta:
+        return False
+    _real(node)
+    return True
+
+
 def _real(node: fx.Node) -> fx.Node:
-    """The node of who is real; made when it is first asked for, since unused it would be dead."""
+    """The node of who is real; made when it is first asked for, if `write_real_keys` was not."""
     if _REAL not in node.meta:
         first = next(n for n in node.graph.nodes if n.op != "placeholder")
         owner = node.graph.owning_module

@@ -87,7 +87,7 @@ class Reader:
         return sympy.Ne(value, 0) if kind == torch.bool else value
 
     def leaf(self, load: Expr) -> fx.Node:
-        """The node behind a load."""
+        """The node that a load reads."""
         return self.leaves[name_of(load)]
 
     def _read(self, node: fx.Node, index: Index) -> Expr:

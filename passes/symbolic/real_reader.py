@@ -6,7 +6,7 @@
 Truth values and integers are read exactly, so that a mask inside a bias is still proved. What does
 not depend on the query is small, and stays the graph's own node: a rewrite can use it as it is.
 
-Nothing trained is read behind the place where its gradient ends: slopes.detach() is not slopes.
+Nothing trained is read past the place where its gradient ends: slopes.detach() is not slopes.
 """
 
 from collections.abc import Callable
@@ -69,15 +69,15 @@ class RealReader(Reader):
         known = value.is_number or isinstance(value, sympy.Piecewise)
         if known and not _unknown_numbers(value):
             return value
-        if node.target in VIEWS and (behind := RULES[node.target](self, node, index)) is not None:
-            behind = to_number(behind)
-            if all(_at_known_places(x) for x in loads(behind)):
-                return behind
+        if node.target in VIEWS and (source := RULES[node.target](self, node, index)) is not None:
+            source = to_number(source)
+            if all(_at_known_places(x) for x in loads(source)):
+                return source
         if node.target in CASTS:
-            behind = to_number(self.read(node.args[0], index))
-            heads = [x for x in loads(behind) if x.free_symbols & head_symbols()]
+            source = to_number(self.read(node.args[0], index))
+            heads = [x for x in loads(source) if x.free_symbols & head_symbols()]
             if not heads and any(x.free_symbols & head_symbols() for x in index):
-                return behind
+                return source
         return self.load(node, index)
 
 

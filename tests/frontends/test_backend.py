@@ -77,7 +77,7 @@ OPTIONS = [
     (
         dict(disable_passes=["clasify_mask"]),
         r"disable_passes: no pass is named 'clasify_mask' \(did you mean 'classify_mask'\?\); "
-        "known: .*find_attention, classify_mask, sparsify_attention, newton_schulz",
+        "known: .*find_attention, lay_out_heads, classify_mask, sparsify_attention, newton_schulz",
     ),
     (dict(disable_passes="tvm"), r"disable_passes must be a list of names, got 'tvm' \(str\)"),
 ]

@@ -18,7 +18,7 @@ from tests.support.tiny import TinyLM, tokens
 
 NAMES = [name for name, _ in PASSES]
 # Without these no attention is made sparse.
-OF_ATTENTION = ["find_attention", "classify_mask", "sparsify_attention"]
+OF_ATTENTION = ["find_attention", "lay_out_heads", "classify_mask", "sparsify_attention"]
 KNOWN = f"; known: {', '.join(NAMES)}"
 UNKNOWN = [
     (["find_atention"], ValueError, "'find_atention' (did you mean 'find_attention'?)" + KNOWN),

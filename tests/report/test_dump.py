@@ -70,7 +70,7 @@ def test_each_pass_leaves_the_graph_before_and_after_as_python(
     assert sorted(p.name for p in folder.iterdir()) == names
     for path in folder.glob("*.py"):
         ast.parse(path.read_text())
-    before, after = (folder / n for n in ("01_find_attention_before.py", names[-2]))
+    before, after = (folder / n for n in ("01_canonicalize_before.py", names[-2]))
     assert "aten.scaled_dot_product_attention" in before.read_text()
     text = after.read_text()
     assert text.count("torch.ops.moonfx.moba_attention") == 2

@@ -4,7 +4,7 @@ import torch
 from torch import fx
 
 from moonfx.report.newton_schulz import footer, rows_of, table
-from moonfx.site import NewtonSchulzSite, Reject
+from moonfx.site import Declined, NewtonSchulzSite
 
 MUON = (3.4445, -4.7750, 2.0315)
 OTHER = (2.8769, -3.1427, 1.2046)
@@ -36,7 +36,7 @@ def rewritten(*shape: int, call: int, **fields: object) -> NewtonSchulzSite:
 
 
 def declined(reason: str, name: str) -> NewtonSchulzSite:
-    return site(64, 96, reject=Reject(reason, node(name)), flops=0)
+    return site(64, 96, reject=Declined(reason, node(name)), flops=0)
 
 
 def cells(text: str) -> list[list[str]]:

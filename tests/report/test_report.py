@@ -9,7 +9,7 @@ from torch import fx
 from moonfx.policy import LayerPolicy
 from moonfx.report.attention import Row, row_of
 from moonfx.report.report import Report
-from moonfx.site import AttentionSite, Mask, Reject
+from moonfx.site import AttentionSite, Declined, Mask
 
 SPARSE = Row(
     layer="layers.0.attn",
@@ -96,7 +96,7 @@ def test_a_row_says_what_became_of_a_site(fields: dict[str, object], expected: t
 
 def test_a_declined_row_gives_reason_and_node_and_no_policy() -> None:
     node = fx.Graph().placeholder("bias")
-    declined = site("", reject=Reject("additive bias", node), policy=LayerPolicy())
+    declined = site("", reject=Declined("additive bias", node), policy=LayerPolicy())
     row = row_of(declined)
     assert (row.layer, row.action, row.reason) == (
         "(root)",
@@ -189,7 +189,7 @@ def test_one_site_with_another_outcome_is_another_row() -> None:
     report = Report()
     node = fx.Graph().placeholder("q")
     report.add([row_of(sparse_site("a"))])
-    report.add([row_of(site("a", reject=Reject("dropout", node)))])
+    report.add([row_of(site("a", reject=Declined("dropout", node)))])
     assert [(r.layer, r.action) for r in report.rows] == [("a", "sparse"), ("a", "declined")]
 
 

@@ -180,3 +180,24 @@ def test_keys_may_be_wider_than_values() -> None:
         return moba_attention(q, k, v, MobaArguments(4, 2, scale=SCALE))[0]
 
     check_form(two_halves, expected, form="matmul + softmax")
+
+
+def two_in_a_row(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.scaled_dot_product_attention(first, k, v, is_causal=True)
+
+
+def two_of_cut_heads(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.view(B, 2, H // 2, N, D) for x in (q, k, v))
+    first = weights(q @ k.transpose(-2, -1)) @ v
+    return (weights(first @ k.transpose(-2, -1)) @ v).flatten(1, 2)
+
+
+@pytest.mark.parametrize("body", [two_in_a_row, two_of_cut_heads])
+def test_an_attention_reads_the_one_before_as_it_became(body: Callable[..., Any]) -> None:
+    q, k, v = inputs()
+    out, report = run(Model(body), q, k, v, block=4, topk=2)
+    assert [r.action for r in report.rows] == ["sparse", "sparse"]
+    first = moba_attention(q, k, v, MobaArguments(4, 2))[0]
+    expected = moba_attention(first, k, v, MobaArguments(4, 2))[0]
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)

@@ -127,7 +127,7 @@ def test_a_distance_without_sign_is_declined_where_a_query_sees_both_sides() -> 
     model(*inputs())
     (reason,) = outcome(moonfx.report(model))
     assert reason.startswith(TOGETHER)
-    assert "unless a causal mask hides the keys behind each query" in reason
+    assert "unless a causal mask hides the later keys of each query" in reason
 
 
 @pytest.mark.parametrize("hidden", [-torch.inf, NEG, -1e9], ids=["-inf", "min", "-1e9"])

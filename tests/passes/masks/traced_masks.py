@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moonfx.passes.attention import find_attention
+from moonfx.passes.attention import find_attention, lay_out_heads
 from moonfx.passes.context import Context
 from moonfx.passes.masks import classify_mask
 from moonfx.policy import LayerPolicy
@@ -38,6 +38,7 @@ def trace(
 def classified(gm: fx.GraphModule) -> AttentionSite:
     context = Context(gm, lambda *given: LayerPolicy())
     find_attention.run(gm.graph, context)
+    lay_out_heads.run(gm.graph, context)
     classify_mask.run(gm.graph, context)
     (site,) = context.sites
     return site
