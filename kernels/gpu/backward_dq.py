@@ -24,6 +24,7 @@ from moonfx.kernels.gpu.block_index import Index, Pass
 from moonfx.kernels.gpu.problem import STRIDES, Layout
 from moonfx.kernels.gpu.tile import (
     BEYOND,
+    batch_and_head,
     by_row,
     key_places,
     load_bias,
@@ -34,8 +35,12 @@ from moonfx.kernels.gpu.tile import (
     logits,
     multiplier,
     offsets,
+    pass_rows_of,
     product,
+    seen_slots,
+    slots_of,
     store_rows,
+    tile_of,
 )
 
 
@@ -167,35 +172,19 @@ def _tiles(
     BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile. DIRECT: `grad_query` is the result, else the partial results of a pass.
-
-    Not INDEXED: one block per batch row and tiles of its rows in order, the last rows first.
-    """
-    tile = tl.program_id(0)
-    if INDEXED:
-        block = tl.load(tile_block + tile)
+    """One tile. DIRECT: `grad_query` is the result, else the partial results of a pass."""
+    block, first, count = tile_of(tile_block, tile_first, tile_size, queries, GROUP, ROWS, INDEXED)
+    if INDEXED:  # noqa: SIM102 - elsewhere nothing is to be compiled
         if block < 0:
             return
-        first = tl.load(tile_first + tile)
-        count = tl.load(tile_size + tile)
-    else:
-        rows_of_head = queries * GROUP
-        tiles = tl.cdiv(rows_of_head, ROWS)
-        block = tile // tiles
-        first = (tiles - 1 - tile % tiles).to(tl.int64) * ROWS
-        count = tl.minimum(rows_of_head - first, ROWS)
     bh = block // n
-    b = (bh // kv_heads).to(tl.int64)
-    head = (bh % kv_heads).to(tl.int64)
+    b, head = batch_and_head(bh, kv_heads)
 
     row, column, valid = load_routes(entries, first, count, topk, ROWS, INDEXED)
     place, member, mine = locate(row, order + b * order_row, GROUP, SORTED)
     seen = tl.load(last + b * last_row + place, mask=valid, other=BEYOND)
-    begin = tl.load(start + b * block_row + block % n)
-    limit = begin + tl.load(size + b * block_row + block % n)
-    by_all = tl.minimum(tl.min(seen, 0) + 1, limit)
-    by_any = tl.minimum(tl.max(tl.where(valid, seen, -1), 0) + 1, limit)
-    whole = begin + tl.maximum(by_all - begin, 0) // KEYS * KEYS
+    begin, limit = slots_of(start, size, b, block_row, block % n)
+    by_all, by_any = seen_slots(seen, valid, begin, limit, KEYS)
 
     query += b * query_row + head * GROUP * query_head
     rows = load_rows(query, offsets(member, mine, query_head, query_token), valid, KEY_DIM, D, True)
@@ -212,12 +201,12 @@ def _tiles(
     token += b * token_row
     result = tl.zeros([ROWS, D], tl.float32)
     result = _advance(
-        *(result, rows, grads, lse, delta, seen, member, begin, whole, limit),
+        *(result, rows, grads, lse, delta, seen, member, begin, by_all, limit),
         *(key, key_token, value, value_token, bias, bias_head, token, scale, softcap),
         *(KEY_DIM, VALUE_DIM, KEYS, False, PACKED, FOLD, SOFTCAP, BIAS, PRECISION),
     )
     result = _advance(
-        *(result, rows, grads, lse, delta, seen, member, whole, by_any, limit),
+        *(result, rows, grads, lse, delta, seen, member, by_all, by_any, limit),
         *(key, key_token, value, value_token, bias, bias_head, token, scale, softcap),
         *(KEY_DIM, VALUE_DIM, KEYS, True, PACKED, FOLD, SOFTCAP, BIAS, PRECISION),
     )
@@ -254,13 +243,7 @@ def _sum(
     SORTED: tl.constexpr,
 ):
     """The sums of some rows' partial results, adjacent in memory, by query."""
-    tiles = tl.cdiv(pass_rows, ROWS)
-    bh = bh0 + tl.program_id(0) // tiles
-    b = (bh // kv_heads).to(tl.int64)
-    head = (bh % kv_heads).to(tl.int64)
-    local = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    valid = local < pass_rows
-    row = tl.where(valid, row0 + local, row0)
+    bh, b, head, local, row, valid = pass_rows_of(bh0, row0, pass_rows, kv_heads, ROWS)
     _, member, mine = locate(row, order + b * order_row, GROUP, SORTED)
     routes += (bh.to(tl.int64) * queries * GROUP + row) * topk
     slot = ((bh - bh0).to(tl.int64) * pass_rows + local) * topk

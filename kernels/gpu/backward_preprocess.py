@@ -13,7 +13,15 @@ from torch import Tensor
 
 from moonfx.kernels.gpu import configs as gpu_configs
 from moonfx.kernels.gpu.problem import STRIDES, Layout
-from moonfx.kernels.gpu.tile import LOG2E, by_row, load_rows, locate, offsets, padded
+from moonfx.kernels.gpu.tile import (
+    LOG2E,
+    batch_and_head,
+    by_row,
+    load_rows,
+    locate,
+    offsets,
+    padded,
+)
 
 
 @triton.jit(do_not_specialize=[*STRIDES, "kv_heads", "queries"])
@@ -43,8 +51,7 @@ def _delta(
     rows = queries * GROUP
     tiles = tl.cdiv(rows + 1, ROWS)
     bh = (tl.program_id(0) // tiles).to(tl.int64)
-    b = bh // kv_heads
-    head = bh % kv_heads
+    b, head = batch_and_head(bh, kv_heads)
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     row = tl.where(valid, row, 0)

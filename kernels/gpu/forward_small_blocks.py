@@ -18,7 +18,7 @@ from moonfx.kernels.gpu import configs as gpu_configs
 from moonfx.kernels.gpu.configs import Config
 from moonfx.kernels.gpu.problem import STRIDES
 from moonfx.kernels.gpu.tile import (
-    LN2,
+    batch_and_head,
     key_places,
     load_bias,
     load_block,
@@ -27,10 +27,13 @@ from moonfx.kernels.gpu.tile import (
     load_rows,
     locate,
     logits,
+    logsumexp,
     multiplier,
     offsets,
     product,
+    slots_of,
     store_rows,
+    tile_of,
 )
 
 STEPS = 4  # of a program: K and V are then a quarter of what it reads beside its rows' results
@@ -115,17 +118,12 @@ def held(
     PRECISION: tl.constexpr,
 ):
     """Up to STEPS * ROWS routes of one block of at most KEYS keys."""
-    tile = tl.program_id(0)
-    block = tl.load(tile_block + tile)
+    block, first, count = tile_of(tile_block, tile_first, tile_size, queries, GROUP, ROWS, True)
     if block < 0:
         return
-    first = tl.load(tile_first + tile)
-    count = tl.load(tile_size + tile)
     bh = block // n
-    b = (bh // kv_heads).to(tl.int64)
-    head = (bh % kv_heads).to(tl.int64)
-    begin = tl.load(start + b * block_row + block % n)
-    limit = begin + tl.load(size + b * block_row + block % n)
+    b, head = batch_and_head(bh, kv_heads)
+    begin, limit = slots_of(start, size, b, block_row, block % n)
     place = begin + tl.arange(0, KEYS)
     inside = place < limit
 
@@ -167,7 +165,7 @@ def held(
         total = tl.sum(weight, 1)
         total = tl.where(total == 0.0, 1.0, total)
         result = product(weight.to(v.dtype), v, None, PRECISION) / total[:, None]
-        natural = (top + tl.log2(total)) * LN2
+        natural = logsumexp(top, total)
         if DIRECT:
             to = offsets(member, mine, out_head, out_token)
             store_rows(out, to, result, valid, VALUE_DIM, V)

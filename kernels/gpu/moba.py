@@ -1,12 +1,12 @@
 """MoBA attention on a GPU, in Triton (arXiv 2502.13189, eq. 2-6).
 
-    gpu_problem   slots, blocks, rows      padding and segments become a sorted order
-    gpu_means     mean(K block j)          eq. 6, float32
-    gpu_route     which blocks each row attends: own, sinks, best of q . mean   eq. 5, 6
-    gpu_index     routes sorted by block   eq. 4
-    gpu_forward   flash attention of a block's rows;  gpu_merge: one softmax of a row's routes
-    gpu_backward  gradients along the same routes
-    gpu_decode    a few rows: no index, the keys of each block are split instead
+    problem       slots, blocks, rows      padding and segments become a sorted order
+    block_means   mean(K block j)          eq. 6, float32
+    route         which blocks each row attends: own, sinks, best of q . mean   eq. 5, 6
+    block_index   routes sorted by block   eq. 4
+    forward       flash attention of a block's rows;  merge: one softmax of a row's routes
+    backward      gradients along the same routes
+    decode        a few rows: no index, the keys of each block are split instead
 
 Nothing waits for the host, nothing is atomic, and every result repeats bit for bit. Where all keys
 fit in `topk` blocks there is one block per sequence and a route per row: flash attention.

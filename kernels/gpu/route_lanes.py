@@ -23,7 +23,7 @@ TABLE = 8  # blocks of a row: of more, too often four would be in one lane
 STEPS = 1023  # of more, too many bits of a score would be missing
 # Chips whose products leave the registers to the lanes: no operand has to be in one.
 CHIPS = ("sm_90", "sm_100", gpu_configs.INTERPRETER)
-LOWEST_KEY = tl.constexpr(-0x7F800000)  # of gpu_route_best.LOWEST; below it is no block
+LOWEST_KEY = tl.constexpr(-0x7F800000)  # of route_table.LOWEST; below it is no block
 
 
 def suits(table: int, steps: int, device: torch.device) -> bool:
