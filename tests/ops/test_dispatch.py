@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from moonfx import fallback, moba_attention
 from moonfx.kernels.common.arguments import MobaArguments
+from moonfx.kernels.cpu import moba as cpu
 from moonfx.kernels.torch_ops import moba as tiled
 from moonfx.ops import dispatch
 from tests.support.moba_cases import Case
@@ -198,3 +199,27 @@ def test_a_missing_compiler_warns_once_and_says_how_to_get_the_speed() -> None:
     assert len(lines) == 1, run.stdout
     assert lines[0].startswith("RuntimeWarning moonfx: ")
     assert "no C++ compiler found: install g++" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        (None, "runs in moonfx.kernels.cpu.moba"),
+        ("no g++", "runs in moonfx.kernels.torch_ops.moba, because no g++"),
+    ],
+)
+def test_what_runs_is_logged_once_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    reason: str | None,
+    said: str,
+) -> None:
+    monkeypatch.setattr(cpu, "available", lambda: reason)
+    dispatch._log_once.cache_clear()
+    with warnings.catch_warnings(), caplog.at_level("INFO", "moonfx.ops"):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for _ in range(3):
+            dispatch.kernel_for(torch.device("cpu"))
+    dispatch._log_once.cache_clear()
+    fallback.forget()
+    assert caplog.messages == [f"attention of cpu tensors {said}"]

@@ -31,7 +31,7 @@ from tests.support.newton_schulz_cpu import DTYPES, cpu_kernel, multiplies
 def test_runs_that_are_not_chosen_for_bfloat16_are_bad_where_a_gaussian_matrix_is_well(
     name: str, kind: str, runs: tuple[int, ...]
 ) -> None:
-    assert runs != runs_.choose(COEFFICIENTS[name], torch.bfloat16, 48, 128)
+    assert runs != runs_.choose_runs(COEFFICIENTS[name], torch.bfloat16, 48, 128)
     errors = []
     for each in ("gaussian", kind):
         X = matrix(each, 48, 128, torch.bfloat16)
@@ -58,9 +58,9 @@ def test_runs_are_as_long_as_the_coefficients_allow(
     name: str, bfloat16: tuple[int, ...], float32: tuple[int, ...]
 ) -> None:
     for dtype, expected in zip(DTYPES, (bfloat16, float32), strict=True):
-        assert runs_.choose(COEFFICIENTS[name], dtype, 100, 300) == expected
+        assert runs_.choose_runs(COEFFICIENTS[name], dtype, 100, 300) == expected
 
 
 def test_more_steps_than_anyone_takes_are_single_ones_and_chosen_at_once() -> None:
     steps = COEFFICIENTS["muon"][:1] * 200
-    assert runs_.choose(steps, torch.float32, 64, 256) == (1,) * 200
+    assert runs_.choose_runs(steps, torch.float32, 64, 256) == (1,) * 200

@@ -43,7 +43,7 @@ def check_each_form(name: str, kind: str, dtype: torch.dtype, norm: float) -> No
         factor, more = SYMMETRIC[dtype]
         assert error(cpu_kernel(X, name, (1,) * len(steps)), expected) <= factor * plain + more
         factor, more = GRAM[dtype]
-        runs = runs_.choose(steps, dtype, 48, 128)
+        runs = runs_.choose_runs(steps, dtype, 48, 128)
         assert error(cpu_kernel(X, name, runs), expected) <= factor * plain + more
 
 
