@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.common.token_layout import empty_by_token
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu import tile as gpu_tile
 from moonfx.kernels.gpu.backward_join import (
     BEGIN,
@@ -270,7 +270,7 @@ def _walk(
     sums_key *= scale
     place = tl.load(items + PLACE)
     if place < 0:
-        # Found again: held over the loops, it would take registers from them.
+        # Found again: kept over the loops, it would take registers from them.
         b, head, _, inside, index = keys_of(
             *(items, start, size, block_row, token, token_row, kv_heads, n, KEYS, PACKED)
         )
@@ -304,14 +304,15 @@ def gradients_of_keys(
         grad_out, query, key, value: their last strides 1. statistics: of backward_preprocess.py.
     """
     _, kv_heads, length, dim = key.shape
-    wide = value.shape[3]
+    value_dim = value.shape[3]
     group, queries = layout.group, query.shape[2]
     scores = gpu_tile.scores(query, length, arguments)
-    config = gpu_configs.choose(
-        *("dkdv", max(dim, wide), key.dtype, layout.block, key.device), extras=scores.extras(layout)
+    config = configs.choose(
+        *("dkdv", max(dim, value_dim), key.dtype, layout.block, key.device),
+        extras=scores.extras(layout),
     )
     heads = 1 if group == 1 or scores.BIAS == 0 else gpu_tile.padded(group)
-    columns = gpu_tile.padded(dim) + gpu_tile.padded(wide) + (heads if scores.BIAS else 0)
+    columns = gpu_tile.padded(dim) + gpu_tile.padded(value_dim) + (heads if scores.BIAS else 0)
     todo = plan(index, layout, kv_heads, config.block_n, columns * config.block_n * 4)
 
     # Not every key is in a block that some row chose: padding is in none.
@@ -334,13 +335,13 @@ def gradients_of_keys(
         "GROUP": group,
         "HEADS": heads,
         "KEY_DIM": dim,
-        "VALUE_DIM": wide,
+        "VALUE_DIM": value_dim,
         "D": gpu_tile.padded(dim),
-        "V": gpu_tile.padded(wide),
+        "V": gpu_tile.padded(value_dim),
         "KEYS": config.block_n,
         "PACKED": layout.blocks.token is not None,
     }
-    gpu_configs.launch(
+    configs.launch(
         _walk,
         (len(todo.items),),
         config,
@@ -360,7 +361,7 @@ def gradients_of_keys(
         **scores.flags(),
     )
     if todo.places:
-        gpu_configs.launch(
+        configs.launch(
             join,
             (len(todo.items),),
             config,

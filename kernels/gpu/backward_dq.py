@@ -17,8 +17,7 @@ from torch import Tensor
 
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.common.token_layout import empty_by_token
-from moonfx.kernels.gpu import block_index as gpu_index
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import block_index, configs
 from moonfx.kernels.gpu import tile as gpu_tile
 from moonfx.kernels.gpu.block_index import Index, Pass
 from moonfx.kernels.gpu.problem import STRIDES, Layout
@@ -281,8 +280,8 @@ def gradient_of_query(
             grad_query.zero_()
         run(grad_query, Pass(0, batch * kv_heads, 0, index.chunks), 0, rows)
     else:
-        for part in gpu_index.passes(index, dim * query.element_size()):
-            row0, count = gpu_index.rows_of(index, part)
+        for part in block_index.passes(index, dim * query.element_size()):
+            row0, count = block_index.rows_of(index, part)
             partial = query.new_empty(part.bh1 - part.bh0, count, layout.topk, dim)
             run(partial, part, row0, count)
             _add_up(partial, index.routes, layout, part, row0, grad_query)
@@ -304,7 +303,7 @@ def _run(
     queries, blocks = layout.queries, layout.blocks
     dim = max(query.shape[3], value.shape[3])
     scores = gpu_tile.scores(query, key.shape[2], arguments)
-    config = gpu_configs.choose(
+    config = configs.choose(
         *("dq", dim, query.dtype, layout.block, query.device), extras=scores.extras(layout)
     )
     order, order_row = by_row(queries.index, queries.last)
@@ -314,10 +313,10 @@ def _run(
         grid = part.bh1 * triton.cdiv(count, config.block_m)
         table: tuple[Tensor, ...] = (blocks.start,) * 4  # not read
     else:
-        tiles = gpu_index.tiles(index, part, config.block_m)
+        tiles = block_index.tiles(index, part, config.block_m)
         grid = len(tiles.block)
         table = (*tiles, index.entries)
-    gpu_configs.launch(
+    configs.launch(
         _tiles,
         (grid,),
         config,
@@ -349,9 +348,9 @@ def _add_up(
 ) -> None:
     """Writes the rows of a pass to grad_query, from their partial results [heads, rows, K, D]."""
     heads, rows, topk, dim = partial.shape
-    config = gpu_configs.choose("merge", dim, partial.dtype, layout.block, partial.device)
+    config = configs.choose("merge", dim, partial.dtype, layout.block, partial.device)
     order, order_row = by_row(layout.queries.index, routes)
-    gpu_configs.launch(
+    configs.launch(
         _sum,
         (heads * triton.cdiv(rows, config.block_m),),
         config,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu.problem import STRIDES, Layout
 from moonfx.kernels.gpu.tile import (
     LOG2E,
@@ -86,9 +86,9 @@ def statistics(
     batch, heads, queries, dim = out.shape
     kv_heads, rows = heads // layout.group, queries * layout.group
     result = lse.new_empty(batch, kv_heads, rows + 1, 2)
-    config = gpu_configs.choose("delta", dim, out.dtype, layout.block, out.device)
+    config = configs.choose("delta", dim, out.dtype, layout.block, out.device)
     order, order_row = by_row(layout.queries.index, layout.queries.last)
-    gpu_configs.launch(
+    configs.launch(
         _delta,
         (batch * kv_heads * triton.cdiv(rows + 1, config.block_m),),
         config,

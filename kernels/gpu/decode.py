@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.common.token_layout import empty_by_token
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu import tile as gpu_tile
 from moonfx.kernels.gpu.forward import advance
 from moonfx.kernels.gpu.problem import STRIDES, Layout
@@ -282,7 +282,7 @@ def attend(
     made = gpu_tile.scores(query, key.shape[2], arguments)
     sought, blocks = layout.queries, layout.blocks
     extras = bool(made.BIAS or made.SOFTCAP or blocks.token is not None)
-    config = gpu_configs.choose("decode", width, query.dtype, layout.block, query.device, extras)
+    config = configs.choose("decode", width, query.dtype, layout.block, query.device, extras)
     splits, span = split(batch * kv_heads, topk, layout.block, config.block_n)
     order, order_row = by_row(sought.index, sought.last)
     token, token_row = by_row(blocks.token, blocks.start)
@@ -293,7 +293,7 @@ def attend(
     part_lse = query.new_empty(step, slots, dtype=torch.float32)
     for bh0 in range(0, batch * kv_heads, step):
         here = min(step, batch * kv_heads - bh0)
-        gpu_configs.launch(
+        configs.launch(
             _attend,
             (here, rows * topk, splits),
             config,

@@ -24,9 +24,7 @@ from torch import Tensor
 
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.common.token_layout import empty_by_token
-from moonfx.kernels.gpu import block_index as gpu_index
-from moonfx.kernels.gpu import configs as gpu_configs
-from moonfx.kernels.gpu import forward_small_blocks as gpu_forward_held
+from moonfx.kernels.gpu import block_index, configs, forward_small_blocks
 from moonfx.kernels.gpu import tile as gpu_tile
 from moonfx.kernels.gpu.block_index import Index, Pass
 from moonfx.kernels.gpu.merge import merge
@@ -283,8 +281,8 @@ def attend(
         call.run(index, out, lse, Pass(0, call.heads, 0, index.chunks), 0, call.rows)
         return out, lse
     width = value.shape[3] * out.element_size() + lse.element_size()
-    for part in gpu_index.passes(index, width):
-        row0, rows = gpu_index.rows_of(index, part)
+    for part in block_index.passes(index, width):
+        row0, rows = block_index.rows_of(index, part)
         slots = part.bh1 - part.bh0, rows, layout.topk
         parts = query.new_empty(*slots, value.shape[3])
         parts_lse = lse.new_empty(slots)
@@ -322,12 +320,12 @@ class Call(NamedTuple):
         bulk = blocks.token is None and gpu_tile.bulk(key) and gpu_tile.bulk(value)
         dim = max(query.shape[3], value.shape[3])
         of = dim, query.dtype, layout.block, query.device
-        config = held = None
+        config = small = None
         if index is not None:
-            config = held = gpu_forward_held.configuration(*of, not scores.FOLD)
+            config = small = forward_small_blocks.configuration(*of, not scores.FOLD)
         if config is None:
-            config = gpu_configs.choose("forward", *of, scores.extras(layout))
-        also: dict[str, Any] = {} if held else {"INDEXED": index is not None}
+            config = configs.choose("forward", *of, scores.extras(layout))
+        also: dict[str, Any] = {} if small else {"INDEXED": index is not None}
         read = [gpu_tile.descriptor(x, config.block_n) if bulk else x for x in (key, value)]
         order, order_row = by_row(queries.index, queries.last)
         token, token_row = by_row(blocks.token, blocks.start)
@@ -336,12 +334,12 @@ class Call(NamedTuple):
             grid = self.heads * triton.cdiv(rows, config.block_m)
             table = (blocks.start,) * 4  # not read
         else:
-            span = config.block_m * (gpu_forward_held.STEPS if held else 1)
-            tiles = gpu_index.tiles(index, part, span)
+            span = config.block_m * (forward_small_blocks.STEPS if small else 1)
+            tiles = block_index.tiles(index, part, span)
             grid = len(tiles.block)
             table = (*tiles, index.entries)
-        gpu_configs.launch(
-            gpu_forward_held.held if held else _tiles,
+        configs.launch(
+            forward_small_blocks.small_blocks if small else _tiles,
             (grid,),
             config,
             *(query, *read, out, lse),

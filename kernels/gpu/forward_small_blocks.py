@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu.configs import Config
 from moonfx.kernels.gpu.problem import STRIDES
 from moonfx.kernels.gpu.tile import (
@@ -38,27 +38,27 @@ from moonfx.kernels.gpu.tile import (
 
 STEPS = 4  # of a program: K and V are then a quarter of what it reads beside its rows' results
 # Shared memory for K, V and the rows of three steps, of two programs at a time.
-CHIPS = ("sm_80", "sm_90", "sm_100", gpu_configs.INTERPRETER)
+CHIPS = ("sm_80", "sm_90", "sm_100", configs.INTERPRETER)
 
 
 def configuration(
     dim: int, dtype: torch.dtype, block: int, device: torch.device, extras: bool
 ) -> Config | None:
-    """Of `held`, or None where a block's keys are not to be held.
+    """Of `small_blocks`, or None where a block is more than a step of keys.
 
     Args:
         extras: scores have a bias or a softcap. Gathered keys are none: they come once.
     """
-    if dtype.itemsize != 2 or gpu_configs.architecture(device) not in CHIPS:
+    if dtype.itemsize != 2 or configs.architecture(device) not in CHIPS:
         return None
-    config = gpu_configs.choose("held", dim, dtype, block, device, extras)
+    config = configs.choose("small", dim, dtype, block, device, extras)
     return config if block <= config.block_n else None
 
 
 @triton.jit(
     do_not_specialize=[*STRIDES, "topk", "kv_heads", "n", "queries", "bh0", "row0", "pass_rows"]
 )
-def held(
+def small_blocks(
     query,
     key,
     value,

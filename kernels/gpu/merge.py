@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu.problem import STRIDES, Layout
 from moonfx.kernels.gpu.tile import (
     LOG2E,
@@ -95,9 +95,9 @@ def merge(
         routes: int32 [B, Hkv, R, K], contiguous. out: of any strides. lse: contiguous.
     """
     heads, rows, topk, dim = part.shape
-    config = gpu_configs.choose("merge", dim, part.dtype, layout.block, part.device)
+    config = configs.choose("merge", dim, part.dtype, layout.block, part.device)
     order, order_row = by_row(layout.queries.index, routes)
-    gpu_configs.launch(
+    configs.launch(
         _merge,
         (heads * triton.cdiv(rows, config.block_m),),
         config,

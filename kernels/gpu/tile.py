@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moonfx.kernels.common.arguments import MobaArguments
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu.problem import Layout
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -90,7 +90,7 @@ def bulk(tensor: Tensor) -> bool:
 
     It computes addresses in place of a tile's threads, which have their registers for scores.
     """
-    if gpu_configs.architecture(tensor.device) not in ("sm_90", "sm_100", gpu_configs.INTERPRETER):
+    if configs.architecture(tensor.device) not in ("sm_90", "sm_100", configs.INTERPRETER):
         return False
     outer = [s for s, n in zip(tensor.stride()[:-1], tensor.shape, strict=False) if n > 1]
     aligned = all(s > 0 and s * tensor.element_size() % 16 == 0 for s in outer)
