@@ -54,6 +54,12 @@ class MobaArguments:
         """Each argument by its name, in the operator's order; tensors are not copied."""
         return {name: getattr(self, name) for name in NAMES}
 
+    def split(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What is no tensor, and the tensors, by name: an autograd node keeps them apart."""
+        named = self.named()
+        tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+        return {name: x for name, x in named.items() if name not in tensors}, tensors
+
     def values(self) -> tuple[Any, ...]:
         """The arguments in the operator's order."""
         return tuple([getattr(self, name) for name in NAMES])

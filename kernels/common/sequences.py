@@ -35,7 +35,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class SequenceBlocks:
     """Of each block of a row, int64 [B, n]; past a row's last block, `size` is 0.
 
     Args:
@@ -64,8 +64,8 @@ class Sequences:
         self.order = self.place = None
         index = torch.arange(length, device=device).expand(batch, length)
         if key_mask is None and segments is None:
-            whole = torch.full_like(index, length)
-            self.tokens = self.sorted = Tokens(index, whole, torch.zeros_like(index))
+            lengths = torch.full_like(index, length)
+            self.tokens = self.sorted = Tokens(index, lengths, torch.zeros_like(index))
             return
         real = torch.ones_like(index) if key_mask is None else key_mask.long()
         if segments is None:
@@ -93,7 +93,7 @@ class Sequences:
             return self.sorted.count.shape[1]
         return int(self.sorted.count.max())
 
-    def blocks(self, block: int) -> tuple[Blocks, Tensor]:
+    def blocks(self, block: int) -> tuple[SequenceBlocks, Tensor]:
         """The blocks, and int64 [B, Nk]: the first block of each token's sequence."""
         count, start = self.sorted.count, self.sorted.start
         length = count.shape[1]
@@ -106,7 +106,9 @@ class Sequences:
         size = (count - offset).gather(1, here).clamp(max=block)
         exists = torch.arange(blocks, device=count.device) < total
         first = number.gather(1, start)
-        table = Blocks(here, size.where(exists, 0), first.gather(1, here), count.gather(1, here))
+        table = SequenceBlocks(
+            here, size.where(exists, 0), first.gather(1, here), count.gather(1, here)
+        )
         return table, number.gather(1, self.tokens.start)
 
     def sort(self, tensor: Tensor, rows: slice) -> Tensor:

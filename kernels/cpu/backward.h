@@ -27,6 +27,13 @@ struct Backward : Tiles<E> {
     }
     int64_t tiles_per_block(const List& x) const { return ceil_div(x.block + NR - 1, keys); }
 
+    void take(Arena& arena) {
+        bias.take(arena, plan);
+        means.take(arena, plan, bias);
+        key.take(arena, plan, a.D, true, true);
+        value.take(arena, plan, a.Dv, true, false);
+    }
+
     void unit(Thread& t, const Unit& unit, int64_t h) {
         Routes& routes = t.routes;
         const List& x = *unit.list;
@@ -113,33 +120,7 @@ struct Backward : Tiles<E> {
             last += x.queries ? a.Hkv * x.n * tiles_per_block(x) : 0;
         }
         turn = std::vector<std::atomic<int32_t>>(last);
-        auto shared = [&](Arena& arena) {
-            bias.take(arena, plan);
-            means.take(arena, plan, bias);
-            key.take(arena, plan, a.D, true, true);
-            value.take(arena, plan, a.Dv, true, false);
-        };
-        Arena count{nullptr};
-        shared(count);
-        Thread t;
-        int64_t common = count.used;
-        take(count, t, most * plan.G);
-        int64_t each = count.used - common, bytes = common + each * a.threads;
-        Scratch scratch(bytes);
-        if (!scratch.base) return FAILED;
-        Arena arena{scratch.base};
-        shared(arena);
-        std::vector<Thread> threads(a.threads);
-        for (Thread& thread : threads) take(arena, thread, most * plan.G);
-
-        prepare<element>(plan, bias, means, true, [&](const List& x, int64_t h, int64_t p) {
-            key.pack(plan, x, a.key, a.key_at, h, p);
-            value.pack(plan, x, a.value, a.value_at, h, p);
-        });
         // Chunk by chunk, so that a unit only ever waits for units that have started.
-        parallel(a.threads, a.Hkv * (int64_t)units.size(), [&](int64_t i, int64_t thread) {
-            unit(threads[thread], units[i / a.Hkv], i % a.Hkv);
-        });
-        return bytes;
+        return run_units<element>(*this, units, most);
     }
 };

@@ -4,38 +4,8 @@
 // only O, m and l live on in the unit's scratch. A key tile (packed K^T and V) stays in L2 while
 // all the rows of the unit pass over it.
 #pragma once
-#include "route.h"
 #include "scores.h"
-
-// Computes the block means, packs the biases, and with `pack` whatever else it packs: one panel of
-// a list for one kv head.
-template <class T, class F>
-static void prepare(const Plan& plan, Bias& bias, Means& means, bool packs, const F& pack) {
-    const Arguments& a = plan.a;
-    std::vector<Piece> panels, blocks;
-    auto gates = [&](const List& x) {
-        return x.dense ? 0 : a.block_means ? ceil_div(x.n, NR) : x.n;
-    };
-    if (packs || bias.heads)
-        panels = plan.pieces([](const List& x) { return ceil_div(x.real, NR); });
-    if (!plan.dense) blocks = plan.pieces(gates);
-    int64_t packed = panels.size(), pooled = blocks.size(), first = a.Hkv * packed;
-    parallel(a.threads, a.Hkv * (packed + pooled), [&](int64_t i, int64_t) {
-        if (i >= first) {
-            const Piece& piece = blocks[(i - first) % pooled];
-            const List& x = plan.lists[piece.list];
-            if (a.block_means)
-                means.copy(plan, x, (i - first) / pooled, piece.index);
-            else
-                means.template compute<T>(plan, x, (i - first) / pooled, piece.index);
-            return;
-        }
-        const Piece& piece = panels[i % packed];
-        const List& x = plan.lists[piece.list];
-        pack(x, i / packed, piece.index);
-        bias.pack(plan, x, i / packed, piece.index);
-    });
-}
+#include "units.h"
 
 template <class E>
 struct Forward {
@@ -54,6 +24,12 @@ struct Forward {
         element* probabilities;
         word* query;
     };
+    void take(Arena& arena) {
+        bias.take(arena, plan);
+        means.take(arena, plan, bias);
+        key.take(arena, plan, a.D, true, false);
+        value.take(arena, plan, a.Dv, false, true);
+    }
     void take(Arena& arena, Thread& t, int64_t rows) {
         t.routes.take(arena, plan, rows);
         t.out = arena.take<float>(rows * value.padded);
@@ -155,32 +131,6 @@ struct Forward {
         };
         std::stable_sort(units.begin(), units.end(),
                          [&](const Unit& u, const Unit& v) { return work(u) > work(v); });
-        Arena count{nullptr};
-        auto shared = [&](Arena& arena) {
-            bias.take(arena, plan);
-            means.take(arena, plan, bias);
-            key.take(arena, plan, a.D, true, false);
-            value.take(arena, plan, a.Dv, false, true);
-        };
-        shared(count);
-        Thread t;
-        int64_t common = count.used;
-        take(count, t, most * plan.G);
-        int64_t each = count.used - common, bytes = common + each * a.threads;
-        Scratch scratch(bytes);
-        if (!scratch.base) return FAILED;
-        Arena arena{scratch.base};
-        shared(arena);
-        std::vector<Thread> threads(a.threads);
-        for (Thread& thread : threads) take(arena, thread, most * plan.G);
-
-        prepare<element>(plan, bias, means, true, [&](const List& x, int64_t h, int64_t p) {
-            key.pack(plan, x, a.key, a.key_at, h, p);
-            value.pack(plan, x, a.value, a.value_at, h, p);
-        });
-        parallel(a.threads, a.Hkv * (int64_t)units.size(), [&](int64_t i, int64_t thread) {
-            unit(threads[thread], units[i / a.Hkv], i % a.Hkv);
-        });
-        return bytes;
+        return run_units<element>(*this, units, most);
     }
 };

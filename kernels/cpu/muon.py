@@ -55,9 +55,9 @@ def call(name: str, tensors: dict[str, Tensor], numbers: dict[str, float]) -> No
     for field, tensor in tensors.items():
         setattr(arguments, field, tensor.data_ptr())
         if field != "update":
-            lies = rows_of(tensor)
-            assert lies is not None
-            arguments.rows, arguments.columns, step = lies
+            found = rows_of(tensor)
+            assert found is not None
+            arguments.rows, arguments.columns, step = found
             setattr(arguments, f"{field}_row", step)
             dtype = tensor.dtype
     getattr(library, f"moonfx_muon_{name}")(

@@ -8,8 +8,8 @@
 S and dO V^T are made twice, once for each order of the work: a sum then belongs to one program, or
 to one launch that adds partial sums in a fixed order, and every gradient repeats bit for bit.
 
-Kept from the forward are q, k, v, out, lse and the routes; scratch is what gpu_index.BUDGET and
-gpu_backward_plan.SPLIT allow, and tables of the index's size.
+Kept from the forward are q, k, v, out, lse and the routes; scratch is what block_index.BUDGET and
+backward_schedule.SPLIT allow, and tables of the index's size.
 """
 
 from torch import Tensor
@@ -39,7 +39,7 @@ def gradients(
 
     Args:
         grad_out, out: [B, Hq, Nq, Dv]. grad_lse, lse: [B, Hq, Nq]; no grad_lse is zero.
-        layout, index: as gpu_forward.attend took them.
+        layout, index: as forward.attend took them.
     Returns:
         dq, dk and dv in their tensors' dtypes, stored by token, and db of the key bias as if it
         were float32 [B, Hq, Nk], None without one. 0 for padding and for rows that see nothing.

@@ -24,9 +24,21 @@ from torch import Tensor
 
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.common.token_layout import empty_by_token
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu import tile as gpu_tile
-from moonfx.kernels.gpu.backward_schedule import COLUMNS, plan
+from moonfx.kernels.gpu.backward_join import (
+    BEGIN,
+    BLOCK,
+    END,
+    ITEM,
+    PLACE,
+    WHOLE,
+    in_scratch,
+    join,
+    keys_of,
+    store_sums,
+)
+from moonfx.kernels.gpu.backward_schedule import plan
 from moonfx.kernels.gpu.block_index import Index
 from moonfx.kernels.gpu.problem import STRIDES, Layout
 from moonfx.kernels.gpu.tile import (
@@ -38,37 +50,7 @@ from moonfx.kernels.gpu.tile import (
     multiplier,
     offsets,
     product,
-    store_rows,
 )
-
-_BLOCK, _OFFSET, _BEGIN, _WHOLE, _END, _PLACE, _PARTS, _STEP = map(tl.constexpr, range(8))
-_COLUMNS = tl.constexpr(len(COLUMNS))
-
-
-@triton.jit
-def _keys(
-    items,
-    start,
-    size,
-    block_row,
-    token,
-    token_row,
-    kv_heads,
-    n,
-    KEYS: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """An item's batch row and kv head, first slot, which of its N keys exist, and where: int64."""
-    block = tl.load(items + _BLOCK)
-    b = block // n // kv_heads
-    offset = tl.load(items + _OFFSET).to(tl.int32)
-    slot = tl.load(start + b * block_row + block % n) + offset
-    place = tl.arange(0, KEYS)
-    inside = place < tl.load(size + b * block_row + block % n) - offset
-    index = slot + place
-    if PACKED:
-        index = tl.load(token + b * token_row + index, mask=inside, other=0)
-    return b, block // n % kv_heads, slot, inside, index.to(tl.int64)
 
 
 @triton.jit
@@ -171,54 +153,6 @@ def _accumulate(
     return grad_key, grad_value, grad_bias
 
 
-@triton.jit
-def _store(
-    sums_key,
-    sums_value,
-    sums_bias,
-    index,
-    inside,
-    b,
-    head,
-    kv_heads,
-    length,
-    grad_key,
-    grad_key_row,
-    grad_key_head,
-    grad_key_token,
-    grad_value,
-    grad_value_row,
-    grad_value_head,
-    grad_value_token,
-    grad_bias,
-    GROUP: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """The result of a tile's keys, `index` in their batch row."""
-    grad_key += b * grad_key_row + head * grad_key_head
-    store_rows(grad_key, index * grad_key_token, sums_key, inside, KEY_DIM, sums_key.shape[1])
-    grad_value += b * grad_value_row + head * grad_value_head
-    store_rows(
-        grad_value, index * grad_value_token, sums_value, inside, VALUE_DIM, sums_value.shape[1]
-    )
-    if BIAS > 0:
-        member = tl.arange(0, sums_bias.shape[1])
-        grad_bias += (b * kv_heads + head) * GROUP * length
-        pointers = grad_bias + member.to(tl.int64)[None, :] * length + index[:, None]
-        tl.store(pointers, sums_bias, mask=inside[:, None] & (member < GROUP)[None, :])
-
-
-@triton.jit
-def _in_scratch(
-    scratch, place, KEYS: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr
-):
-    """Pointers to columns FIRST .. FIRST + SIZE - 1 of the KEYS rows of WIDTH at a place."""
-    row = place * KEYS + tl.arange(0, KEYS)
-    return scratch + row[:, None] * WIDTH + FIRST + tl.arange(0, SIZE)[None, :]
-
-
 @triton.jit(do_not_specialize=[*STRIDES, "kv_heads", "n", "queries", "length"])
 def _walk(
     query,
@@ -287,16 +221,16 @@ def _walk(
     PRECISION: tl.constexpr,
 ):
     """One item: the result of its tile, or its part of it in the scratch."""
-    items += tl.program_id(0).to(tl.int64) * _COLUMNS
-    if tl.load(items + _BLOCK) < 0:
+    items += tl.program_id(0).to(tl.int64) * ITEM
+    if tl.load(items + BLOCK) < 0:
         return
-    b, head, slot, inside, index = _keys(
+    b, head, slot, inside, index = keys_of(
         *(items, start, size, block_row, token, token_row, kv_heads, n, KEYS, PACKED)
     )
     bh = b * kv_heads + head
-    begin = tl.load(items + _BEGIN)
-    count = (tl.load(items + _END) - begin).to(tl.int32)
-    partial = (tl.load(items + _WHOLE) - begin).to(tl.int32)
+    begin = tl.load(items + BEGIN)
+    count = (tl.load(items + END) - begin).to(tl.int32)
+    partial = (tl.load(items + WHOLE) - begin).to(tl.int32)
     if not INDEXED:
         begin -= bh * queries * GROUP
 
@@ -334,13 +268,13 @@ def _walk(
         *(INDEXED, SORTED, FOLD, SOFTCAP, BIAS, PRECISION),
     )
     sums_key *= scale
-    place = tl.load(items + _PLACE)
+    place = tl.load(items + PLACE)
     if place < 0:
-        # Found again: held over the loops, it would take registers from them.
-        b, head, _, inside, index = _keys(
+        # Found again: kept over the loops, it would take registers from them.
+        b, head, _, inside, index = keys_of(
             *(items, start, size, block_row, token, token_row, kv_heads, n, KEYS, PACKED)
         )
-        _store(
+        store_sums(
             *(sums_key, sums_value, sums_bias, index, inside, b, head, kv_heads, length),
             *(grad_key, grad_key_row, grad_key_head, grad_key_token),
             *(grad_value, grad_value_row, grad_value_head, grad_value_token, grad_bias),
@@ -348,69 +282,10 @@ def _walk(
         )
     else:
         WIDTH: tl.constexpr = D + V + (HEADS if BIAS > 0 else 0)
-        tl.store(_in_scratch(scratch, place, KEYS, WIDTH, 0, D), sums_key)
-        tl.store(_in_scratch(scratch, place, KEYS, WIDTH, D, V), sums_value)
+        tl.store(in_scratch(scratch, place, KEYS, WIDTH, 0, D), sums_key)
+        tl.store(in_scratch(scratch, place, KEYS, WIDTH, D, V), sums_value)
         if BIAS > 0:
-            tl.store(_in_scratch(scratch, place, KEYS, WIDTH, D + V, HEADS), sums_bias)
-
-
-@triton.jit(do_not_specialize=[*STRIDES, "kv_heads", "n", "length"])
-def _join(
-    grad_key,
-    grad_key_row,
-    grad_key_head,
-    grad_key_token,
-    grad_value,
-    grad_value_row,
-    grad_value_head,
-    grad_value_token,
-    grad_bias,
-    scratch,
-    items,
-    start,
-    size,
-    block_row,
-    token,
-    token_row,
-    kv_heads,
-    n,
-    length,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    KEYS: tl.constexpr,
-    PACKED: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """The result of a tile whose list was cut: the sums of its parts, in their order."""
-    items += tl.program_id(0).to(tl.int64) * _COLUMNS
-    parts = tl.load(items + _PARTS)
-    if parts == 0:
-        return
-    WIDTH: tl.constexpr = D + V + (HEADS if BIAS > 0 else 0)
-    place = tl.load(items + _PLACE)
-    step = tl.load(items + _STEP)
-    sums_key = tl.zeros([KEYS, D], tl.float32)
-    sums_value = tl.zeros([KEYS, V], tl.float32)
-    sums_bias = tl.zeros([KEYS, HEADS], tl.float32)
-    for _ in range(parts):
-        sums_key += tl.load(_in_scratch(scratch, place, KEYS, WIDTH, 0, D))
-        sums_value += tl.load(_in_scratch(scratch, place, KEYS, WIDTH, D, V))
-        if BIAS > 0:
-            sums_bias += tl.load(_in_scratch(scratch, place, KEYS, WIDTH, D + V, HEADS))
-        place += step
-    b, head, _, inside, index = _keys(
-        *(items, start, size, block_row, token, token_row, kv_heads, n, KEYS, PACKED)
-    )
-    _store(
-        *(sums_key, sums_value, sums_bias, index, inside, b, head, kv_heads, length),
-        *(grad_key, grad_key_row, grad_key_head, grad_key_token),
-        *(grad_value, grad_value_row, grad_value_head, grad_value_token, grad_bias),
-        *(GROUP, KEY_DIM, VALUE_DIM, BIAS),
-    )
+            tl.store(in_scratch(scratch, place, KEYS, WIDTH, D + V, HEADS), sums_bias)
 
 
 def gradients_of_keys(
@@ -429,14 +304,15 @@ def gradients_of_keys(
         grad_out, query, key, value: their last strides 1. statistics: of backward_preprocess.py.
     """
     _, kv_heads, length, dim = key.shape
-    wide = value.shape[3]
+    value_dim = value.shape[3]
     group, queries = layout.group, query.shape[2]
     scores = gpu_tile.scores(query, length, arguments)
-    config = gpu_configs.choose(
-        *("dkdv", max(dim, wide), key.dtype, layout.block, key.device), extras=scores.extras(layout)
+    config = configs.choose(
+        *("dkdv", max(dim, value_dim), key.dtype, layout.block, key.device),
+        extras=scores.extras(layout),
     )
     heads = 1 if group == 1 or scores.BIAS == 0 else gpu_tile.padded(group)
-    columns = gpu_tile.padded(dim) + gpu_tile.padded(wide) + (heads if scores.BIAS else 0)
+    columns = gpu_tile.padded(dim) + gpu_tile.padded(value_dim) + (heads if scores.BIAS else 0)
     todo = plan(index, layout, kv_heads, config.block_n, columns * config.block_n * 4)
 
     # Not every key is in a block that some row chose: padding is in none.
@@ -459,13 +335,13 @@ def gradients_of_keys(
         "GROUP": group,
         "HEADS": heads,
         "KEY_DIM": dim,
-        "VALUE_DIM": wide,
+        "VALUE_DIM": value_dim,
         "D": gpu_tile.padded(dim),
-        "V": gpu_tile.padded(wide),
+        "V": gpu_tile.padded(value_dim),
         "KEYS": config.block_n,
         "PACKED": layout.blocks.token is not None,
     }
-    gpu_configs.launch(
+    configs.launch(
         _walk,
         (len(todo.items),),
         config,
@@ -485,8 +361,8 @@ def gradients_of_keys(
         **scores.flags(),
     )
     if todo.places:
-        gpu_configs.launch(
-            _join,
+        configs.launch(
+            join,
             (len(todo.items),),
             config,
             *(*results, scratch, todo.items, *blocks, token, token_row),

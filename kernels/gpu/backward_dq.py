@@ -17,13 +17,13 @@ from torch import Tensor
 
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.common.token_layout import empty_by_token
-from moonfx.kernels.gpu import block_index as gpu_index
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import block_index, configs
 from moonfx.kernels.gpu import tile as gpu_tile
 from moonfx.kernels.gpu.block_index import Index, Pass
 from moonfx.kernels.gpu.problem import STRIDES, Layout
 from moonfx.kernels.gpu.tile import (
     BEYOND,
+    batch_and_head,
     by_row,
     key_places,
     load_bias,
@@ -34,8 +34,12 @@ from moonfx.kernels.gpu.tile import (
     logits,
     multiplier,
     offsets,
+    pass_rows_of,
     product,
+    seen_slots,
+    slots_of,
     store_rows,
+    tile_of,
 )
 
 
@@ -167,35 +171,19 @@ def _tiles(
     BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile. DIRECT: `grad_query` is the result, else the partial results of a pass.
-
-    Not INDEXED: one block per batch row and tiles of its rows in order, the last rows first.
-    """
-    tile = tl.program_id(0)
-    if INDEXED:
-        block = tl.load(tile_block + tile)
+    """One tile. DIRECT: `grad_query` is the result, else the partial results of a pass."""
+    block, first, count = tile_of(tile_block, tile_first, tile_size, queries, GROUP, ROWS, INDEXED)
+    if INDEXED:  # noqa: SIM102 - elsewhere nothing is to be compiled
         if block < 0:
             return
-        first = tl.load(tile_first + tile)
-        count = tl.load(tile_size + tile)
-    else:
-        rows_of_head = queries * GROUP
-        tiles = tl.cdiv(rows_of_head, ROWS)
-        block = tile // tiles
-        first = (tiles - 1 - tile % tiles).to(tl.int64) * ROWS
-        count = tl.minimum(rows_of_head - first, ROWS)
     bh = block // n
-    b = (bh // kv_heads).to(tl.int64)
-    head = (bh % kv_heads).to(tl.int64)
+    b, head = batch_and_head(bh, kv_heads)
 
     row, column, valid = load_routes(entries, first, count, topk, ROWS, INDEXED)
     place, member, mine = locate(row, order + b * order_row, GROUP, SORTED)
     seen = tl.load(last + b * last_row + place, mask=valid, other=BEYOND)
-    begin = tl.load(start + b * block_row + block % n)
-    limit = begin + tl.load(size + b * block_row + block % n)
-    by_all = tl.minimum(tl.min(seen, 0) + 1, limit)
-    by_any = tl.minimum(tl.max(tl.where(valid, seen, -1), 0) + 1, limit)
-    whole = begin + tl.maximum(by_all - begin, 0) // KEYS * KEYS
+    begin, limit = slots_of(start, size, b, block_row, block % n)
+    by_all, by_any = seen_slots(seen, valid, begin, limit, KEYS)
 
     query += b * query_row + head * GROUP * query_head
     rows = load_rows(query, offsets(member, mine, query_head, query_token), valid, KEY_DIM, D, True)
@@ -212,12 +200,12 @@ def _tiles(
     token += b * token_row
     result = tl.zeros([ROWS, D], tl.float32)
     result = _advance(
-        *(result, rows, grads, lse, delta, seen, member, begin, whole, limit),
+        *(result, rows, grads, lse, delta, seen, member, begin, by_all, limit),
         *(key, key_token, value, value_token, bias, bias_head, token, scale, softcap),
         *(KEY_DIM, VALUE_DIM, KEYS, False, PACKED, FOLD, SOFTCAP, BIAS, PRECISION),
     )
     result = _advance(
-        *(result, rows, grads, lse, delta, seen, member, whole, by_any, limit),
+        *(result, rows, grads, lse, delta, seen, member, by_all, by_any, limit),
         *(key, key_token, value, value_token, bias, bias_head, token, scale, softcap),
         *(KEY_DIM, VALUE_DIM, KEYS, True, PACKED, FOLD, SOFTCAP, BIAS, PRECISION),
     )
@@ -254,13 +242,7 @@ def _sum(
     SORTED: tl.constexpr,
 ):
     """The sums of some rows' partial results, adjacent in memory, by query."""
-    tiles = tl.cdiv(pass_rows, ROWS)
-    bh = bh0 + tl.program_id(0) // tiles
-    b = (bh // kv_heads).to(tl.int64)
-    head = (bh % kv_heads).to(tl.int64)
-    local = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    valid = local < pass_rows
-    row = tl.where(valid, row0 + local, row0)
+    bh, b, head, local, row, valid = pass_rows_of(bh0, row0, pass_rows, kv_heads, ROWS)
     _, member, mine = locate(row, order + b * order_row, GROUP, SORTED)
     routes += (bh.to(tl.int64) * queries * GROUP + row) * topk
     slot = ((bh - bh0).to(tl.int64) * pass_rows + local) * topk
@@ -298,8 +280,8 @@ def gradient_of_query(
             grad_query.zero_()
         run(grad_query, Pass(0, batch * kv_heads, 0, index.chunks), 0, rows)
     else:
-        for part in gpu_index.passes(index, dim * query.element_size()):
-            row0, count = gpu_index.rows_of(index, part)
+        for part in block_index.passes(index, dim * query.element_size()):
+            row0, count = block_index.rows_of(index, part)
             partial = query.new_empty(part.bh1 - part.bh0, count, layout.topk, dim)
             run(partial, part, row0, count)
             _add_up(partial, index.routes, layout, part, row0, grad_query)
@@ -321,7 +303,7 @@ def _run(
     queries, blocks = layout.queries, layout.blocks
     dim = max(query.shape[3], value.shape[3])
     scores = gpu_tile.scores(query, key.shape[2], arguments)
-    config = gpu_configs.choose(
+    config = configs.choose(
         *("dq", dim, query.dtype, layout.block, query.device), extras=scores.extras(layout)
     )
     order, order_row = by_row(queries.index, queries.last)
@@ -331,10 +313,10 @@ def _run(
         grid = part.bh1 * triton.cdiv(count, config.block_m)
         table: tuple[Tensor, ...] = (blocks.start,) * 4  # not read
     else:
-        tiles = gpu_index.tiles(index, part, config.block_m)
+        tiles = block_index.tiles(index, part, config.block_m)
         grid = len(tiles.block)
         table = (*tiles, index.entries)
-    gpu_configs.launch(
+    configs.launch(
         _tiles,
         (grid,),
         config,
@@ -366,9 +348,9 @@ def _add_up(
 ) -> None:
     """Writes the rows of a pass to grad_query, from their partial results [heads, rows, K, D]."""
     heads, rows, topk, dim = partial.shape
-    config = gpu_configs.choose("merge", dim, partial.dtype, layout.block, partial.device)
+    config = configs.choose("merge", dim, partial.dtype, layout.block, partial.device)
     order, order_row = by_row(layout.queries.index, routes)
-    gpu_configs.launch(
+    configs.launch(
         _sum,
         (heads * triton.cdiv(rows, config.block_m),),
         config,

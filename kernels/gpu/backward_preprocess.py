@@ -11,9 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu.problem import STRIDES, Layout
-from moonfx.kernels.gpu.tile import LOG2E, by_row, load_rows, locate, offsets, padded
+from moonfx.kernels.gpu.tile import (
+    LOG2E,
+    batch_and_head,
+    by_row,
+    load_rows,
+    locate,
+    offsets,
+    padded,
+)
 
 
 @triton.jit(do_not_specialize=[*STRIDES, "kv_heads", "queries"])
@@ -43,8 +51,7 @@ def _delta(
     rows = queries * GROUP
     tiles = tl.cdiv(rows + 1, ROWS)
     bh = (tl.program_id(0) // tiles).to(tl.int64)
-    b = bh // kv_heads
-    head = bh % kv_heads
+    b, head = batch_and_head(bh, kv_heads)
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     row = tl.where(valid, row, 0)
@@ -79,9 +86,9 @@ def statistics(
     batch, heads, queries, dim = out.shape
     kv_heads, rows = heads // layout.group, queries * layout.group
     result = lse.new_empty(batch, kv_heads, rows + 1, 2)
-    config = gpu_configs.choose("delta", dim, out.dtype, layout.block, out.device)
+    config = configs.choose("delta", dim, out.dtype, layout.block, out.device)
     order, order_row = by_row(layout.queries.index, layout.queries.last)
-    gpu_configs.launch(
+    configs.launch(
         _delta,
         (batch * kv_heads * triton.cdiv(rows + 1, config.block_m),),
         config,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moonfx.kernels.gpu import counting_sort as gpu_sort
+from moonfx.kernels.gpu import counting_sort
 
 BUDGET = 256 << 20  # bytes of a pass's partial results
 SIZE = 256  # blocks, or tiles, of a program
@@ -69,7 +69,7 @@ class Tiles(NamedTuple):
 def build(routes: Tensor, n: int) -> Index:
     """The index of int32 [B, Hkv, R, K] block numbers 0 .. n - 1, or -1 for none."""
     routes = routes.contiguous()
-    entries, starts, chunks, chunk_rows = gpu_sort.sort(routes, n)
+    entries, starts, chunks, chunk_rows = counting_sort.sort(routes, n)
     return Index(routes, entries, starts, n, chunks, chunk_rows)
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu.problem import STRIDES, Layout
 
 BIASES = 256  # lanes of a program when a token has one number
@@ -31,7 +31,7 @@ def block_means(key: Tensor, layout: Layout) -> Tensor:
     Args:
         key: [B, Hkv, Nk, D], of any strides.
     """
-    config = gpu_configs.choose("means", key.shape[3], key.dtype, layout.block, key.device)
+    config = configs.choose("means", key.shape[3], key.dtype, layout.block, key.device)
     return means(key, layout, config)
 
 
@@ -43,10 +43,10 @@ def bias_means(key_bias: Tensor, layout: Layout, heads: int) -> Tensor:
     """
     batch = layout.blocks.size.shape[0]
     bias = key_bias.expand(batch, heads, -1).unsqueeze(-1)
-    return means(bias, layout, gpu_configs.Config(BIASES, 1, 4, 1)).squeeze(-1)
+    return means(bias, layout, configs.Config(BIASES, 1, 4, 1)).squeeze(-1)
 
 
-def means(source: Tensor, layout: Layout, config: gpu_configs.Config) -> Tensor:
+def means(source: Tensor, layout: Layout, config: configs.Config) -> Tensor:
     """Of [B, H, Nk, D], float32 [B, H, n, D]."""
     batch, heads, _, dim = source.shape
     blocks = layout.blocks
@@ -55,7 +55,7 @@ def means(source: Tensor, layout: Layout, config: gpu_configs.Config) -> Tensor:
         return out
     lanes = min(config.block_m, triton.next_power_of_2(layout.block))
     tiles = triton.cdiv(layout.n, config.block_m // lanes)
-    gpu_configs.launch(
+    configs.launch(
         bias_kernel if dim == 1 else mean_kernel,
         (tiles * batch * heads,),
         config,

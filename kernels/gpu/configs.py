@@ -31,7 +31,7 @@ INTERPRETER = "interpreter"
 # rows x keys / warps / stages, by head dim (the larger of D and Dv): the first row that fits. One
 # with a + is for calls with extras: a bias, a softcap, gathered keys.
 # means: keys of a block in a step x dims. route: rows x block means. merge, delta: rows of a
-# program. held: forward's, where a block is one step of keys. dkdv: rows of a step x keys of a
+# program. small: forward's, where a block is one step of keys. dkdv: rows of a step x keys of a
 # program.
 TABLE = """
 kernel   bytes  block  chip         <=64         <=128        <=256        <=512
@@ -61,8 +61,8 @@ forward  4      any    sm_86        32x32/4/2    16x32/4/2    16x16/4/1    16x16
 forward  4      any    gfx942       32x32/4/1    16x32/4/1    16x16/4/1    16x16/4/1
 forward  4      any    sm_90        64x32/4/2    16x32/4/1    16x32/4/2    16x16/4/2
 forward  4      any    any          32x32/4/2    16x32/4/2    16x16/4/2    16x16/4/2
-held+    2      any    any          64x128/4/3   64x64/4/2    64x16/4/2    32x16/4/2
-held     2      any    any          64x128/4/3   64x128/4/3   64x32/4/2    32x16/4/2
+small+   2      any    any          64x128/4/3   64x64/4/2    64x16/4/2    32x16/4/2
+small    2      any    any          64x128/4/3   64x128/4/3   64x32/4/2    32x16/4/2
 dkdv+    2      any    any          64x64/8/2    32x64/8/2    32x32/8/1    16x32/8/1
 dkdv     2      any    sm_80        64x64/4/2    64x64/8/2    32x64/8/1    16x32/8/1
 dkdv     2      any    sm_86        64x64/4/2    32x64/4/1    32x32/4/1    16x16/4/1
@@ -211,7 +211,7 @@ def _look_up(kernel: str, dim: int, width: int, block: int, chip: str, extras: b
         rows, keys, warps, stages = 32, 32, 4, 1
     else:
         rows, keys, warps, stages = _tile(kernel, min(dim, DIMS[-1]), width, block, chip, extras)
-    if kernel in ("forward", "held", "dkdv", "dq", "decode"):
+    if kernel in ("forward", "small", "dkdv", "dq", "decode"):
         keys = min(keys, max(16, block))
     return Config(rows, keys, warps, stages)
 

@@ -31,7 +31,7 @@ CHUNK_ROUTES = 1 << 17
 
 
 def sort(routes: Tensor, n: int) -> tuple[Tensor, Tensor, int, int]:
-    """Entries, starts, C and the rows of a chunk, as in gpu_index.Index.
+    """Entries, starts, C and the rows of a chunk, as in block_index.Index.
 
     Args:
         routes: int32 [B, Hkv, R, K], contiguous: block numbers 0 .. n - 1, or -1 for none.

@@ -26,18 +26,20 @@ from torch import Tensor
 
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.common.token_layout import empty_by_token
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu import tile as gpu_tile
 from moonfx.kernels.gpu.forward import advance
 from moonfx.kernels.gpu.problem import STRIDES, Layout
 from moonfx.kernels.gpu.tile import (
     BEYOND,
-    LN2,
     LOG2E,
+    batch_and_head,
     by_row,
     load_rows,
     locate,
+    logsumexp,
     offsets,
+    rescale,
     store_rows,
 )
 
@@ -105,8 +107,7 @@ def _attend(
     bh = bh0 + tl.program_id(0)
     route = tl.program_id(1)
     split = tl.program_id(2)
-    b = (bh // kv_heads).to(tl.int64)
-    head = (bh % kv_heads).to(tl.int64)
+    b, head = batch_and_head(bh, kv_heads)
 
     # Rows that are more than a tile are tiles on their own: each has leaders of its own.
     row = route // (ROWS * topk) * ROWS + tl.arange(0, ROWS)
@@ -169,7 +170,7 @@ def _attend(
 
     nothing = total == 0.0  # the split lies beyond what the row sees
     total = tl.where(nothing, 1.0, total)
-    natural = tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN2)
+    natural = tl.where(nothing, float("-inf"), logsumexp(top, total))
     slot = (tl.program_id(0).to(tl.int64) * rows + row) * topk + mine
     slot = slot * splits + split
     tl.store(part_lse + slot, natural, mask=chose)
@@ -203,8 +204,7 @@ def _combine(
     """Some dims of one row: its columns' splits in order, CHUNK at a time."""
     bh = bh0 + tl.program_id(0) // rows
     row = tl.program_id(0) % rows
-    b = (bh // kv_heads).to(tl.int64)
-    head = (bh % kv_heads).to(tl.int64)
+    b, head = batch_and_head(bh, kv_heads)
     dim = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
     routes += (bh.to(tl.int64) * rows + row) * topk
     first = tl.program_id(0).to(tl.int64) * topk * splits
@@ -224,10 +224,9 @@ def _combine(
         values = tl.load(part + slot[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
         one = tl.where(chose, one, float("-inf")) * LOG2E
         peak = tl.maximum(top, tl.max(one, 0))
-        base = tl.where(peak == float("-inf"), 0.0, peak)
+        base, shrink = rescale(top, peak, True)
         weight = tl.exp2(one - base)
         values = tl.where((weight > 0.0)[:, None], values, 0.0)
-        shrink = tl.exp2(top - base)
         result = result * shrink + tl.sum(values * weight[:, None], 0)
         total = total * shrink + tl.sum(weight, 0)
         top = peak
@@ -238,7 +237,7 @@ def _combine(
     out += b * out_row + head * GROUP * out_head + offsets(member, query, out_head, out_token)
     tl.store(out + dim, (result / total).to(out.dtype.element_ty), mask=dim < DIM)
     if tl.program_id(1) == 0:
-        natural = tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN2)
+        natural = tl.where(nothing, float("-inf"), logsumexp(top, total))
         lse += (b * kv_heads + head) * GROUP * queries
         tl.store(lse + offsets(member, query, queries, 1), natural)
 
@@ -283,7 +282,7 @@ def attend(
     made = gpu_tile.scores(query, key.shape[2], arguments)
     sought, blocks = layout.queries, layout.blocks
     extras = bool(made.BIAS or made.SOFTCAP or blocks.token is not None)
-    config = gpu_configs.choose("decode", width, query.dtype, layout.block, query.device, extras)
+    config = configs.choose("decode", width, query.dtype, layout.block, query.device, extras)
     splits, span = split(batch * kv_heads, topk, layout.block, config.block_n)
     order, order_row = by_row(sought.index, sought.last)
     token, token_row = by_row(blocks.token, blocks.start)
@@ -294,7 +293,7 @@ def attend(
     part_lse = query.new_empty(step, slots, dtype=torch.float32)
     for bh0 in range(0, batch * kv_heads, step):
         here = min(step, batch * kv_heads - bh0)
-        gpu_configs.launch(
+        configs.launch(
             _attend,
             (here, rows * topk, splits),
             config,

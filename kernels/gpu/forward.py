@@ -24,16 +24,14 @@ from torch import Tensor
 
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.common.token_layout import empty_by_token
-from moonfx.kernels.gpu import block_index as gpu_index
-from moonfx.kernels.gpu import configs as gpu_configs
-from moonfx.kernels.gpu import forward_small_blocks as gpu_forward_held
+from moonfx.kernels.gpu import block_index, configs, forward_small_blocks
 from moonfx.kernels.gpu import tile as gpu_tile
 from moonfx.kernels.gpu.block_index import Index, Pass
 from moonfx.kernels.gpu.merge import merge
 from moonfx.kernels.gpu.problem import STRIDES, Layout
 from moonfx.kernels.gpu.tile import (
     BEYOND,
-    LN2,
+    batch_and_head,
     by_row,
     key_places,
     load_bias,
@@ -43,11 +41,16 @@ from moonfx.kernels.gpu.tile import (
     load_rows,
     locate,
     logits,
+    logsumexp,
     multiplier,
     offsets,
     padded,
     product,
+    rescale,
+    seen_slots,
+    slots_of,
     store_rows,
+    tile_of,
 )
 
 
@@ -115,11 +118,9 @@ def advance(
             seen = (place[None, :] <= last[:, None]) & inside[None, :]
             logit = tl.where(seen, logit, float("-inf"))
         peak = tl.maximum(top, tl.max(logit, 1) * factor)
-        base = peak
-        if MASKED or BIAS > 0:  # a row that has seen nothing yet, or only biases of -inf
-            base = tl.where(peak == float("-inf"), 0.0, peak)
+        # GUARDED: a row that has seen nothing yet, or only biases of -inf.
+        base, shrink = rescale(top, peak, MASKED or BIAS > 0)
         weight = tl.exp2(logit * factor - base[:, None])
-        shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weight, 1)
         result = result * shrink[:, None]
         if TMA:
@@ -194,36 +195,19 @@ def _tiles(
     BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile. DIRECT: `out` and `lse` are the result, else partial results of a pass.
-
-    Not INDEXED: one block per batch row and tiles of its rows in order, the last rows first: they
-    see the most keys, and a launch had better not end with its longest tiles.
-    """
-    tile = tl.program_id(0)
-    if INDEXED:
-        block = tl.load(tile_block + tile)
+    """One tile. DIRECT: `out` and `lse` are the result, else partial results of a pass."""
+    block, first, count = tile_of(tile_block, tile_first, tile_size, queries, GROUP, ROWS, INDEXED)
+    if INDEXED:  # noqa: SIM102 - elsewhere nothing is to be compiled
         if block < 0:
             return
-        first = tl.load(tile_first + tile)
-        count = tl.load(tile_size + tile)
-    else:
-        rows_of_head = queries * GROUP
-        tiles = tl.cdiv(rows_of_head, ROWS)
-        block = tile // tiles
-        first = (tiles - 1 - tile % tiles).to(tl.int64) * ROWS
-        count = tl.minimum(rows_of_head - first, ROWS)
     bh = block // n
-    b = (bh // kv_heads).to(tl.int64)
-    head = (bh % kv_heads).to(tl.int64)
+    b, head = batch_and_head(bh, kv_heads)
 
     row, _, valid = load_routes(entries, first, count, topk, ROWS, INDEXED)
     place, member, mine = locate(row, order + b * order_row, GROUP, SORTED)
     seen = tl.load(last + b * last_row + place, mask=valid, other=BEYOND)
-    begin = tl.load(start + b * block_row + block % n)
-    limit = begin + tl.load(size + b * block_row + block % n)
-    by_all = tl.minimum(tl.min(seen, 0) + 1, limit)
-    by_any = tl.minimum(tl.max(tl.where(valid, seen, -1), 0) + 1, limit)
-    whole = begin + tl.maximum(by_all - begin, 0) // KEYS * KEYS
+    begin, limit = slots_of(start, size, b, block_row, block % n)
+    by_all, by_any = seen_slots(seen, valid, begin, limit, KEYS)
 
     query += b * query_row + head * GROUP * query_head
     rows = load_rows(query, offsets(member, mine, query_head, query_token), valid, KEY_DIM, D, True)
@@ -236,13 +220,13 @@ def _tiles(
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, V], tl.float32)
     top, total, result = advance(
-        *(top, total, result, rows, seen, member, begin, whole, limit),
+        *(top, total, result, rows, seen, member, begin, by_all, limit),
         *(key, key_token, value, value_token, bias, bias_head, token, scale, softcap),
         *(KEY_DIM, VALUE_DIM, KEYS, False, PACKED, FOLD, SOFTCAP, BIAS, PRECISION),
         *(TMA, bh // kv_heads, bh % kv_heads),
     )
     top, total, result = advance(
-        *(top, total, result, rows, seen, member, whole, by_any, limit),
+        *(top, total, result, rows, seen, member, by_all, by_any, limit),
         *(key, key_token, value, value_token, bias, bias_head, token, scale, softcap),
         *(KEY_DIM, VALUE_DIM, KEYS, True, PACKED, FOLD, SOFTCAP, BIAS, PRECISION),
         *(TMA, bh // kv_heads, bh % kv_heads),
@@ -254,7 +238,7 @@ def _tiles(
     row, column, valid = load_routes(entries, first, count, topk, ROWS, INDEXED)
     total = tl.where(total == 0.0, 1.0, total)  # of a row that sees nothing: 0, and -inf from top
     result = result / total[:, None]
-    natural = (top + tl.log2(total)) * LN2
+    natural = logsumexp(top, total)
     if DIRECT:
         _, member, mine = locate(row, order + b * order_row, GROUP, SORTED)
         out += b * out_row + head * GROUP * out_head
@@ -297,8 +281,8 @@ def attend(
         call.run(index, out, lse, Pass(0, call.heads, 0, index.chunks), 0, call.rows)
         return out, lse
     width = value.shape[3] * out.element_size() + lse.element_size()
-    for part in gpu_index.passes(index, width):
-        row0, rows = gpu_index.rows_of(index, part)
+    for part in block_index.passes(index, width):
+        row0, rows = block_index.rows_of(index, part)
         slots = part.bh1 - part.bh0, rows, layout.topk
         parts = query.new_empty(*slots, value.shape[3])
         parts_lse = lse.new_empty(slots)
@@ -336,12 +320,12 @@ class Call(NamedTuple):
         bulk = blocks.token is None and gpu_tile.bulk(key) and gpu_tile.bulk(value)
         dim = max(query.shape[3], value.shape[3])
         of = dim, query.dtype, layout.block, query.device
-        config = held = None
+        config = small = None
         if index is not None:
-            config = held = gpu_forward_held.configuration(*of, not scores.FOLD)
+            config = small = forward_small_blocks.configuration(*of, not scores.FOLD)
         if config is None:
-            config = gpu_configs.choose("forward", *of, scores.extras(layout))
-        also: dict[str, Any] = {} if held else {"INDEXED": index is not None}
+            config = configs.choose("forward", *of, scores.extras(layout))
+        also: dict[str, Any] = {} if small else {"INDEXED": index is not None}
         read = [gpu_tile.descriptor(x, config.block_n) if bulk else x for x in (key, value)]
         order, order_row = by_row(queries.index, queries.last)
         token, token_row = by_row(blocks.token, blocks.start)
@@ -350,12 +334,12 @@ class Call(NamedTuple):
             grid = self.heads * triton.cdiv(rows, config.block_m)
             table = (blocks.start,) * 4  # not read
         else:
-            span = config.block_m * (gpu_forward_held.STEPS if held else 1)
-            tiles = gpu_index.tiles(index, part, span)
+            span = config.block_m * (forward_small_blocks.STEPS if small else 1)
+            tiles = block_index.tiles(index, part, span)
             grid = len(tiles.block)
             table = (*tiles, index.entries)
-        gpu_configs.launch(
-            gpu_forward_held.held if held else _tiles,
+        configs.launch(
+            forward_small_blocks.small_blocks if small else _tiles,
             (grid,),
             config,
             *(query, *read, out, lse),

@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu.configs import Config
 from moonfx.kernels.gpu.problem import STRIDES
 from moonfx.kernels.gpu.tile import (
-    LN2,
+    batch_and_head,
     key_places,
     load_bias,
     load_block,
@@ -27,35 +27,38 @@ from moonfx.kernels.gpu.tile import (
     load_rows,
     locate,
     logits,
+    logsumexp,
     multiplier,
     offsets,
     product,
+    slots_of,
     store_rows,
+    tile_of,
 )
 
 STEPS = 4  # of a program: K and V are then a quarter of what it reads beside its rows' results
 # Shared memory for K, V and the rows of three steps, of two programs at a time.
-CHIPS = ("sm_80", "sm_90", "sm_100", gpu_configs.INTERPRETER)
+CHIPS = ("sm_80", "sm_90", "sm_100", configs.INTERPRETER)
 
 
 def configuration(
     dim: int, dtype: torch.dtype, block: int, device: torch.device, extras: bool
 ) -> Config | None:
-    """Of `held`, or None where a block's keys are not to be held.
+    """Of `small_blocks`, or None where a block is more than a step of keys.
 
     Args:
         extras: scores have a bias or a softcap. Gathered keys are none: they come once.
     """
-    if dtype.itemsize != 2 or gpu_configs.architecture(device) not in CHIPS:
+    if dtype.itemsize != 2 or configs.architecture(device) not in CHIPS:
         return None
-    config = gpu_configs.choose("held", dim, dtype, block, device, extras)
+    config = configs.choose("small", dim, dtype, block, device, extras)
     return config if block <= config.block_n else None
 
 
 @triton.jit(
     do_not_specialize=[*STRIDES, "topk", "kv_heads", "n", "queries", "bh0", "row0", "pass_rows"]
 )
-def held(
+def small_blocks(
     query,
     key,
     value,
@@ -115,17 +118,12 @@ def held(
     PRECISION: tl.constexpr,
 ):
     """Up to STEPS * ROWS routes of one block of at most KEYS keys."""
-    tile = tl.program_id(0)
-    block = tl.load(tile_block + tile)
+    block, first, count = tile_of(tile_block, tile_first, tile_size, queries, GROUP, ROWS, True)
     if block < 0:
         return
-    first = tl.load(tile_first + tile)
-    count = tl.load(tile_size + tile)
     bh = block // n
-    b = (bh // kv_heads).to(tl.int64)
-    head = (bh % kv_heads).to(tl.int64)
-    begin = tl.load(start + b * block_row + block % n)
-    limit = begin + tl.load(size + b * block_row + block % n)
+    b, head = batch_and_head(bh, kv_heads)
+    begin, limit = slots_of(start, size, b, block_row, block % n)
     place = begin + tl.arange(0, KEYS)
     inside = place < limit
 
@@ -167,7 +165,7 @@ def held(
         total = tl.sum(weight, 1)
         total = tl.where(total == 0.0, 1.0, total)
         result = product(weight.to(v.dtype), v, None, PRECISION) / total[:, None]
-        natural = (top + tl.log2(total)) * LN2
+        natural = logsumexp(top, total)
         if DIRECT:
             to = offsets(member, mine, out_head, out_token)
             store_rows(out, to, result, valid, VALUE_DIM, V)

@@ -10,16 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu.problem import STRIDES, Layout
 from moonfx.kernels.gpu.tile import (
-    LN2,
     LOG2E,
     by_row,
     load_rows,
     locate,
+    logsumexp,
     offsets,
     padded,
+    pass_rows_of,
+    rescale,
     store_rows,
 )
 
@@ -48,13 +50,7 @@ def _merge(
     ROWS: tl.constexpr,
     SORTED: tl.constexpr,
 ):
-    tiles = tl.cdiv(pass_rows, ROWS)
-    bh = bh0 + tl.program_id(0) // tiles
-    b = (bh // kv_heads).to(tl.int64)
-    head = (bh % kv_heads).to(tl.int64)
-    local = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    valid = local < pass_rows
-    row = tl.where(valid, row0 + local, row0)
+    bh, b, head, local, row, valid = pass_rows_of(bh0, row0, pass_rows, kv_heads, ROWS)
     _, member, mine = locate(row, order + b * order_row, GROUP, SORTED)
 
     routes += bh.to(tl.int64) * queries * GROUP * topk + row.to(tl.int64) * topk
@@ -66,8 +62,7 @@ def _merge(
         there = valid & (tl.load(routes + column, mask=valid, other=-1) >= 0)
         one = tl.load(part_lse + slot + column, mask=there, other=float("-inf")) * LOG2E
         peak = tl.maximum(top, one)
-        base = tl.where(peak == float("-inf"), 0.0, peak)
-        shrink = tl.exp2(top - base)
+        base, shrink = rescale(top, peak, True)
         weight = tl.exp2(one - base)
         rows = load_rows(part, (slot + column) * DIM, there, DIM, PADDED, True)
         result = result * shrink[:, None] + rows.to(tl.float32) * weight[:, None]
@@ -76,7 +71,7 @@ def _merge(
 
     total = tl.where(total == 0.0, 1.0, total)  # of a row that sees nothing: 0, and -inf from top
     result = result / total[:, None]
-    natural = (top + tl.log2(total)) * LN2
+    natural = logsumexp(top, total)
     out += b * out_row + head * GROUP * out_head
     store_rows(out, offsets(member, mine, out_head, out_token), result, valid, DIM, PADDED)
     lse += (b * kv_heads + head) * GROUP * queries
@@ -100,9 +95,9 @@ def merge(
         routes: int32 [B, Hkv, R, K], contiguous. out: of any strides. lse: contiguous.
     """
     heads, rows, topk, dim = part.shape
-    config = gpu_configs.choose("merge", dim, part.dtype, layout.block, part.device)
+    config = configs.choose("merge", dim, part.dtype, layout.block, part.device)
     order, order_row = by_row(layout.queries.index, routes)
-    gpu_configs.launch(
+    configs.launch(
         _merge,
         (heads * triton.cdiv(rows, config.block_m),),
         config,

@@ -1,12 +1,12 @@
 """MoBA attention on a GPU, in Triton (arXiv 2502.13189, eq. 2-6).
 
-    gpu_problem   slots, blocks, rows      padding and segments become a sorted order
-    gpu_means     mean(K block j)          eq. 6, float32
-    gpu_route     which blocks each row attends: own, sinks, best of q . mean   eq. 5, 6
-    gpu_index     routes sorted by block   eq. 4
-    gpu_forward   flash attention of a block's rows;  gpu_merge: one softmax of a row's routes
-    gpu_backward  gradients along the same routes
-    gpu_decode    a few rows: no index, the keys of each block are split instead
+    problem       slots, blocks, rows      padding and segments become a sorted order
+    block_means   mean(K block j)          eq. 6, float32
+    route         which blocks each row attends: own, sinks, best of q . mean   eq. 5, 6
+    block_index   routes sorted by block   eq. 4
+    forward       flash attention of a block's rows;  merge: one softmax of a row's routes
+    backward      gradients along the same routes
+    decode        a few rows: no index, the keys of each block are split instead
 
 Nothing waits for the host, nothing is atomic, and every result repeats bit for bit. Where all keys
 fit in `topk` blocks there is one block per sequence and a route per row: flash attention.
@@ -19,9 +19,7 @@ from torch import Tensor
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.common.token_layout import empty_by_token
 from moonfx.kernels.gpu import backward as gpu_backward
-from moonfx.kernels.gpu import block_index as gpu_index
-from moonfx.kernels.gpu import block_means as gpu_means
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import block_index, block_means, configs
 from moonfx.kernels.gpu import decode as gpu_decode
 from moonfx.kernels.gpu import forward as gpu_forward
 from moonfx.kernels.gpu import problem as gpu_problem
@@ -60,9 +58,9 @@ def forward(
         natural logarithm, and the routes that `backward` may take. A query that sees no real key
         gives 0 and -inf.
     """
-    if max(query.shape[3], value.shape[3]) > gpu_configs.DIMS[-1]:
+    if max(query.shape[3], value.shape[3]) > configs.DIMS[-1]:
         raise ValueError(
-            f"head_dim must be at most {gpu_configs.DIMS[-1]} on a GPU, got {query.shape[3]} "
+            f"head_dim must be at most {configs.DIMS[-1]} on a GPU, got {query.shape[3]} "
             f"(query, key) and {value.shape[3]} (value)"
         )
     # Triton launches on the current device, which need not be the tensors'.
@@ -136,12 +134,12 @@ def routes_of(query: Tensor, key: Tensor, layout: Layout, arguments: MobaArgumen
     if gpu_route.gated(layout) > 0:
         means = arguments.block_means
         if means is None:
-            means = gpu_means.block_means(key, layout)
+            means = block_means.block_means(key, layout)
         if arguments.key_bias is not None:
-            biases = gpu_means.bias_means(arguments.key_bias.detach(), layout, query.shape[1])
+            biases = block_means.bias_means(arguments.key_bias.detach(), layout, query.shape[1])
     return gpu_route.route(query, means, biases, layout, arguments.scale_for(query.shape[3]))
 
 
 def index_of(routes: Tensor, layout: Layout) -> Index | None:
     """The routes by block; None where every row has the one block that there is."""
-    return None if layout.n == 1 else gpu_index.build(routes, layout.n)
+    return None if layout.n == 1 else block_index.build(routes, layout.n)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moonfx.kernels.common.arguments import Coefficients
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu.configs import Config
 from moonfx.kernels.gpu.tile import precision, product
 
@@ -35,15 +35,15 @@ TILES = {
     ("sm_90", 2): Config(128, 64, 8, 4),
     ("sm_100", 2): Config(128, 64, 8, 4),
     ("gfx942", 2): Config(128, 32, 8, 2),
-    (gpu_configs.INTERPRETER, 2): Config(32, 32, 4, 1),
-    (gpu_configs.INTERPRETER, 4): Config(32, 32, 4, 1),
+    (configs.INTERPRETER, 2): Config(32, 32, 4, 1),
+    (configs.INTERPRETER, 4): Config(32, 32, 4, 1),
 }
 FLOAT32 = Config(64, 32, 4, 3)
 GROUP = tl.constexpr(8)
 
 
 def tile_of(device: torch.device, dtype: torch.dtype) -> Config:
-    return TILES.get((gpu_configs.architecture(device), dtype.itemsize), FLOAT32)
+    return TILES.get((configs.architecture(device), dtype.itemsize), FLOAT32)
 
 
 def newton_schulz(X: Tensor, coefficients: Coefficients, runs: tuple[int, ...]) -> Tensor:
@@ -100,7 +100,7 @@ def symmetric(
     tiles = triton.cdiv(m, config.block_m)
     M, beta = first or (out, 0.0)
     N, gamma = second or (out, 0.0)
-    gpu_configs.launch(
+    configs.launch(
         symmetric_kernel,
         (batch * (tiles * (tiles + 1) // 2),),
         config,

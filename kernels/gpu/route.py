@@ -23,9 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moonfx.kernels.gpu import block_means as gpu_means
-from moonfx.kernels.gpu import configs as gpu_configs
-from moonfx.kernels.gpu import route_by_sort as gpu_route_wide
-from moonfx.kernels.gpu import route_lanes as gpu_route_lanes
+from moonfx.kernels.gpu import configs, route_by_sort, route_lanes
 from moonfx.kernels.gpu.problem import STRIDES, Layout
 from moonfx.kernels.gpu.route_lanes import keep, keys, no_keys, settle
 from moonfx.kernels.gpu.route_scores import query_parts, tile_scores
@@ -39,7 +37,9 @@ LEAST = 2  # tiles of blocks that are worth a program of their own
 MERGED = 64  # partial results that are put into a table at a time
 REUSE = 8  # programs that have to read a mean before it pays to split it beforehand
 
-HELD = 256  # numbers of a row, in all its parts, that are held while the blocks go by
+IN_REGISTERS = (
+    256  # numbers of a row, in all its parts, that stay in registers while the blocks go by
+)
 SHARED = "sm_90", 512  # where a product reads them from shared memory: twice as many
 CHUNK = 64  # of a row's numbers at a time where that is not enough
 TABLES = 2048  # places of a program's tables: as many as registers take
@@ -73,12 +73,12 @@ def route(
     assert slots == 0 or means is not None, "blocks are to be chosen, so their means are needed"
     if slots > MOST:
         assert means is not None
-        return gpu_route_wide.route(query, means, bias_means, layout)
+        return route_by_sort.route(query, means, bias_means, layout)
     routes = query.new_empty(batch, kv_heads, rows, layout.topk, dtype=torch.int32)
     if routes.numel() == 0:
         return routes
 
-    config = gpu_configs.choose(
+    config = configs.choose(
         *("route", dim, query.dtype, layout.block, query.device), extras=bias_means is not None
     )
     table = triton.next_power_of_2(slots) if slots > 0 else 0
@@ -92,8 +92,8 @@ def route(
     share = triton.cdiv(triton.cdiv(layout.n, splits), config.block_n) * config.block_n
     # Bits of a number that tells a program's tiles of blocks apart.
     steps = (1 << triton.cdiv(layout.n, config.block_n).bit_length()) - 1
-    lanes = splits == 1 and gpu_route_lanes.suits(table, steps, query.device)
-    held = SHARED[1] if gpu_configs.architecture(query.device) == SHARED[0] else HELD
+    lanes = splits == 1 and route_lanes.suits(table, steps, query.device)
+    room = SHARED[1] if configs.architecture(query.device) == SHARED[0] else IN_REGISTERS
     parts = QUERY_PARTS[query.dtype]
     split = tiles < REUSE
 
@@ -111,7 +111,7 @@ def route(
     place_rows = tuple(x.stride(0) for x in places)
     counts = (kv_heads, layout.group, rows, layout.topk, layout.sinks, slots, tiles, splits)
     columns = min(WIDEST, triton.next_power_of_2(layout.topk))
-    gpu_configs.launch(
+    configs.launch(
         route_kernel,
         (programs * splits,),
         config,
@@ -136,7 +136,7 @@ def route(
         COLUMNS=columns,
         D=dim,
         PADDED=padded(dim),
-        CHUNK=padded(dim) if padded(dim) * parts <= held else CHUNK,
+        CHUNK=padded(dim) if padded(dim) * parts <= room else CHUNK,
         PARTS=parts,
         SPLIT=split,
         BIAS=bias_means is not None,

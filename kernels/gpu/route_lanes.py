@@ -16,20 +16,20 @@ import torch
 import triton
 import triton.language as tl
 
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu.route_table import empty, nothing, put
 
 TABLE = 8  # blocks of a row: of more, too often four would be in one lane
 STEPS = 1023  # of more, too many bits of a score would be missing
 # Chips whose products leave the registers to the lanes: no operand has to be in one.
-CHIPS = ("sm_90", "sm_100", gpu_configs.INTERPRETER)
-LOWEST_KEY = tl.constexpr(-0x7F800000)  # of gpu_route_best.LOWEST; below it is no block
+CHIPS = ("sm_90", "sm_100", configs.INTERPRETER)
+LOWEST_KEY = tl.constexpr(-0x7F800000)  # of route_table.LOWEST; below it is no block
 
 
 def suits(table: int, steps: int, device: torch.device) -> bool:
     """Whether lanes are to be tried for tables of that size, in programs of that many tiles."""
     few = 0 < table <= TABLE and steps <= STEPS
-    return few and gpu_configs.architecture(device) in CHIPS
+    return few and configs.architecture(device) in CHIPS
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moonfx.kernels.common.arguments import MobaArguments
-from moonfx.kernels.gpu import configs as gpu_configs
+from moonfx.kernels.gpu import configs
 from moonfx.kernels.gpu.problem import Layout
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -90,7 +90,7 @@ def bulk(tensor: Tensor) -> bool:
 
     It computes addresses in place of a tile's threads, which have their registers for scores.
     """
-    if gpu_configs.architecture(tensor.device) not in ("sm_90", "sm_100", gpu_configs.INTERPRETER):
+    if configs.architecture(tensor.device) not in ("sm_90", "sm_100", configs.INTERPRETER):
         return False
     outer = [s for s, n in zip(tensor.stride()[:-1], tensor.shape, strict=False) if n > 1]
     aligned = all(s > 0 and s * tensor.element_size() % 16 == 0 for s in outer)
@@ -198,6 +198,84 @@ def load_bias(bias, member, index, head, seen, MASKED: tl.constexpr, BIAS: tl.co
             return tl.load(pointers, mask=seen, other=0.0)
         else:
             return tl.load(pointers)
+
+
+@triton.jit
+def batch_and_head(bh, kv_heads):
+    """The batch row and the kv head of a (batch, kv head) number, int64."""
+    return (bh // kv_heads).to(tl.int64), (bh % kv_heads).to(tl.int64)
+
+
+@triton.jit
+def tile_of(
+    tile_block,
+    tile_first,
+    tile_size,
+    queries,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    INDEXED: tl.constexpr,
+):
+    """This program's block (bh * n + j, -1 for none), its first route (int64) and how many.
+
+    Not INDEXED: one block per batch row and tiles of its rows in order, the last rows first: they
+    see the most keys, and a launch had better not end with its longest tiles.
+    """
+    tile = tl.program_id(0)
+    if INDEXED:
+        return tl.load(tile_block + tile), tl.load(tile_first + tile), tl.load(tile_size + tile)
+    else:
+        rows_of_head = queries * GROUP
+        tiles = tl.cdiv(rows_of_head, ROWS)
+        first = (tiles - 1 - tile % tiles).to(tl.int64) * ROWS
+        return tile // tiles, first, tl.minimum(rows_of_head - first, ROWS)
+
+
+@triton.jit
+def slots_of(start, size, b, block_row, j):
+    """The first slot of block j of batch row b, and the first past it."""
+    begin = tl.load(start + b * block_row + j)
+    return begin, begin + tl.load(size + b * block_row + j)
+
+
+@triton.jit
+def seen_slots(last, valid, begin, limit, KEYS: tl.constexpr):
+    """Where the slots that all rows of a tile see end, in whole steps of KEYS, and those of any.
+
+    Args:
+        last: the last slot that each row sees; BEYOND where not valid.
+    """
+    by_all = tl.minimum(tl.min(last, 0) + 1, limit)
+    by_any = tl.minimum(tl.max(tl.where(valid, last, -1), 0) + 1, limit)
+    return begin + tl.maximum(by_all - begin, 0) // KEYS * KEYS, by_any
+
+
+@triton.jit
+def pass_rows_of(bh0, row0, pass_rows, kv_heads, ROWS: tl.constexpr):
+    """Rows of a pass that are this program's: bh, b, head, their places in it, the rows, valid."""
+    tiles = tl.cdiv(pass_rows, ROWS)
+    bh = bh0 + tl.program_id(0) // tiles
+    b, head = batch_and_head(bh, kv_heads)
+    local = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    valid = local < pass_rows
+    return bh, b, head, local, tl.where(valid, row0 + local, row0), valid
+
+
+@triton.jit
+def rescale(top, peak, GUARDED: tl.constexpr):
+    """What exponents of a softmax are from once its maximum has risen from `top` to `peak`, and
+    what its sums so far shrink by. GUARDED: there may be nothing but -inf yet."""
+    base = peak
+    if GUARDED:
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+    return base, tl.exp2(top - base)
+
+
+@triton.jit
+def logsumexp(top, total):
+    """The natural logarithm of a softmax's denominator, total * 2**top; -inf of a row that sees
+    nothing, whose `total` is given as 1."""
+    return (top + tl.log2(total)) * LN2
 
 
 @triton.jit

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.common.token_layout import empty_by_token
-from moonfx.kernels.torch_ops.plan import Tiles, plan
-from moonfx.kernels.torch_ops.problem import Pass, Problem
+from moonfx.kernels.torch_ops.plan import TilePlan, plan
+from moonfx.kernels.torch_ops.problem import Problem, QueryPass
 
 
 def available() -> str | None:
@@ -56,7 +56,7 @@ def forward(
         keys, values, biases = problem.sorted(key, value, rows, heads)
         for queries in problem.query_passes():
             region = rows, heads, queries
-            plans = plan(Pass(problem, region), keys, biases)
+            plans = plan(QueryPass(problem, region), keys, biases)
             table = with_last(problem.by_kv_head(query)[region], 1, 0.0)
             parts = [attend(tiles, table, keys, values, biases, problem) for tiles in plans]
             result, total = merge(plans, parts)
@@ -105,7 +105,7 @@ def backward(
         ]
         for queries in problem.query_passes():
             region = rows, heads, queries
-            plans = plan(Pass(problem, region), keys, biases)
+            plans = plan(QueryPass(problem, region), keys, biases)
             delta = problem.by_kv_head(grad_out)[region].float() * problem.by_kv_head(out)[region]
             delta = delta.sum(-1)
             if grad_lse is not None:
@@ -146,7 +146,7 @@ def scores(
 
 
 def attend(
-    tiles: Tiles,
+    tiles: TilePlan,
     table: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -162,17 +162,17 @@ def attend(
         rows, index = tiles.rows[chosen], tiles.keys(chosen, extent, len(keys))
         bias = None if biases is None else of_group(biases[index].mT, rows % problem.group)
         hidden = tiles.hidden(chosen, extent)
-        score, _ = scores(table[rows], read(keys, index), bias, hidden, problem)
+        score, _ = scores(table[rows], gather_rows(keys, index), bias, hidden, problem)
         top = score.amax(-1, keepdim=True)
         probability = score.sub_(top).exp_()
         total = probability.sum(-1, keepdim=True)
-        result = product(probability, read(values, index)).div_(total)
+        result = product(probability, gather_rows(values, index)).div_(total)
         out[:-1].unflatten(0, (-1, size))[chosen] = result
         lse[:-1].unflatten(0, (-1, size))[chosen] = (top + total.log()).squeeze(-1)
     return out, lse
 
 
-def merge(plans: list[Tiles], parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def merge(plans: list[TilePlan], parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """One softmax over all of a row's routes: float32 [R, Dv] and [R], in the slots' order."""
     lses = torch.cat([part[1][tiles.place] for tiles, part in zip(plans, parts, strict=True)], -1)
     lse = lses.logsumexp(-1)
@@ -187,7 +187,7 @@ def merge(plans: list[Tiles], parts: list[tuple[Tensor, Tensor]]) -> tuple[Tenso
 
 
 def attend_backward(
-    tiles: Tiles,
+    tiles: TilePlan,
     tables: tuple[Tensor, Tensor, Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
@@ -201,7 +201,7 @@ def attend_backward(
     grad_query[-1] = 0.0
     for chosen, extent in tiles.batches(2 * problem.width, problem.budget.tiles // 2):
         rows, index = tiles.rows[chosen], tiles.keys(chosen, extent, len(keys))
-        key, value = read(keys, index), read(values, index)
+        key, value = gather_rows(keys, index), gather_rows(values, index)
         query, grad_out, lse, delta = (table[rows] for table in tables)
         bias = None if biases is None else of_group(biases[index].mT, rows % group)
         score, tanh = scores(query, key, bias, tiles.hidden(chosen, extent), problem)
@@ -219,13 +219,13 @@ def attend_backward(
     return grad_query
 
 
-def read(table: Tensor, index: Tensor) -> Tensor:
+def gather_rows(table: Tensor, index: Tensor) -> Tensor:
     """Rows [P, keys, X] of a table [M, X]."""
     return table.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def add(table: Tensor, index: Tensor, part: Tensor) -> None:
-    """The inverse of `read`: adds [P, keys, X] to the rows of a table."""
+    """The inverse of `gather_rows`: adds [P, keys, X] to the rows of a table."""
     table.index_add_(0, index.flatten(), part.flatten(0, 1))
 
 

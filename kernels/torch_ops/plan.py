@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moonfx.kernels.common.exact import exact_float32, sortable
-from moonfx.kernels.torch_ops.problem import Pass
+from moonfx.kernels.torch_ops.problem import QueryPass
 
 TILE = 128  # rows: enough to keep a product busy, few enough that half a tile is little waste
 
 
 @dataclass(frozen=True)
-class Tiles:
+class TilePlan:
     """Routes of a pass, sorted by block and cut into tiles of T rows; a tile has one block.
 
     Args:
@@ -70,7 +70,7 @@ class Tiles:
         return index >= self.seen[chosen][..., None]
 
 
-def plan(work: Pass, keys: Tensor, biases: Tensor | None) -> list[Tiles]:
+def plan(work: QueryPass, keys: Tensor, biases: Tensor | None) -> list[TilePlan]:
     """The tiles of a pass: own blocks first, then the other chosen ones.
 
     Args:
@@ -91,25 +91,25 @@ def plan(work: Pass, keys: Tensor, biases: Tensor | None) -> list[Tiles]:
     plans = [longest_first(rows, start[block], place, seen)]
 
     if problem.topk > 1:
-        chosen = choose(work, keys, biases)
+        chosen = choose_blocks(work, keys, biases)
         route = torch.where(chosen >= 0, base[..., None] + chosen, len(start))
         rows, block, place = cut(route.flatten(0, 3), len(start))
         if problem.causal:  # an earlier block is full
             turn = torch.arange(len(rows), device=rows.device)
             extents = [problem.block] * len(rows)
-            plans.append(Tiles(rows, start[block], turn, extents, place, None))
+            plans.append(TilePlan(rows, start[block], turn, extents, place, None))
         else:
             plans.append(longest_first(rows, start[block], place, size[block][:, None]))
     return plans
 
 
-def longest_first(rows: Tensor, start: Tensor, place: Tensor, seen: Tensor) -> Tiles:
+def longest_first(rows: Tensor, start: Tensor, place: Tensor, seen: Tensor) -> TilePlan:
     """Tiles that each read only the keys that one of its rows sees."""
     extent, turn = seen.amax(-1).sort(descending=True, stable=True)
-    return Tiles(rows, start, turn, extent.tolist(), place, seen)
+    return TilePlan(rows, start, turn, extent.tolist(), place, seen)
 
 
-def choose(work: Pass, keys: Tensor, biases: Tensor | None) -> Tensor:
+def choose_blocks(work: QueryPass, keys: Tensor, biases: Tensor | None) -> Tensor:
     """The other blocks of each row, by their place in the batch row's, -1 for none.
 
     A sequence of at most topk blocks is attended whole; for the others the gate chooses.
@@ -121,19 +121,19 @@ def choose(work: Pass, keys: Tensor, biases: Tensor | None) -> Tensor:
     own, first, last = (x[..., None] for x in (work.own, work.first, work.last))
     other = torch.arange(problem.topk - 1, device=keys.device)
     other = other + (other >= own)  # [b, q, topk - 1]
-    whole = work.by_row(torch.where(other <= last, first + other, -1))
+    every = work.by_row(torch.where(other <= last, first + other, -1))
     block = work.candidates
     slots = min(problem.topk - 1, block.shape[1])
     if slots == 0:
-        return whole
-    short = work.by_row(work.count <= problem.block * problem.topk)
-    chosen = whole.contiguous()
+        return every
+    is_dense = work.by_row(work.count <= problem.block * problem.topk)
+    chosen = every.contiguous()
     means, bias = candidate_means(work, keys, biases)
     first_of = problem.blocks.first[work.rows].gather(1, block)
     local = (block - first_of)[:, None]  # [b, 1, C], the block's place in its sequence
     tie = torch.arange(block.shape[1], device=keys.device)
     least, most = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
-    step = max(1, problem.budget.tiles // (32 * short[:, :, :1].numel() * block.shape[1]))
+    step = max(1, problem.budget.tiles // (32 * is_dense[:, :, :1].numel() * block.shape[1]))
     for begin in range(0, work.queries, step):
         here = slice(begin, begin + step)
         with exact_float32():
@@ -144,17 +144,17 @@ def choose(work: Pass, keys: Tensor, biases: Tensor | None) -> Tensor:
         able = (first_of[:, None] == first[:, here]) & (local != own[:, here])
         able &= local <= last[:, here]  # [b, q, C]
         order = torch.where(work.by_row(local < problem.sinks), most - tie, sortable(score) - tie)
-        order, best = order.masked_fill(~work.by_row(able), least).topk(slots, dim=-1)
-        found = block[:, None, None, None].expand(*best.shape[:-1], -1).gather(-1, best)
+        order, places = order.masked_fill(~work.by_row(able), least).topk(slots, dim=-1)
+        found = block[:, None, None, None].expand(*places.shape[:-1], -1).gather(-1, places)
         # Fewer candidates than slots: the query attends them all, the rest stays unused.
         found = found.masked_fill(order == least, -1)
         found = F.pad(found, (0, problem.topk - 1 - slots), value=-1)
-        chosen[:, :, here] = chosen[:, :, here].where(short[:, :, here, :, None], found)
+        chosen[:, :, here] = chosen[:, :, here].where(is_dense[:, :, here, :, None], found)
     return chosen
 
 
 def candidate_means(
-    work: Pass, keys: Tensor, biases: Tensor | None
+    work: QueryPass, keys: Tensor, biases: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Mean keys of the candidates, float32 [b, h, C, D], and mean biases over scale, [.., C, G]."""
     problem = work.problem
@@ -187,7 +187,7 @@ def cut(route: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         route: int64 [R, slots], the block that each row attends in each slot; `blocks` for none.
     Returns:
-        rows and place, as in `Tiles`, and int64 [tiles], each tile's block.
+        rows and place, as in `TilePlan`, and int64 [tiles], each tile's block.
     """
     count, slots = route.shape
     ordered, order = route.reshape(-1).sort(stable=True)

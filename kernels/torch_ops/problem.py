@@ -98,7 +98,7 @@ class Problem:
         return 2 * 4 * self.width * self.group * self.topk
 
 
-class Pass:
+class QueryPass:
     """Some batch rows, key/value heads and queries of a problem, and where those queries stand.
 
     Args:

@@ -229,7 +229,7 @@ def _backward(
     lse: Tensor,
     routes: Tensor,
     *rest: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     arguments, _ = parse(rest)
     given = kept_routes(routes, key, arguments)
     with torch.autocast(query.device.type, enabled=False):
@@ -264,8 +264,7 @@ def _setup_context(
 ) -> None:
     query, key, value, *rest = inputs
     arguments, _ = parse(rest)
-    tensors = {n: x for n, x in arguments.named().items() if isinstance(x, Tensor)}
-    ctx.arguments = replace(arguments, **dict.fromkeys(tensors))
+    ctx.numbers, tensors = arguments.split()
     ctx.names = tuple(tensors)
     ctx.save_for_backward(query, key, value, *output, *tensors.values())
     ctx.set_materialize_grads(False)  # lse is seldom used: no zeros for its gradient
@@ -276,7 +275,7 @@ def _autograd(
     ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None
 ) -> tuple[Any, ...]:
     query, key, value, out, lse, routes, *tensors = ctx.saved_tensors
-    arguments = replace(ctx.arguments, **dict(zip(ctx.names, tensors, strict=True)))
+    arguments = MobaArguments(**ctx.numbers, **dict(zip(ctx.names, tensors, strict=True)))
     # Last inputs that were left at their defaults are not in needs_input_grad.
     needed = ctx.needs_input_grad
     if grad_out is None and grad_lse is None:

@@ -102,7 +102,7 @@ def newton_schulz_flops(
     m, n = min(m, n), max(m, n)
     if form == "plain" or not m:
         return plain_flops(m, n, steps)
-    return newton_schulz_runs.flops(
+    return newton_schulz_runs.run_flops(
         m, n, runs_of(form, coefficients or [JORDAN] * steps, dtype, m, n)
     )
 
@@ -194,7 +194,9 @@ newton_schulz.register_autograd(_no_derivative)
 
 
 @register_flop_formula(torch.ops.moonfx.newton_schulz, get_raw=True)
-def flops(X: Tensor, coefficients: Sequence[float], form: str = "auto", **named: Any) -> int:
+def operator_flops(
+    X: Tensor, coefficients: Sequence[float], form: str = "auto", **named: Any
+) -> int:
     """Of the form asked for; those of the plain one for "auto", which differs by device."""
     *batch, m, n = X.shape
     form = "plain" if form == "auto" else form

@@ -17,8 +17,7 @@ import torch
 from moonfx.fallback import warn_slow
 from moonfx.kernels.common.arguments import Coefficients
 from moonfx.kernels.cpu import library
-from moonfx.ops import gpu_waves as newton_schulz_waves
-from moonfx.ops import newton_schulz_runs
+from moonfx.ops import gpu_waves, newton_schulz_runs
 from moonfx.ops.dispatch import BACKENDS, find_triton_kernels, triton_kernels
 
 FORMS = ("auto", "plain", "symmetric", "gram")
@@ -76,7 +75,7 @@ def worth_a_call(
         calls: in how many products each of a step's three is written.
     """
     runs = runs_of(form, steps, dtype, m, n)
-    whole = (-(-m // LANES) * LANES, -(-n // LANES) * LANES)
+    in_registers = (-(-m // LANES) * LANES, -(-n // LANES) * LANES)
     threads, product = torch.get_num_threads(), PRODUCT
     if dtype == torch.bfloat16 and m * m * n > 16**3 and multiplied_as_it_is(dtype):
         product = ONEDNN
@@ -85,7 +84,7 @@ def worth_a_call(
     first = NEAR if 3 * m * n * dtype.itemsize <= CACHE else FAR
     visits = first + (len(runs) - 1) * NEAR
     kernel = CALL + batch * (MATRIX + visits * m * n / threads)
-    kernel += newton_schulz_runs.flops(*whole, runs) / rate
+    kernel += newton_schulz_runs.run_flops(*in_registers, runs) / rate
     if kernel <= written:
         return None
     return f"a call costs more than it saves: about {kernel:.0f} us, for {written:.0f} us"
@@ -108,7 +107,7 @@ def on_gpu(
         return "plain", "float32 is left to cuBLAS (the kernel's products are not measured)"
     if m < SHORTEST:
         return "plain", f"the short side is below {SHORTEST} (not measured)"
-    programs = newton_schulz_waves.triangle(batch, m)
+    programs = gpu_waves.triangle(batch, m)
     chip = f"{multiprocessors} multiprocessors"
     if 2 * programs < multiprocessors:
         return "plain", f"{programs} tiles of 128 x 128 do not fill {chip} (not measured)"
@@ -116,7 +115,7 @@ def on_gpu(
     if form == "gram" and n < RATIO * m:
         form = "symmetric"
         why = f"the sides' ratio is below {RATIO}, for runs of steps (not measured)"
-    gain = newton_schulz_waves.gain(batch, m, n, runs_of(form, steps, dtype, m, n), multiprocessors)
+    gain = gpu_waves.gain(batch, m, n, runs_of(form, steps, dtype, m, n), multiprocessors)
     said = f"{gain:.2f} times as fast by the waves of tiles on {chip}, not measured"
     if gain < GAIN:
         return "plain", f"{form} would be {said}"
@@ -127,7 +126,7 @@ def runs_of(
     form: str, coefficients: Coefficients, dtype: torch.dtype, m: int, n: int
 ) -> tuple[int, ...]:
     if form == "gram":
-        return newton_schulz_runs.choose(coefficients, dtype, m, n)
+        return newton_schulz_runs.choose_runs(coefficients, dtype, m, n)
     return (1,) * len(coefficients)
 
 
@@ -137,9 +136,9 @@ def fewest_flops(
 ) -> tuple[str, str]:
     """Of the symmetric forms: "symmetric" or "gram", and what it saves."""
     plain = plain_flops(m, n, len(steps))
-    runs = newton_schulz_runs.choose(steps, dtype, m, n)
-    alone = newton_schulz_runs.flops(m, n, (1,) * len(steps))
-    together = newton_schulz_runs.flops(m, n, runs)
+    runs = newton_schulz_runs.choose_runs(steps, dtype, m, n)
+    alone = newton_schulz_runs.run_flops(m, n, (1,) * len(steps))
+    together = newton_schulz_runs.run_flops(m, n, runs)
     if together > WORTH * alone:
         return "symmetric", f"{alone / plain:.2f} of the FLOPs: half of X X^T and of A^2"
     said = " + ".join(map(str, runs))

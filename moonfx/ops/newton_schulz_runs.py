@@ -16,7 +16,8 @@ neither a Gaussian matrix nor a test of finiteness shows.
 
 `amplified` finds out for the coefficients at hand: on a singular value, all this is arithmetic of
 scalars, so it rounds each result in turn and compares what becomes of it with what becomes of the
-roundings of single steps. `choose` takes the cheapest runs that are each within the dtype's limit.
+roundings of single steps. `choose_runs` takes the cheapest runs that are each within the dtype's
+limit.
 """
 
 import functools
@@ -39,19 +40,19 @@ LIMITS = {torch.bfloat16: 4.0, torch.float16: 8.0}
 LIMIT = 16.0
 
 
-def flops(m: int, n: int, runs: tuple[int, ...]) -> int:
+def run_flops(m: int, n: int, runs: tuple[int, ...]) -> int:
     """Of one [m, n], m <= n, with half of each symmetric product; a multiply-add is two."""
     return sum(3 * m * m * n + (4 * run - 3) * m**3 for run in runs)
 
 
-def choose(coefficients: Coefficients, dtype: torch.dtype, m: int, n: int) -> tuple[int, ...]:
+def choose_runs(coefficients: Coefficients, dtype: torch.dtype, m: int, n: int) -> tuple[int, ...]:
     """The length of each run, for matrices with sides m <= n; single steps beyond MOST of them."""
     steps = tuple(coefficients)
-    return _choose(steps, dtype, 3 * n / m) if len(steps) <= MOST else (1,) * len(steps)
+    return _cheapest(steps, dtype, 3 * n / m) if len(steps) <= MOST else (1,) * len(steps)
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose(steps: Steps, dtype: torch.dtype, visit: float) -> tuple[int, ...]:
+def _cheapest(steps: Steps, dtype: torch.dtype, visit: float) -> tuple[int, ...]:
     """`visit`: what reading and writing X costs, in m^3."""
     best: list[tuple[float, float, tuple[int, ...]]] = [(0.0, 0.0, ())]  # of the first i steps
     for end in range(1, len(steps) + 1):

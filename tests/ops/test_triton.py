@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moonfx import moba_attention
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference import moba as reference
 from moonfx.ops import dispatch
 from tests.support.moba_cases import Case
@@ -38,6 +39,10 @@ def on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "triton_kernels", lambda device: gpu)
 
 
+def by_definition(*tensors: Tensor, **named: Any) -> tuple[Tensor, Tensor]:
+    return reference.moba_attention(*tensors, MobaArguments(**named))
+
+
 def prepared(case: Case) -> tuple[list[Tensor], dict[str, Any]]:
     """query, key, value and the bias if there is one, as leaves; and the named arguments."""
     named = case.named()
@@ -51,10 +56,10 @@ def prepared(case: Case) -> tuple[list[Tensor], dict[str, Any]]:
 @pytest.mark.parametrize("case", [case for _, case in CASES], ids=[name for name, _ in CASES])
 def test_the_operator_and_its_gradients_equal_the_reference(case: Case) -> None:
     runs = []
-    for function in (moba_attention, reference.moba_attention):
+    for function in (moba_attention, by_definition):
         leaves, named = prepared(case)
         more = {"return_lse": True} if function is moba_attention else {}
-        out, lse = function(*leaves[:3], case.block, case.topk, **named, **more)
+        out, lse = function(*leaves[:3], block=case.block, topk=case.topk, **named, **more)
         seen = lse.masked_fill(lse.isneginf(), 0.0)
         runs.append([out, seen, *torch.autograd.grad(out.square().sum() + seen.sum(), leaves)])
     for mine, theirs in zip(*runs, strict=True):

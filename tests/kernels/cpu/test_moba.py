@@ -1,42 +1,19 @@
-"""The C++ kernel against the reference; its routing, its determinism, its memory, its build."""
+"""The C++ kernel against the reference; its determinism, its precision, its memory."""
 
 import itertools
-import os
-import platform
-import shlex
-import shutil
-import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
 
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.cpu import library as cpu_build
 from moonfx.kernels.cpu import moba as cpu
 from moonfx.kernels.reference import moba as reference
+from tests.support.cpu_kernel import DTYPES, assert_like_reference, needs_kernel
 from tests.support.moba_cases import FEATURES, GIVEN_MEANS, Case, cases, feature_cases
-
-needs_kernel = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
-
-# float32: sums of some hundred products, and an exponential good to 1e-7, of values up to 10.
-# The others: one rounding of the result on each side, the weights' rounding, a delta taken from the
-# rounded output: two units in the last place (2**-7, 2**-10), or of the largest term of a sum.
-TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
-    torch.float32: {"rtol": 1e-5, "atol": 2e-5},
-    torch.bfloat16: {"rtol": 2**-6, "atol": 2**-5},
-    torch.float16: {"rtol": 2**-9, "atol": 2**-8},
-}
-# ALiBi's lse goes to 90: its own rounding, 4e-6, changes all of a query's weights in backward.
-ALIBI = {"rtol": 1e-5, "atol": 1e-4}
-DTYPES = list(TOLERANCE)
 
 TABLE = [
     ("one block exactly", Case(queries=8, length=8)),
@@ -76,6 +53,7 @@ ROWS = [
      Case(means="other", queries=3, length=300, block=2, topk=9, padding="holes")),
 ]  # fmt: skip
 
+
 # Every pair of these is one problem; a later one's sizes win.
 PARTS: dict[str, dict[str, Any]] = {
     "padding": {"padding": "holes", "length": 90, "queries": 90},
@@ -90,81 +68,13 @@ PARTS: dict[str, dict[str, Any]] = {
     "bidirectional": {"causal": False},
     "a few queries": {"queries": 3, "causal": True},
 }  # fmt: skip
+
+
 PAIRS = [
     (f"{one}, {other}", Case(topk=3, sinks=1).but(**PARTS[one] | PARTS[other]))
     for one, other in itertools.combinations(PARTS, 2)
     if (one, other) != ("bidirectional", "a few queries")  # it needs a query for each key
 ]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Lets a test choose the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty cache, and no memory of the library that this process has loaded."""
-    monkeypatch.setenv("MOONFX_CACHE_DIR", str(tmp_path / "cache"))
-    cpu_build.library.cache_clear()
-    yield tmp_path
-    monkeypatch.undo()
-    cpu_build.library.cache_clear()
-
-
-def assert_like_reference(case: Case, inputs: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
-    tensors = inputs or case.inputs()
-    uneven = case.padding != "none" or case.packing != "none" or case.length % case.block
-    if not case.causal and uneven:
-        # A candidate may then have any number of keys, and its mean be inexact: no ties, please.
-        generator = torch.Generator().manual_seed(case.seed)
-        drawn = (torch.rand(x.shape, generator=generator) for x in tensors)
-        query, key, value = ((x * y).to(x) for x, y in zip(tensors, drawn, strict=True))
-        tensors = query, key, value
-    leaves = [x.detach().double().requires_grad_() for x in tensors]
-    named = case.named()
-    if (bias := case.key_bias()) is not None:  # unbroadcast, as the kernel's gradient is
-        bias = bias.expand(*leaves[0].shape[:2], case.length).double().requires_grad_()
-        named["key_bias"] = bias
-    variables = leaves if bias is None else [*leaves, bias]
-    out, lse = reference.moba_attention(*leaves, MobaArguments(case.block, case.topk, **named))
-    grad_out = torch.randint(-8, 9, out.shape) / 8
-    grad_lse = torch.randint(-8, 9, lse.shape) / 8
-    expected = torch.autograd.grad((out, lse), variables, (grad_out, grad_lse))
-    got, got_lse = cpu.forward(*tensors, case.arguments())
-    *grads, grad_bias = cpu.backward(
-        grad_out.to(case.dtype), grad_lse, *tensors, got, got_lse, case.arguments()
-    )
-    assert (grad_bias is None) == (bias is None)
-    if grad_bias is not None:
-        grads.append(grad_bias)
-    names = ("out", "lse", "dq", "dk", "dv", "db")[: 2 + len(grads)]
-    tolerance = TOLERANCE | ({torch.float32: ALIBI} if case.bias == "alibi" else {})
-    for name, mine, theirs in zip(
-        names, (got, got_lse, *grads), (out, lse, *expected), strict=True
-    ):
-        dtype = torch.float32 if name in ("lse", "db") else case.dtype
-        assert mine.dtype == dtype, name
-        torch.testing.assert_close(
-            *(mine.double(), theirs),
-            **tolerance[torch.float32 if name == "lse" else case.dtype],
-            msg=partial("{}: {}".format, name),
-        )
-
-
-def chosen(
-    query: Tensor, key: Tensor, block: int, topk: int, sinks: int, causal: bool = True
-) -> Tensor:
-    """Which blocks the kernel attends, bool [B, Hq, Nq, n]: V names each key's block."""
-    blocks = -(-key.shape[2] // block)
-    value = torch.eye(blocks).repeat_interleave(block, 0)[: key.shape[2]]
-    value = value.expand(*key.shape[:2], *value.shape)
-    return cpu.forward(
-        query, key, value, MobaArguments(block, topk, sinks, scale=0.0, causal=causal)
-    )[0].gt(0)
 
 
 @needs_kernel
@@ -253,157 +163,6 @@ def test_every_bit_repeats_whatever_the_number_of_threads(
     for other in runs[1:]:
         for first, again in zip(runs[0], other, strict=True):
             assert torch.equal(first, again)
-
-
-@needs_kernel
-@pytest.mark.parametrize("queries", [1, 3, 40])
-def test_a_query_alone_selects_the_blocks_that_it_selects_among_others(queries: int) -> None:
-    """Blocks whose scores differ in the last bit only: any other order of a sum would show."""
-    query = torch.randn(1, 4, 400, 33)
-    key = torch.randn(1, 2, 1, 33) + 1e-6 * torch.randn(1, 2, 400, 33)
-    full = chosen(query, key, 8, 9, 1)
-    assert full[..., -1, :].sum(-1).eq(9).all()
-    for length in (400, 397, 333):
-        part = chosen(query[:, :, length - queries : length], key[:, :, :length], 8, 9, 1)
-        assert torch.equal(part, full[:, :, length - queries : length, : part.shape[-1]])
-
-
-@needs_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("queries", [1, 3])
-def test_with_means_given_a_few_queries_read_the_blocks_that_they_select_alone(
-    queries: int, dtype: torch.dtype
-) -> None:
-    case = Case(queries=queries, length=400, topk=3, sinks=1, means="other", dtype=dtype)
-    query, key, value = case.inputs()
-    means = case.block_means()
-    expected = cpu.forward(query, key, value, case.arguments())
-    found = reference.select_blocks(query, key, MobaArguments(8, 3, sinks=1, block_means=means))
-    read = found.view(2, 2, 2, queries, -1).any(3).any(2).repeat_interleave(8, -1)[..., None]
-    assert 0 < read.float().mean() < 0.3
-    key, value = (x.masked_fill(~read, torch.nan) for x in (key, value))
-    got = cpu.forward(query, key, value, case.arguments())
-    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
-
-
-@needs_kernel
-@pytest.mark.parametrize("queries", [1, 100], ids=["decode", "prefill"])
-def test_ties_go_to_the_lower_block(queries: int) -> None:
-    query, key = torch.ones(1, 2, queries, 8), torch.ones(1, 1, 100, 8)
-    key[:, :, 40:48] = 2.0  # one block is better, the others are equal
-    got = chosen(query, key, 8, 5, 1)
-    assert got[0, 0, -1].nonzero().flatten().tolist() == [0, 1, 2, 5, 12]
-    assert torch.equal(got, reference.select_blocks(query, key, MobaArguments(8, 5, sinks=1)))
-
-
-@needs_kernel
-def test_bidirectional_ties_go_to_the_lower_block_whatever_side_it_is_on() -> None:
-    query, key = torch.ones(1, 2, 100, 8), torch.ones(1, 1, 100, 8)
-    key[:, :, 72:80] = 2.0  # block 9 is better; the last block, of 4 keys, is as good as the others
-    got = chosen(query, key, 8, 5, 1, causal=False)
-    expected = [  # the sink, the best, the lowest others, and the own block
-        (4, [0, 1, 2, 3, 9]),
-        (12, [0, 1, 2, 3, 9]),
-        (40, [0, 1, 2, 5, 9]),
-        (76, [0, 1, 2, 3, 9]),
-        (99, [0, 1, 2, 9, 12]),
-    ]
-    for token, blocks in expected:
-        assert got[0, 0, token].nonzero().flatten().tolist() == blocks, token
-    assert torch.equal(
-        got, reference.select_blocks(query, key, MobaArguments(8, 5, sinks=1, causal=False))
-    )
-
-
-@needs_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"padding": "holes"}, {"causal": False, "softcap": 2.0}, {"bias": "all", "scale": 0.3}],
-    ids=lambda changes: ", ".join(changes) or "plain",
-)
-def test_a_packed_sequence_gives_what_it_gives_alone_to_the_bit(
-    changes: dict[str, Any], dtype: torch.dtype
-) -> None:
-    """Off the grid, so that any other order of a sum would show; lengths are dense and sparse."""
-    case = Case(batch=2, queries=900, length=900, dim=16, value_dim=24, block=32, topk=3, sinks=1)
-    case = case.but(dtype=dtype, **changes)
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.multinomial(torch.tensor([0.05, 0.08, 0.3, 0.57]), 1800, True, generator=generator)
-    ids = ids.view(2, 900)  # interleaved
-    ids[1], _ = ids[1].sort()  # one after the other
-    q, k, v = (x * torch.rand((), dtype=dtype) for x in case.inputs())
-    grad, grad_lse = torch.randn(q.shape[:3] + v.shape[3:]).to(dtype), torch.randn(q.shape[:3])
-    mask, bias = case.key_mask(), case.key_bias()
-    packing = replace(case.arguments(), segments=ids)
-    out, lse = cpu.forward(q, k, v, packing)
-    grads = cpu.backward(grad, grad_lse, q, k, v, out, lse, packing)
-    packed = [x for x in (out, lse, *grads) if x is not None]
-    for row, sequence in itertools.product(range(2), range(4)):
-        at = ids[row].eq(sequence).nonzero().flatten()
-        assert len(at) * case.group > 32, "a shorter one alone runs the path of a few queries"
-
-        def alone(x: Tensor, row: int = row, at: Tensor = at) -> Tensor:
-            return x[row : row + 1, :, at]
-
-        arguments = replace(
-            case.arguments(),
-            key_mask=None if mask is None else mask[row : row + 1, at],
-            key_bias=None if bias is None else alone(bias),
-        )
-        tensors = [alone(x) for x in (q, k, v)]
-        out, lse = cpu.forward(*tensors, arguments)
-        grads = cpu.backward(alone(grad), alone(grad_lse), *tensors, out, lse, arguments)
-        single = [x for x in (out, lse, *grads) if x is not None]
-        for name, mine, theirs in zip(
-            ("out", "lse", "dq", "dk", "dv", "db"), packed, single, strict=False
-        ):
-            assert torch.equal(alone(mine), theirs), (name, row, sequence)
-
-
-@needs_kernel
-@pytest.mark.parametrize("queries", [1, 3, 200])
-def test_a_query_among_packed_sequences_selects_what_it_selects_alone(queries: int) -> None:
-    """One query at a time, of interleaved sequences, with scores that differ in the last bit."""
-    query = torch.randn(1, 4, 400, 33)
-    key = torch.randn(1, 2, 1, 33) + 1e-6 * torch.randn(1, 2, 400, 33)
-    value = torch.eye(400).expand(1, 2, 400, 400)  # names the keys that are attended
-    bias = 1e-6 * torch.randn(1, 4, 400)
-    ids = torch.arange(400)[None] % 3
-    arguments = MobaArguments(8, 5, 1, scale=1e-3, key_bias=bias, segments=ids)
-    full = cpu.forward(query, key, value, arguments)[0].gt(0)
-    part = cpu.forward(query[:, :, 400 - queries :], key, value, arguments)[0].gt(0)
-    assert full[..., -1, :].sum(-1).gt(32).all()
-    assert torch.equal(part, full[:, :, 400 - queries :])
-    arguments = replace(arguments, segments=ids.int())
-    assert torch.equal(cpu.forward(query, key, value, arguments)[0].gt(0), full)
-
-
-@needs_kernel
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_thousands_of_short_sequences_equal_the_reference_of_each(causal: bool) -> None:
-    lengths = torch.randint(1, 13, (1000,), generator=torch.Generator().manual_seed(0))
-    total = int(lengths.sum())
-    ids = torch.arange(1000).mul(-(2**40)).repeat_interleave(lengths)[None]
-    case = Case(batch=1, queries=total, length=total, causal=causal, block=2, topk=3, sinks=1)
-    q, k, v = case.inputs()
-    grad = torch.randint(-8, 9, q.shape) / 8
-    arguments = replace(case.arguments(), segments=ids)
-    out, lse = cpu.forward(q, k, v, arguments)
-    grads = cpu.backward(grad, None, q, k, v, out, lse, arguments)[:3]
-    for length in range(1, 13):  # all sequences of a length are one batch for the reference
-        starts = (lengths.cumsum(0) - lengths)[lengths == length]
-        at = starts[:, None] + torch.arange(length)
-        leaves = [x[0, :, at].transpose(0, 1).clone().requires_grad_() for x in (q, k, v)]
-        expected, expected_lse = reference.moba_attention(
-            *leaves, MobaArguments(2, 3, sinks=1, causal=causal)
-        )
-        given = grad[0, :, at].transpose(0, 1)
-        theirs = [expected, *torch.autograd.grad(expected, leaves, given)]
-        for mine, their in zip((out, *grads), theirs, strict=True):
-            mine = mine[0, :, at].transpose(0, 1)
-            torch.testing.assert_close(mine, their, **TOLERANCE[torch.float32])
-        torch.testing.assert_close(lse[0, :, at].transpose(0, 1), expected_lse)
 
 
 @needs_kernel
@@ -502,158 +261,3 @@ def test_scratch_is_a_few_copies_of_key_and_value(
         assert (
             grown <= 1.1 * padding * packed + means + 2 * 2**20
         )  # and each thread's unit has more rows
-
-
-FAKE_COMPILER = """
-import pathlib, sys, time
-log = pathlib.Path({log!r})
-if "--version" in sys.argv:
-    print("fake 1.0")
-    sys.exit()
-with log.open("a") as file:
-    file.write(" ".join(sys.argv) + "\\n")
-time.sleep(0.1)
-if any(flag in sys.argv for flag in {refuse!r}):
-    sys.exit("unsupported option")
-pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).write_text("library")
-"""
-
-
-def fake_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, refuse: tuple[str, ...]) -> Path:
-    script, log = folder / "compiler.py", folder / "log"
-    script.write_text(FAKE_COMPILER.format(log=str(log), refuse=refuse))
-    monkeypatch.setenv("CXX", shlex.join([sys.executable, str(script)]))
-    return log
-
-
-def test_a_missing_compiler_is_a_reason_with_a_remedy(
-    fresh_build: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", "/nowhere/g++ -m64")
-    expected = (
-        "no C++ compiler found (CXX=/nowhere/g++ -m64 is no program): install g++ "
-        "(apt-get install g++), or set CXX to a C++17 compiler"
-    )
-    assert cpu.available() == expected
-    q = torch.randn(1, 1, 4, 8)
-    with pytest.raises(RuntimeError, match="apt-get install g"):
-        cpu.forward(q, q, q, MobaArguments(2, 2))
-    cpu_build.library.cache_clear()
-    monkeypatch.delenv("CXX")
-    monkeypatch.setenv("PATH", str(fresh_build))
-    assert "no g++, c++ or clang++ on PATH" in str(cpu.available())
-
-
-def test_a_failing_compiler_is_a_reason_with_its_message(
-    fresh_build: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = fake_compiler(fresh_build, monkeypatch, refuse=("-std=c++17",))
-    assert "It said: unsupported option" in str(cpu.available())
-    assert len(log.read_text().splitlines()) == len(cpu_build.EXTRAS)
-    assert not list((fresh_build / "cache").iterdir())
-
-
-def test_a_cache_that_cannot_be_written_is_a_reason_with_a_remedy(
-    fresh_build: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_compiler(fresh_build, monkeypatch, refuse=())
-    (fresh_build / "file").touch()
-    monkeypatch.setenv("MOONFX_CACHE_DIR", str(fresh_build / "file" / "cache"))
-    assert "set MOONFX_CACHE_DIR to a folder" in str(cpu.available())
-
-
-def test_a_library_that_cannot_be_loaded_is_a_reason_with_a_remedy(
-    fresh_build: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_compiler(fresh_build, monkeypatch, refuse=())
-    assert "loaded from" in str(cpu.available())
-
-
-def test_without_openmp_or_native_the_kernel_is_still_built(
-    fresh_build: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = fake_compiler(fresh_build, monkeypatch, refuse=("-fopenmp", "-mcpu=native"))
-    cpu_build.build()
-    lines = log.read_text().splitlines()
-    assert len(lines) == 3
-    assert "-march=native" in lines[-1]
-    assert "-fopenmp" not in lines[-1]
-
-
-BUILDS = [
-    ("SSE, without OpenMP", "g++", "-march=x86-64"),
-    ("AVX2, without OpenMP", "g++", "-march=x86-64-v3"),
-    ("clang, AVX-512", "clang++", "-march=x86-64-v4"),
-]
-# What a register's width decides: dims and keys that fill none, several, or not all of one.
-BUILT = [
-    Case(queries=333, length=333, block=32, topk=3, dim=24, value_dim=40),
-    Case(queries=3, length=200, block=16, topk=3, sinks=1, dim=33),
-    Case(queries=90, length=90, topk=3, packing="runs", softcap=0.5, bias="all", scale=0.25),
-    Case(queries=90, length=90, topk=3, packing="one token each", padding="holes", dim=64),
-]
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs x86-64, whose flags it gives")
-@pytest.mark.parametrize(
-    ("compiler", "flag"), [row[1:] for row in BUILDS], ids=[x[0] for x in BUILDS]
-)
-def test_other_compilers_and_processors_compute_the_same(
-    compiler: str, flag: str, fresh_build: Path, monkeypatch: pytest.MonkeyPatch, threads: None
-) -> None:
-    needed = {"-march=x86-64-v3": " avx2 ", "-march=x86-64-v4": " avx512dq "}.get(flag, "")
-    if shutil.which(compiler) is None or needed not in cpu_build.processor():
-        pytest.skip(f"needs {compiler} and a processor with{needed or ' SSE'}")
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(cpu_build, "FLAGS", [x.replace("-O3", "-O1") for x in cpu_build.FLAGS])
-    monkeypatch.setattr(cpu_build, "EXTRAS", ((flag,),))
-    assert cpu.available() is None
-    runs = []
-    for count in (1, 3):
-        torch.set_num_threads(count)
-        for case, dtype in itertools.product(BUILT, DTYPES):
-            assert_like_reference(case.but(dtype=dtype))
-        tensors = BUILT[0].inputs()
-        runs.append(cpu.forward(*tensors, BUILT[0].arguments())[0])
-    assert torch.equal(*runs)
-
-
-def test_the_first_build_says_that_it_compiles_and_later_ones_nothing(
-    fresh_build: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    fake_compiler(fresh_build, monkeypatch, refuse=())
-    path = cpu_build.build()
-    said = capfd.readouterr().err
-    assert said.startswith("moonfx: compiling its CPU kernel")
-    assert str(path) in said
-    assert len(said.splitlines()) == 1
-    cpu_build.build()
-    assert capfd.readouterr().err == ""
-
-
-def test_builds_that_race_leave_one_library_and_nothing_else(
-    fresh_build: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = fake_compiler(fresh_build, monkeypatch, refuse=())
-    paths: list[Path] = []
-    race = [threading.Thread(target=lambda: paths.append(cpu_build.build())) for _ in range(3)]
-    for thread in race:
-        thread.start()
-    for thread in race:
-        thread.join()
-    assert len(set(paths)) == 1
-    assert list((fresh_build / "cache").iterdir()) == paths[:1]
-    compiled = len(log.read_text().splitlines())
-    assert cpu_build.build() == paths[0]
-    assert len(log.read_text().splitlines()) == compiled  # the second time it is only found
-
-
-def test_another_compiler_or_flag_gives_another_library(
-    fresh_build: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_compiler(fresh_build, monkeypatch, refuse=())
-    first = cpu_build.build()
-    monkeypatch.setenv("CXX", os.environ["CXX"] + " -O1")
-    second = cpu_build.build()
-    monkeypatch.setattr(cpu_build, "FLAGS", [*cpu_build.FLAGS, "-g"])
-    assert len({first, second, cpu_build.build()}) == 3

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("aot")  # one process compiles for every te
 
 TENSOR = 512  # columns of tensor memory
 # Where the time goes, and the instruction that a 16-bit product there has to become.
-FORWARD = ("forward._tiles", "forward_small_blocks.held")
+FORWARD = ("forward._tiles", "forward_small_blocks.small_blocks")
 ATTENTION = (*FORWARD, "backward_dkdv._walk", "backward_dq._tiles")
 UNIT = {
     "sm_80": "HMMA",

@@ -16,8 +16,7 @@ from moonfx.kernels.cpu import library as cpu_build
 from moonfx.kernels.gpu import configs as gpu_configs
 from moonfx.kernels.reference import newton_schulz as reference
 from moonfx.kernels.torch_ops import newton_schulz as by_torch
-from moonfx.ops import dispatch, newton_schulz_cost, newton_schulz_runs
-from moonfx.ops import gpu_waves as newton_schulz_waves
+from moonfx.ops import dispatch, gpu_waves, newton_schulz_cost, newton_schulz_runs
 from moonfx.ops.newton_schulz import newton_schulz_form
 from tests.kernels.gpu.test_aot import UNIT
 from tests.support.newton_schulz_cases import (
@@ -150,7 +149,7 @@ def test_each_form_is_as_precise_as_it_says(
     expected = reference.by_singular_values(X.double(), steps)
     plain = error(by_torch.one(X[0], steps), expected[0])
     assert plain <= tolerance(name, kind, dtype)
-    runs = newton_schulz_runs.choose(steps, dtype, 48, 128)
+    runs = newton_schulz_runs.choose_runs(steps, dtype, 48, 128)
     for lengths, (factor, more) in (((1,) * len(steps), SYMMETRIC[dtype]), (runs, GRAM[dtype])):
         out = gpu_newton_schulz.newton_schulz(X, steps, lengths)
         assert error(out, expected) <= factor * plain + more
@@ -249,8 +248,8 @@ def test_the_waves_are_those_of_the_kernels_tiles() -> None:
         for (chip, size), config in gpu_newton_schulz.TILES.items()
         if size == 2 and chip != gpu_configs.INTERPRETER
     }
-    assert sides == {newton_schulz_waves.SIDE}
-    assert newton_schulz_waves.triangle(3, 513) == 3 * 15
+    assert sides == {gpu_waves.SIDE}
+    assert gpu_waves.triangle(3, 513) == 3 * 15
 
 
 def test_a_gpu_without_triton_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
