@@ -15,6 +15,16 @@ TREE := build/tree
 test: lint types
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=15 -m "not sweep"
 
+# Before each commit, in under four minutes on two cores: style, layers, types, and what one pass or one kernel does.
+# Left out is what takes longest: programs drawn at random, encoders, key biases in whole models, and of the kernels
+# what draws many problems, differentiates or compiles C++ again.
+CHECKED := tests/test_architecture.py tests/passes tests/kernels/common tests/kernels/reference tests/kernels/cpu
+LONG := any_ or random or grammar or bidirectional or key_bias or equals_a_loop or derivatives or pair_of_features \
+	or output_and_gradients or every_bit or compilers or builds or thousands
+
+check: lint types
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not sweep and not slow" -k "not ($(LONG))" $(CHECKED)
+
 # What `make test` takes a part of: the other form of every architecture of transformers, SmolLM2's
 # generation and gradients, the GPU kernels in bfloat16, and compiled for every chip and shape class
 # (more than an hour on two cores).

@@ -78,10 +78,13 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module 'moonfx' has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
-    return found
+    if name in _LATER:
+        globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+        return globals()[name]
+    if name == "optim":  # with all that a conversion imports: moonfx.optim.matrices.Layout
+        importlib.import_module("moonfx.optim.convert")
+        return sys.modules["moonfx.optim"]
+    raise AttributeError(f"module 'moonfx' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,7 @@
 
 import warnings
 
-_said = False
+_warned = False
 
 
 def warn_slow(what: str, reason: str) -> None:
@@ -14,15 +14,15 @@ def warn_slow(what: str, reason: str) -> None:
         what: what runs slower, and how.
         reason: what is missing, and how to get it.
     """
-    global _said
-    if _said:
+    global _warned
+    if _warned:
         return
-    _said = True
+    _warned = True
     message = f"moonfx: {what}: {reason}. `moonfx doctor` checks the set-up."
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def forget() -> None:
     """Lets the next fallback warn again."""
-    global _said
-    _said = False
+    global _warned
+    _warned = False

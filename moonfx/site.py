@@ -32,8 +32,8 @@ class Mask:
         padding: the proved predicate over (row, key) that says which keys are real, or None.
         segments: what, over (row, key), tells the packed sequences of a row apart: a query sees the
             keys where it is what it is at the query's own token. None where nothing is packed.
-        bias: what is added to the scores, over (row, head, key): a passes.key_bias.Bias, the same
-            for every query up to a constant that softmax does not see. None for none.
+        bias: what is added to the scores, over (row, head, key): a passes.masks.key_bias.Bias,
+            the same for every query up to a constant that softmax does not see. None for none.
     """
 
     kind: str

@@ -18,29 +18,8 @@ PACKAGE = ("moonfx", "passes", "kernels")
 LINES, FUNCTION_LINES = 400, 60
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-# torch's private side, as imports and as chains of attributes. Hooks that Inductor names in its
-# documentation, torch.utils._pytree and torch.utils._python_dispatch are private by name only:
-# torch's own extension guides use them.
-PRIVATE = (
-    "torch._C",
-    "torch._decomp",
-    "torch._dispatch",
-    "torch._dynamo",
-    "torch._export",
-    "torch._functorch",
-    "torch._guards",
-    "torch._higher_order_ops",
-    "torch._inductor",
-    "torch._library",
-    "torch._logging",
-    "torch._ops",
-    "torch._prims",
-    "torch._prims_common",
-    "torch._refs",
-    "torch._subclasses",
-    "torch.fx.experimental",
-    "torch.fx._",
-)
+# Private by name alone: torch's guides to extensions name them, and optimizers are written in them.
+PUBLIC = ("torch._check", "torch._foreach_", "torch.utils._pytree", "torch.utils._python_dispatch")
 
 # function -> why it is longer, its docstring left out. Bodies of Triton kernels need no entry.
 _LAUNCH = "checks a problem, chooses a configuration and hands each argument to one kernel"
@@ -112,17 +91,33 @@ def test_a_circle_would_be_found():
     assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
+def is_private(name: str) -> bool:
+    """Whether a dotted name is of torch, and neither public nor said to be stable."""
+    first, *rest = name.split(".")
+    if first != "torch" or name.startswith(PUBLIC):
+        return False
+    hidden = any(part.startswith("_") and not part.endswith("__") for part in rest)
+    return hidden or name.startswith("torch.fx.experimental")
+
+
 def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Line and name of each of torch's private names that a file reads or imports."""
     inner = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    known = {  # what a file calls what it imported: fx is torch.fx
+        alias.asname or alias.name: f"{n.module}.{alias.name}"
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom)
+        for alias in n.names
+    }
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = list(imported(node))
         elif isinstance(node, ast.Attribute) and id(node) not in inner:
-            names = [ast.unparse(node)]
+            first, *rest = ast.unparse(node).split(".")
+            names = [".".join([known.get(first, first), *rest])]
         for name in names:
-            if any(name == p or name.startswith((f"{p}.", "torch.fx._")) for p in PRIVATE):
+            if is_private(name):
                 yield node.lineno, name
 
 
@@ -145,7 +140,9 @@ def test_torchs_private_names_are_read_in_capture_alone():
         ("torch._C._len_torch_dispatch_stack()", ["torch._C._len_torch_dispatch_stack"]),
         ("from torch.fx.experimental import proxy_tensor", ["torch.fx.experimental.proxy_tensor"]),
         ("def f():\n  import torch._guards", ["torch._guards"]),
-        ("torch.compile(f); torch.utils._pytree.tree_map(f, x); torch._check(x)", []),
+        ("from torch import fx\nfx.experimental.x", ["torch.fx.experimental.x"]),
+        ("torch.compile(f); torch.utils._pytree.tree_map(f, x); torch.__version__", []),
+        ("torch._foreach_add_(x, 1); torch.ops.aten.mm.default; a.torch._C", []),
     ],
 )
 def test_a_private_name_would_be_found(text: str, found: list[str]):

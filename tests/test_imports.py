@@ -77,6 +77,11 @@ def test_a_public_name_stays_a_function_when_the_module_of_that_name_is_imported
     assert run(NAMES).stdout.split() == ["[]"]
 
 
+def test_what_describes_a_weights_layout_needs_no_import_of_its_own():
+    program = "import moonfx; print(moonfx.optim.matrices.Layout.__module__)"
+    assert run(program).stdout.split() == ["moonfx.optim.matrices"]
+
+
 @pytest.mark.parametrize("name", moonfx.__all__)
 def test_each_public_name_can_be_read_and_is_listed(name):
     assert getattr(moonfx, name).__name__ == name

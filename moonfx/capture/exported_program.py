@@ -78,7 +78,7 @@ def _copy_for_passes(
             checks.append((node.args[0], {**node.kwargs}))
             copied.graph.erase_node(node)
         elif node.target is _FLASH:
-            _whole_attention(node)
+            _recompose_attention(node)
         elif node.target is torch.ops.aten.expand.default and _expands_nothing(node):
             node.replace_all_uses_with(node.args[0])  # decompositions put one around each product
             copied.graph.erase_node(node)
@@ -93,7 +93,7 @@ def _copy_for_passes(
             node.update_arg(position[0], own)
     for node in copied.graph.nodes:
         if node.target is torch.ops.aten.bmm.default:
-            _whole_product(node)
+            _recompose_matmul(node)
     copied.graph.eliminate_dead_code(lambda node: node.op != "get_attr" and node.is_impure())
     copied.delete_all_unused_submodules()
     copied.recompile()
@@ -105,7 +105,7 @@ def _expands_nothing(node: fx.Node) -> bool:
     return len(before) == len(after) and all(map(same_size, before, after))
 
 
-def _whole_product(node: fx.Node) -> None:
+def _recompose_matmul(node: fx.Node) -> None:
     """Writes view(bmm(view(a), view(b))), what decompositions make of a 4-D a @ b, as matmul."""
     sides: list[Any] = [x.args[0] if x.target in _VIEWS else x for x in node.all_input_nodes]
     out = next(iter(node.users), node)
@@ -118,12 +118,12 @@ def _whole_product(node: fx.Node) -> None:
     if not all(map(same_size, result, (*lead, a[-2], b[-1]))) or not same_size(a[-1], b[-2]):
         return
     with node.graph.inserting_before(out):
-        whole = node.graph.call_function(torch.ops.aten.matmul.default, tuple(sides))
-    whole.meta.update(out.meta)
-    out.replace_all_uses_with(whole)
+        recomposed = node.graph.call_function(torch.ops.aten.matmul.default, tuple(sides))
+    recomposed.meta.update(out.meta)
+    out.replace_all_uses_with(recomposed)
 
 
-def _whole_attention(node: fx.Node) -> None:
+def _recompose_attention(node: fx.Node) -> None:
     """Writes CPU flash attention whose logsumexp is not read as scaled_dot_product_attention."""
     if [user.args[1] for user in node.users] != [0]:
         return
@@ -133,13 +133,13 @@ def _whole_attention(node: fx.Node) -> None:
     dropout, causal = node.kwargs.get("dropout_p", dropout), node.kwargs.get("is_causal", causal)
     arguments = (query, key, value, node.kwargs.get("attn_mask"), dropout, causal)
     with node.graph.inserting_before(node):
-        whole = node.graph.call_function(
+        recomposed = node.graph.call_function(
             torch.ops.aten.scaled_dot_product_attention.default,
             arguments,
             {"scale": node.kwargs.get("scale")},
         )
-    whole.meta.update(out.meta)
-    out.replace_all_uses_with(whole)
+    recomposed.meta.update(out.meta)
+    out.replace_all_uses_with(recomposed)
     node.graph.erase_node(out)
     node.graph.erase_node(node)
 
