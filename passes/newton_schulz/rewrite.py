@@ -55,9 +55,9 @@ def _chosen(
 ) -> Chosen:
     """What is to be replaced, and a site for each that was found.
 
-    An iteration that is not replaced becomes what it was again, and so do lists of which it was a
-    part. A list may stand between nodes that could be brought together without it: what can be
-    replaced is asked again, until all of it can.
+    An iteration that is not replaced is restored, and with it the lists of which it was a part. A
+    list may then stand between nodes that could be brought together without it. So what can be
+    replaced is asked again, until it is all that was left to ask about.
     """
     was_decomposed = bool(decomposed)
     _restore(decomposed, found, [chain for chain in found if chain.reject is None])
@@ -87,7 +87,7 @@ def _chosen(
 
 
 def _restore(decomposed: Decomposition, found: list[Chain], replaced: list[Chain]) -> None:
-    """Writes lists and diagonals as they were again but for the nodes that are to be replaced."""
+    """Restores what was decomposed but for the nodes that are to be replaced."""
     decomposed.restore({node for chain in replaced for node in chain.body})
     for chain in found:
         chain.source = chain.source._replace(node=decomposed.current(chain.source.node))
