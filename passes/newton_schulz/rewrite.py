@@ -5,7 +5,7 @@ after   moonfx::newton_schulz(stack(X, ..), [a, b, c, ..]) once for all matrices
 
 X is already normalized, and stays so as its author wrote it. The coefficients are read from the
 nodes. An iteration is replaced where it is proved that nothing else reads what it computes on the
-way (`iterations`), and is computed with others where every read and write of the graph can keep its
+way (`replaceable`). It is computed with others where every read and write of the graph can keep its
 place (`node_order`).
 """
 
@@ -21,8 +21,9 @@ from moonfx.passes.graph import node_order
 from moonfx.passes.graph.memory_versions import Memory
 from moonfx.passes.graph.nodes import arguments, operator_name
 from moonfx.passes.newton_schulz import batching
+from moonfx.passes.newton_schulz.chain import Chain
 from moonfx.passes.newton_schulz.decomposition import Decomposition
-from moonfx.passes.newton_schulz.iterations import Chain, chains
+from moonfx.passes.newton_schulz.iterations import chains
 from moonfx.passes.newton_schulz.operator_call import OPERATOR, write_call
 from moonfx.passes.newton_schulz.steps import find_steps
 from moonfx.site import NewtonSchulzSite, Reject
