@@ -27,7 +27,7 @@ _NAMED = ("_operator", "operator", "torch")
 
 
 def is_opaque(node: fx.Node) -> bool:
-    """Whether nothing is known of what a node does: not an operator with a schema."""
+    """Whether the effects of a node are unknown: it is no operator with a schema."""
     if node.op in ("call_method", "call_module"):
         return True
     if node.op != "call_function" or hasattr(node.target, "_schema"):
@@ -71,7 +71,7 @@ def writes(node: fx.Node) -> list[fx.Node]:
 
 
 def _writes_by_name(node: fx.Node) -> bool:
-    """Whether a node of which nothing is known may write: by its name, if torch gave it that."""
+    """Whether a node of unknown effects may write: by its name, where that is one of torch's."""
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
     # torch's functions of C have no module.
     module = str(getattr(node.target, "__module__", None) or "torch")

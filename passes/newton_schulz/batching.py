@@ -7,7 +7,7 @@ import torch
 
 from moonfx.ops import newton_schulz as operator
 from moonfx.passes.newton_schulz import matmuls
-from moonfx.passes.newton_schulz.iterations import Chain
+from moonfx.passes.newton_schulz.chain import Chain
 
 # The most that one call is given. Three times as much is alive for it at most: its operand, its
 # result, and what it needs on the way.

@@ -1,4 +1,4 @@
-"""What is written otherwise while iterations are looked for, and becomes again what it was.
+"""Lists and writes to diagonals in the form in which iterations are looked for, and back.
 
 before  _foreach_mul_([x, y], 2.0)                        y.diagonal(..).add_(b)
 after   mul_(x, 2.0); mul_(y, 2.0)  (`foreach`)           y2 = y + b I  (`diagonal_writes`)
@@ -34,7 +34,7 @@ class Decomposition:
             self._memory = None
 
     def __bool__(self) -> bool:
-        """Whether anything is written otherwise than it was."""
+        """Whether any list or write is decomposed now."""
         return bool(self._rows or self._diagonals)
 
     @property
@@ -45,12 +45,12 @@ class Decomposition:
         return self._memory
 
     def restore(self, kept: set[fx.Node]) -> None:
-        """Writes all again as it was but for the nodes that are kept."""
+        """Brings all but the nodes that are kept back into the form in which it was written."""
         if self:
             self._memory = None
         self._rows.restore(kept)
         self._diagonals.restore(kept)
 
     def current(self, node: fx.Node) -> fx.Node:
-        """The node that stands for another since that was written as it was again."""
+        """The node that stands for one that is no more since `restore`."""
         return self._diagonals.current(self._rows.current(node))

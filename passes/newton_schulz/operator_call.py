@@ -14,7 +14,7 @@ from torch import fx
 
 from moonfx.passes.graph.nodes import insert
 from moonfx.passes.newton_schulz import batching
-from moonfx.passes.newton_schulz.iterations import Chain
+from moonfx.passes.newton_schulz.chain import Chain
 
 aten = torch.ops.aten
 OPERATOR = torch.ops.moonfx.newton_schulz.default

@@ -5,7 +5,7 @@ after   moonfx::newton_schulz(stack(X, ..), [a, b, c, ..]) once for all matrices
 
 X is already normalized, and stays so as its author wrote it. The coefficients are read from the
 nodes. An iteration is replaced where it is proved that nothing else reads what it computes on the
-way (`iterations`), and is computed with others where every read and write of the graph can keep its
+way (`replaceable`). It is computed with others where every read and write of the graph can keep its
 place (`node_order`).
 """
 
@@ -21,8 +21,9 @@ from moonfx.passes.graph import node_order
 from moonfx.passes.graph.memory_versions import Memory
 from moonfx.passes.graph.nodes import arguments_of, operator_name
 from moonfx.passes.newton_schulz import batching
+from moonfx.passes.newton_schulz.chain import Chain
 from moonfx.passes.newton_schulz.decomposition import Decomposition
-from moonfx.passes.newton_schulz.iterations import Chain, chains
+from moonfx.passes.newton_schulz.iterations import chains
 from moonfx.passes.newton_schulz.operator_call import OPERATOR, write_call
 from moonfx.passes.newton_schulz.steps import find_steps
 from moonfx.site import Declined, NewtonSchulzSite
@@ -55,9 +56,9 @@ def _chosen(
 ) -> Chosen:
     """What is to be replaced, and a site for each that was found.
 
-    An iteration that is not replaced becomes what it was again, and so do lists of which it was a
-    part. A list may stand between nodes that could be brought together without it: what can be
-    replaced is asked again, until all of it can.
+    An iteration that is not replaced is restored, and with it the lists of which it was a part. A
+    list may then stand between nodes that could be brought together without it. So what can be
+    replaced is asked again, until it is all that was left to ask about.
     """
     was_decomposed = bool(decomposed)
     _restore(decomposed, found, [chain for chain in found if chain.reject is None])
@@ -87,7 +88,7 @@ def _chosen(
 
 
 def _restore(decomposed: Decomposition, found: list[Chain], replaced: list[Chain]) -> None:
-    """Writes lists and diagonals as they were again but for the nodes that are to be replaced."""
+    """Restores what was decomposed but for the nodes that are to be replaced."""
     decomposed.restore({node for chain in replaced for node in chain.body})
     for chain in found:
         chain.source = chain.source._replace(node=decomposed.current(chain.source.node))
