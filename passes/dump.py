@@ -80,5 +80,5 @@ def _diff(name: str, before: str, after: str) -> str:
     if before == after:
         return f"# {name}: nothing is different\n"
     files = f"{name}_before.py", f"{name}_after.py"
-    lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), *files)
-    return "".join([f"# {name}\n", *lines])
+    old, new = (text.splitlines(keepends=True) for text in (before, after))
+    return "".join([f"# {name}\n", *difflib.unified_diff(old, new, *files)])

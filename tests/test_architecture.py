@@ -7,7 +7,6 @@ is what they do not see: cycles between files, names from torch, sizes.
 import ast
 import functools
 import sys
-import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -203,9 +202,3 @@ def test_no_function_is_longer_than_a_screen_but_for_named_reasons():
 def test_few_files_lie_loose(folder: str):
     loose = [path.name for path in (ROOT / folder).iterdir() if path.is_file()]
     assert len(loose) <= 5, loose
-
-
-def test_every_folder_of_the_package_is_packaged():
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {path.parent for path in sources(*PACKAGE)} | {ROOT / "passes", ROOT / "kernels"}
-    assert sorted(listed) == sorted({module_name(folder / "__init__.py") for folder in folders})

@@ -11,6 +11,7 @@ import venv
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -241,7 +242,7 @@ def test_hugging_faces_kernels_is_what_import_kernels_gives_beside(
     assert seen["kernels"] == str(hugging_face_kernels / "kernels" / "__init__.py")
     assert seen["available"] is True
     assert seen["layers"] == 1
-    assert Path(seen["reference"]).name == "reference.py"
+    assert Path(seen["reference"]).parts[-2:] == ("reference", "moba.py")
 
 
 def test_transformers_takes_the_checkouts_kernels_folder_for_no_package(installations):
@@ -256,11 +257,35 @@ def test_no_top_level_folder_is_a_package(folder):
     assert not (CHECKOUT / folder / "__init__.py").exists()
 
 
+def project() -> dict[str, Any]:
+    return tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+
+
+def installed_name(path: Path) -> str:
+    """passes/graph once installed: moonfx.passes.graph."""
+    folder, *rest = path.relative_to(CHECKOUT).with_suffix("").parts
+    return ".".join([*PACKAGES[folder].split("/"), *rest])
+
+
+def test_every_folder_with_sources_is_listed_as_a_package():
+    files = [path for folder in PACKAGES for path in (CHECKOUT / folder).rglob("*.py")]
+    folders = {path.parent for path in files} | {CHECKOUT / folder for folder in PACKAGES}
+    assert sorted(project()["tool"]["setuptools"]["packages"]) == sorted(
+        map(installed_name, folders)
+    )
+
+
+def test_every_module_that_mypy_is_told_of_is_there():
+    files = [path for folder in PACKAGES for path in (CHECKOUT / folder).rglob("*.py")]
+    overrides = project()["tool"]["mypy"]["overrides"]
+    named = {name for each in overrides for name in each["module"] if name.startswith("moonfx.")}
+    assert named - set(map(installed_name, files)) == set()
+
+
 def test_the_doctor_asks_for_what_the_package_asks_for():
-    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     asked = f"torch>={doctor.dotted(doctor.TORCH_FROM)},<{doctor.dotted(doctor.TORCH_BELOW)}"
-    assert asked in project["dependencies"]
-    assert project["requires-python"] == f">={doctor.dotted(doctor.PYTHON_FROM)}"
+    assert asked in project()["project"]["dependencies"]
+    assert project()["project"]["requires-python"] == f">={doctor.dotted(doctor.PYTHON_FROM)}"
 
 
 def test_every_requirement_of_the_makefile_is_pinned():

@@ -150,9 +150,9 @@ class Backend:
         if context is None:
             return gm, {}
         name_invoked_bodies(captured, retraced=True)
-        inputs = placeholders(captured.graph)
+        known = placeholders(captured.graph)
         guards = {
-            inputs.index(node): values for node, values in context.proofs.items() if node in inputs
+            known.index(node): values for node, values in context.proofs.items() if node in known
         }
         return captured, guards
 

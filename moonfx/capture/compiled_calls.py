@@ -18,23 +18,26 @@ from torch._dynamo.code_context import code_context
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.external_utils import wrap_inline
 
+Call = Callable[..., Any]
 
-def copy_of_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
-    """A GraphModule of its own, of the same parameters and buffers.
 
-    Dynamo is told where the code came from, so that its graph keeps each node's module.
-    """
-    shared = {id(t): t for t in (*gm.parameters(), *gm.buffers())}
-    copied: fx.GraphModule = copy.deepcopy(gm, shared)
-    ours = [k for k, h in gm._forward_pre_hooks.items() if h is stay_out_of_outer_graphs]
-    for name, value in vars(gm).items():  # hooks and other attributes, which a deep copy loses
-        if re.fullmatch(r"_(forward|backward)(_pre)?_hooks\w*", name):
-            setattr(copied, name, type(value)((k, h) for k, h in value.items() if k not in ours))
-        elif name not in ("_moonfx", "_compiled_call_impl"):
-            vars(copied).setdefault(name, value)
-    context: Any = code_context.get_context(copied.forward.__code__)
-    context["orig_graphmodule"] = weakref.ref(copied)
-    return copied
+def compile_call(
+    call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None = None
+) -> Callable[..., Any]:
+    """torch.compile of a call, by a backend; `dynamic` as torch.compile takes it."""
+    return _as_ours(torch.compile(call, dynamic=dynamic, **_compile_options(backend)))
+
+
+def compile_in_place(model: torch.nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """nn.Module.compile; returns the compiled call that it put on the model."""
+    model.compile(**_compile_options(backend))
+    compiled: Any = model._compiled_call_impl
+    return _as_ours(compiled)
+
+
+def compile_step(call: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of an optimizer's pure step by Inductor, as a graph that cannot break."""
+    return torch.compile(call, fullgraph=True, dynamic=False, **_compile_options("inductor"))
 
 
 def _compile_options(backend: Callable[..., Any] | str) -> dict[str, Any]:
@@ -118,23 +121,6 @@ def stay_out_of_outer_graphs(model: torch.nn.Module, args: Any) -> None:
         )
 
 
-def compile_call(
-    call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None = None
-) -> Callable[..., Any]:
-    """torch.compile of a call, by a backend; `dynamic` as torch.compile takes it."""
-    return _as_ours(torch.compile(call, dynamic=dynamic, **_compile_options(backend)))
-
-
-def compile_in_place(model: torch.nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
-    """nn.Module.compile; returns the compiled call that it put on the model."""
-    model.compile(**_compile_options(backend))
-    compiled: Any = model._compiled_call_impl
-    return _as_ours(compiled)
-
-
-Call = Callable[..., Any]
-
-
 def plain_call(model: torch.nn.Module) -> Call:
     """What nn.Module.compile compiles: hooks and forward.
 
@@ -166,6 +152,19 @@ def is_compiled_module(model: object) -> bool:
     return isinstance(model, torch._dynamo.OptimizedModule)
 
 
-def compile_step(call: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile of an optimizer's pure step by Inductor, as a graph that cannot break."""
-    return torch.compile(call, fullgraph=True, dynamic=False, **_compile_options("inductor"))
+def copy_of_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A GraphModule of its own, of the same parameters and buffers.
+
+    Dynamo is told where the code came from, so that its graph keeps each node's module.
+    """
+    shared = {id(t): t for t in (*gm.parameters(), *gm.buffers())}
+    copied: fx.GraphModule = copy.deepcopy(gm, shared)
+    ours = [k for k, h in gm._forward_pre_hooks.items() if h is stay_out_of_outer_graphs]
+    for name, value in vars(gm).items():  # hooks and other attributes, which a deep copy loses
+        if re.fullmatch(r"_(forward|backward)(_pre)?_hooks\w*", name):
+            setattr(copied, name, type(value)((k, h) for k, h in value.items() if k not in ours))
+        elif name not in ("_moonfx", "_compiled_call_impl"):
+            vars(copied).setdefault(name, value)
+    context: Any = code_context.get_context(copied.forward.__code__)
+    context["orig_graphmodule"] = weakref.ref(copied)
+    return copied

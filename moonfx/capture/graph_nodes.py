@@ -30,37 +30,6 @@ TRAINED = "moonfx_trained"
 DATA = getattr(torch._C._autograd, "_get_data_attr", None)
 
 
-def name_invoked_bodies(gm: fx.GraphModule, retraced: bool) -> None:
-    """Gives the bodies of nested compile regions names by what they now hold.
-
-    Regions of one name are compiled once: those that were alike and are now different must not
-    share it, and those that are still alike should. AOTAutograd asks the results' fake values which
-    of them need gradients, and make_fx's do not know: without them it finds out by itself.
-    """
-    known: dict[tuple[Any, ...], str] = {}
-    for graph in nested_graphs(gm):
-        for node in graph.graph.nodes:
-            if node.op != "call_function" or str(node.target) != "invoke_subgraph":
-                continue
-            body = getattr(graph, str(node.args[0].target))
-            key = (node.args[1], _content(body))
-            same = sum(old == node.args[1] for old, _ in known)
-            node.update_arg(1, known.setdefault(key, f"{node.args[1]}_moonfx_{same}"))
-            for result in body.graph.output_node().all_input_nodes if retraced else ():
-                result.meta.pop("val", None)
-
-
-def _content(gm: fx.GraphModule) -> tuple[Any, ...]:
-    """What a graph computes: equal for two graphs only if they are interchangeable."""
-    held = [getattr(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"]
-    parts = [_content(x) if isinstance(x, fx.GraphModule) else id(x) for x in held]
-    return (str(gm.graph), *parts)
-
-
-def name_in_model(path: str) -> str:
-    return re.sub(r"^L\['\w+'\]\.?", "", str(path))
-
-
 def is_captured(gm: torch.nn.Module) -> bool:
     """Whether the graph is in pre-dispatch ATen, so that passes may look at it."""
     return bool(getattr(gm, "meta", {}).get(CAPTURED))
@@ -126,6 +95,20 @@ def opaque_body(node: fx.Node) -> fx.GraphModule | None:
     return body if isinstance(body, fx.GraphModule) and not is_captured(body) else None
 
 
+def body_position(node: fx.Node) -> tuple[int, int] | None:
+    """Where a higher-order node's body is among its arguments, and where the body's own begin.
+
+    None if it calls no body, or one that the passes do not look into.
+    """
+    if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
+        return None
+    return BODY_OPERATORS.get(node.target.name())
+
+
+def is_higher_order(node: fx.Node) -> bool:
+    return isinstance(node.target, HigherOrderOperator) or node.target is under_transform
+
+
 @functools.cache
 def is_composite(target: Any) -> bool:
     """Whether torch makes an operator of others, and so may hand back what it was given."""
@@ -141,20 +124,6 @@ def is_composite(target: Any) -> bool:
 def is_data(node: fx.Node) -> bool:
     """Whether a node is tensor.data."""
     return DATA is not None and node.target is DATA
-
-
-def is_higher_order(node: fx.Node) -> bool:
-    return isinstance(node.target, HigherOrderOperator) or node.target is under_transform
-
-
-def body_position(node: fx.Node) -> tuple[int, int] | None:
-    """Where a higher-order node's body is among its arguments, and where the body's own begin.
-
-    None if it calls no body, or one that the passes do not look into.
-    """
-    if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
-        return None
-    return BODY_OPERATORS.get(node.target.name())
 
 
 class Traced(Protocol):
@@ -182,6 +151,10 @@ def module_path(node: Traced, names: dict[int, str], root: str | None) -> str:
     if ident.isdigit() and int(ident) in names:
         return names[int(ident)]
     return f"{root or ''}.{name_in_model(path)}".strip(".")
+
+
+def name_in_model(path: str) -> str:
+    return re.sub(r"^L\['\w+'\]\.?", "", str(path))
 
 
 def graph_root(
@@ -220,3 +193,30 @@ def source_line(node: Traced) -> str:
     # A GraphModule's own code: where its model was written, if that is known, and the graph's line.
     where = f"{Path(generated[1]).name}, " if generated[1] else ""
     return f"{where}graph line {number}"
+
+
+def name_invoked_bodies(gm: fx.GraphModule, retraced: bool) -> None:
+    """Gives the bodies of nested compile regions names by what they now hold.
+
+    Regions of one name are compiled once: those that were alike and are now different must not
+    share it, and those that are still alike should. AOTAutograd asks the results' fake values which
+    of them need gradients, and make_fx's do not know: without them it finds out by itself.
+    """
+    known: dict[tuple[Any, ...], str] = {}
+    for graph in nested_graphs(gm):
+        for node in graph.graph.nodes:
+            if node.op != "call_function" or str(node.target) != "invoke_subgraph":
+                continue
+            body = getattr(graph, str(node.args[0].target))
+            key = (node.args[1], _content(body))
+            same = sum(old == node.args[1] for old, _ in known)
+            node.update_arg(1, known.setdefault(key, f"{node.args[1]}_moonfx_{same}"))
+            for result in body.graph.output_node().all_input_nodes if retraced else ():
+                result.meta.pop("val", None)
+
+
+def _content(gm: fx.GraphModule) -> tuple[Any, ...]:
+    """What a graph computes: equal for two graphs only if they are interchangeable."""
+    held = [getattr(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"]
+    parts = [_content(x) if isinstance(x, fx.GraphModule) else id(x) for x in held]
+    return (str(gm.graph), *parts)

@@ -118,6 +118,24 @@ def _hold(gm: fx.GraphModule, captured: fx.GraphModule, names: Sequence[str]) ->
             captured.graph.erase_node(read)
 
 
+def _keep_placeholders(
+    gm: fx.GraphModule, captured: fx.GraphModule, example_inputs: Sequence[Any]
+) -> None:
+    """Gives placeholders their first names, and module buffers their values.
+
+    A mask kept in a buffer can be proved from its value; `backend.guards` watches that it stays.
+    """
+    pairs = placeholders(gm.graph), placeholders(captured.graph)
+    for old, new, value in zip(*pairs, example_inputs, strict=True):
+        new.name = new.target = old.name
+        new.meta.update({k: v for k, v in old.meta.items() if k in ("grapharg", "tensor_dict")})
+        new.meta[TRAINED] = isinstance(value, torch.Tensor) and value.requires_grad
+        source = repr(getattr(old, "_dynamo_source", ""))
+        if "_buffers" in source and isinstance(value, torch.Tensor):
+            new.meta[BUFFER] = value
+    captured.recompile()
+
+
 def _retrace(
     gm: fx.GraphModule,
     fakes: Sequence[Any],
@@ -159,20 +177,6 @@ def _retrace(
 # Their results are read by nobody, and still they must not be removed.
 _enter_inference = fx.node.has_side_effect(torch.autograd.grad_mode._enter_inference_mode)
 _exit_inference = fx.node.has_side_effect(torch.autograd.grad_mode._exit_inference_mode)
-
-
-def _tracer() -> Any:
-    """What make_fx writes the graph with."""
-    proxy_mode = get_proxy_mode()
-    assert proxy_mode is not None
-    return proxy_mode.tracer
-
-
-def _plain(tracer: Any, x: torch.Tensor) -> bool:
-    """Whether a tensor is a fake one that the graph knows, and no constant."""
-    slot = tracer.tensor_tracker.get(x)
-    known = slot is not None and slot.constant is None
-    return known and type(x) is FakeTensor and x.constant is None
 
 
 class _Retrace(fx.Interpreter):
@@ -312,6 +316,20 @@ class _Retrace(fx.Interpreter):
         return track_tensor_tree(out, proxy, constant=None, tracer=tracer)
 
 
+def _tracer() -> Any:
+    """What make_fx writes the graph with."""
+    proxy_mode = get_proxy_mode()
+    assert proxy_mode is not None
+    return proxy_mode.tracer
+
+
+def _plain(tracer: Any, x: torch.Tensor) -> bool:
+    """Whether a tensor is a fake one that the graph knows, and no constant."""
+    slot = tracer.tensor_tracker.get(x)
+    known = slot is not None and slot.constant is None
+    return known and type(x) is FakeTensor and x.constant is None
+
+
 def _subclasses(*given: Any) -> bool:
     return any(map(is_traceable_wrapper_subclass, pytree.tree_leaves(given)))
 
@@ -327,21 +345,3 @@ def _modes_of_body(name: str, args: Sequence[Any]) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def _keep_placeholders(
-    gm: fx.GraphModule, captured: fx.GraphModule, example_inputs: Sequence[Any]
-) -> None:
-    """Gives placeholders their first names, and module buffers their values.
-
-    A mask kept in a buffer can be proved from its value; `backend.guards` watches that it stays.
-    """
-    pairs = placeholders(gm.graph), placeholders(captured.graph)
-    for old, new, value in zip(*pairs, example_inputs, strict=True):
-        new.name = new.target = old.name
-        new.meta.update({k: v for k, v in old.meta.items() if k in ("grapharg", "tensor_dict")})
-        new.meta[TRAINED] = isinstance(value, torch.Tensor) and value.requires_grad
-        source = repr(getattr(old, "_dynamo_source", ""))
-        if "_buffers" in source and isinstance(value, torch.Tensor):
-            new.meta[BUFFER] = value
-    captured.recompile()

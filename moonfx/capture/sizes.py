@@ -36,6 +36,12 @@ def hint(size: Size) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
+def hint_or_none(size: Size) -> int | None:
+    """A size at the traced shape, None if only the run will know it. Adds no guard."""
+    known = size if isinstance(size, int) else size.node.hint
+    return None if known is None else int(known)
+
+
 def is_plain(value: torch.Tensor) -> bool:
     """Whether a node's value is a strided tensor of no subclass."""
     plain = type(value) in (FakeTensor, torch.Tensor, torch.nn.Parameter)
@@ -45,12 +51,6 @@ def is_plain(value: torch.Tensor) -> bool:
 def storage_of(value: torch.Tensor) -> object:
     """What two tensors share if and only if they lie in one storage; None if that is not known."""
     return value.untyped_storage()._cdata if is_plain(value) else None
-
-
-def hint_or_none(size: Size) -> int | None:
-    """A size at the traced shape, None if only the run will know it. Adds no guard."""
-    known = size if isinstance(size, int) else size.node.hint
-    return None if known is None else int(known)
 
 
 def fake_mode_of(gm: fx.GraphModule) -> Any:

@@ -87,21 +87,7 @@ def export_onnx(
     _require_packages()
     target = _checked_path(path)
     _check_numbers(opset, tolerance)
-    if not isinstance(dynamic, bool | Mapping):
-        raise TypeError(f"dynamic must be a bool or a dict of dynamic shapes, got {dynamic!r}")
-    if isinstance(model, ExportedProgram):
-        if dynamic is not True:
-            raise ValueError(
-                "dynamic must be True for an ExportedProgram, whose sizes were fixed when it was "
-                f"exported; got {dynamic!r}"
-            )
-        sparse, call, attention = _given_program(model, args, kwargs)
-        runs = None
-    else:
-        policies = policies_of(model, "export_onnx")
-        call = _checked_call(model, args, kwargs)
-        sparse, call, attention = _exported(model, policies, call, dynamic)
-        runs = compile_call(plain_call(model), Backend(policies, "eager", model), dynamic=True)
+    sparse, call, attention, runs = _program(model, args, kwargs, dynamic)
     inputs = sizes.Inputs(sparse, call, from_one=runs is not None and dynamic is True)
     onnx_program = _translated(sparse, inputs, opset)
     with files.staging(target) as folder:
@@ -195,6 +181,30 @@ def _check_dtypes(leaves: list[Any]) -> None:
 # --- PyTorch's side -------------------------------------------------------------------------------
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _program(
+    model: torch.nn.Module | ExportedProgram,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any] | None,
+    dynamic: bool | Mapping[str, Any],
+) -> tuple[ExportedProgram, Call, Report | None, Callable[..., Any] | None]:
+    """The sparse program, the call that it was exported with, what became of each attention, and
+    the sparse model itself to compare with, where there is one."""
+    if not isinstance(dynamic, bool | Mapping):
+        raise TypeError(f"dynamic must be a bool or a dict of dynamic shapes, got {dynamic!r}")
+    if isinstance(model, ExportedProgram):
+        if dynamic is not True:
+            raise ValueError(
+                "dynamic must be True for an ExportedProgram, whose sizes were fixed when it was "
+                f"exported; got {dynamic!r}"
+            )
+        return *_given_program(model, args, kwargs), None
+    policies = policies_of(model, "export_onnx")
+    call = _checked_call(model, args, kwargs)
+    sparse, call, attention = _exported(model, policies, call, dynamic)
+    runs = compile_call(plain_call(model), Backend(policies, "eager", model), dynamic=True)
+    return sparse, call, attention, runs
 
 
 def _given_program(

@@ -7,6 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from moonfx.ops.flops import attended_keys
 from moonfx.report import newton_schulz as iterations
 from moonfx.report.attention import Row, heads_of, outcome
 from moonfx.report.newton_schulz import IterationRow
@@ -75,8 +76,6 @@ class Report:
 
     def savings(self) -> dict[str, Any]:
         """Share of key tokens attended and the FLOP-ideal speedup of attention, as traced."""
-        from moonfx.ops.flops import attended_keys
-
         dense = sparse = longest = 0
         for row in self.rewritten:
             if row.queries is None or row.keys is None or row.policy is None:

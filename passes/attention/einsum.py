@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moonfx.passes.graph.nodes import insert, short
+from moonfx.passes.graph.nodes import insert, operator_name
 
 aten = torch.ops.aten
 
@@ -97,13 +97,13 @@ def as_scores(node: fx.Node) -> fx.Node | None:
     key = _laid_out(found.second, found.right, batch, keys + found.summed, node)
     key = insert(aten.transpose.int, (key, -2, -1), node)
     product = insert(aten.matmul.default, (query, key), node)
-    product.meta[_WRITTEN_AS] = short(node)
+    product.meta[_WRITTEN_AS] = operator_name(node)
     return _replace(node, product)
 
 
 def written_as(product: fx.Node) -> str:
     """The operator's name for a product of scores, as the graph had it: "einsum", "matmul"."""
-    return str(product.meta.get(_WRITTEN_AS, short(product)))
+    return str(product.meta.get(_WRITTEN_AS, operator_name(product)))
 
 
 def contracts_keys(node: fx.Node, probabilities: fx.Node) -> bool:

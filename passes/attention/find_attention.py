@@ -32,7 +32,7 @@ from moonfx.passes.attention.sink_logits import cuts_off
 from moonfx.passes.attention.softmax import Softmax, logarithm_of, read_softmax
 from moonfx.passes.attention.upstream import reaches_product
 from moonfx.passes.context import Context
-from moonfx.passes.graph.nodes import short
+from moonfx.passes.graph.nodes import operator_name
 from moonfx.passes.graph.operators import EXP, LOG_SOFTMAX, POWERS, SOFTMAX
 from moonfx.site import AttentionSite, Declined
 
@@ -168,7 +168,9 @@ def _by_exponentials(node: fx.Node) -> Declined | None:
     if product_beyond(node) is None or not reaches_product(scores):
         return None
     what = (
-        "log_softmax().exp()" if logarithm else f"a softmax written with {short(node)}() and a sum"
+        "log_softmax().exp()"
+        if logarithm
+        else f"a softmax written with {operator_name(node)}() and a sum"
     )
     return Declined(f"{what} is not read: write softmax(x, dim=-1)", node)
 

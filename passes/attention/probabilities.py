@@ -17,7 +17,7 @@ from moonfx.passes.attention.nan_guards import Guard, guard_of
 from moonfx.passes.attention.softmax import Softmax
 from moonfx.passes.attention.upstream import reaches_product
 from moonfx.passes.context import Context
-from moonfx.passes.graph.nodes import argument, permutation, short
+from moonfx.passes.graph.nodes import argument, operator_name, permutation
 from moonfx.passes.graph.operators import (
     CASTS,
     COPIES,
@@ -181,7 +181,7 @@ def _beyond(found: Product, softmax: Softmax) -> Declined:
     """Why the probabilities are not followed to a product that they enter."""
     assert found.beyond is not None
     far = found.beyond
-    reason = f"'{short(far)}' stands between the softmax and its product with the values"
+    reason = f"'{operator_name(far)}' stands between the softmax and its product with the values"
     if far.target is DETACH:
         reason = "the probabilities are detached; take the detach() away"
     return Declined(_NOT_DIVIDED if softmax.total is not None else reason, far)

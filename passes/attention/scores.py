@@ -28,7 +28,7 @@ from moonfx.passes.attention.upstream import (
     reaches_product,
 )
 from moonfx.passes.context import Context
-from moonfx.passes.graph.nodes import argument, short
+from moonfx.passes.graph.nodes import argument, operator_name
 from moonfx.passes.graph.operators import (
     ADD,
     CASTS,
@@ -186,7 +186,9 @@ def _step(node: fx.Node, walk: _Walk) -> Step:
         return _capped(node, walk)
     if target is aten.cat.default and any(map(reaches_product, _parts(node))):
         return _joined(node, walk)
-    raise walk.declined(node, f"'{short(node)}' stands between query @ key^T and the softmax")
+    raise walk.declined(
+        node, f"'{operator_name(node)}' stands between query @ key^T and the softmax"
+    )
 
 
 def _parts(node: fx.Node) -> list[Any]:
@@ -201,7 +203,7 @@ def _scaled(node: fx.Node, walk: _Walk) -> Step:
         source, given = given, source
     factor = constant_of(given, walk.context)
     if not reaches_product(source) and (factor is None or not isinstance(source, fx.Node)):
-        raise walk.declined(node, f"'{short(node)}' is not of the scores by a scalar")
+        raise walk.declined(node, f"'{operator_name(node)}' is not of the scores by a scalar")
     if factor is not None:
         if not 0 < factor < math.inf:
             raise walk.declined(node, f"the scores are scaled by {factor}; a scale must be above 0")
@@ -294,7 +296,7 @@ def _clamped(node: fx.Node, walk: _Walk) -> Step:
         if not reaches_product(source):
             source, low = low, source
     if not reaches_product(source):
-        raise walk.declined(node, f"'{short(node)}' is not of the scores")
+        raise walk.declined(node, f"'{operator_name(node)}' is not of the scores")
     far = [(low, -1.0), (high, 1.0)]
     bounds = [(constant_of(x, walk.context), sign) for x, sign in far if x is not None]
     if (

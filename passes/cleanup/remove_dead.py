@@ -6,6 +6,7 @@ after   body(x), and the nodes that made the mask are gone
 
 from torch import fx
 
+from moonfx.capture.graph_nodes import placeholders
 from moonfx.passes.context import Context
 from moonfx.passes.graph.dead_code import remove_dead_code
 from moonfx.passes.graph.nodes import body_of, operands_of, set_operands
@@ -19,11 +20,11 @@ def run(graph: fx.Graph, context: Context) -> int:
         if body is None:
             continue
         run(body.graph, context)
-        placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-        used = [bool(p.users) for p in placeholders]
+        inputs = placeholders(body.graph)
+        used = [bool(p.users) for p in inputs]
         kept = [a for a, u in zip(operands_of(node), used, strict=True) if u]
         set_operands(node, kept)
-        for placeholder, keep in zip(placeholders, used, strict=True):
+        for placeholder, keep in zip(inputs, used, strict=True):
             if not keep:
                 body.graph.erase_node(placeholder)
         body.recompile()

@@ -1,10 +1,10 @@
-"""Takes a number that is a symbol out of a sum's alpha.
+"""Replaces a sum's alpha that is a symbol by a product.
 
 before  p.add_(u, alpha=s)        s a learning rate that a scheduler changes
 after   p.add_(u.to(p.dtype) * s)
 
-What torch.compile makes of a symbol in a product is a tensor; of one in alpha it makes a constant,
-and compiles the step anew at each change. The product is rounded on its own here.
+torch.compile makes a tensor of a symbol in a product. Of one in alpha it makes a constant, and so
+compiles the step again at each change. The product is rounded before it is added here.
 """
 
 from typing import Any
@@ -13,32 +13,22 @@ import torch
 from torch import fx
 
 from moonfx.passes.context import Context
-from moonfx.passes.graph.nodes import dtype
+from moonfx.passes.graph.nodes import dtype, insert
+from moonfx.passes.graph.operators import ADD, SUBTRACT
 
 aten = torch.ops.aten
 
-_SUMS = {
-    aten.add.Tensor,
-    aten.add_.Tensor,
-    aten.sub.Tensor,
-    aten.sub_.Tensor,
-}
-
 
 def run(graph: fx.Graph, context: Context) -> int:
-    """Returns how many sums it wrote anew; none of them counts as made sparse or faster."""
-    found = [node for node in graph.nodes if node.target in _SUMS and _is_symbol(node)]
+    """Returns how many sums it changed; none of them counts as made sparse or faster."""
+    found = [node for node in graph.nodes if node.target in ADD | SUBTRACT and _is_symbol(node)]
     for node in found:
         to: Any = node.args[0]
         given: Any = node.args[1]
         alpha = node.kwargs["alpha"]
-        with graph.inserting_before(node):
-            if dtype(given) is not dtype(to):
-                cast = graph.call_function(aten.to.dtype, (given, dtype(to)))
-                cast.meta.update(given.meta, val=given.meta["val"].to(dtype(to)))
-                given = cast
-            scaled = graph.call_function(aten.mul.Tensor, (given, alpha))
-        scaled.meta.update(given.meta)
+        if dtype(given) is not dtype(to):
+            given = insert(aten.to.dtype, (given, dtype(to)), node)
+        scaled = insert(aten.mul.Tensor, (given, alpha), node, value=given.meta["val"])
         node.args, node.kwargs = (to, scaled), {}
     if found:
         context.changed(graph)

@@ -1,8 +1,8 @@
 """Which nodes of a graph are written to in place, directly or through a view.
 
-What an operator shares and writes is read from its schema and from `unmarked`. Of a node without
-one (a method of a tensor subclass, a function left as it was written) the result may lie in any
-operand, it is never dead, and it writes as torch's names say: mul_, operator.imul, out=.
+What an operator shares and writes is read from its schema and from `unmarked_aliases`. A node
+without a schema (a method of a tensor subclass, a function left as it was written) may return any
+operand's memory, is never dead, and writes as torch's names say: mul_, operator.imul, out=.
 """
 
 import functools
@@ -11,9 +11,10 @@ import operator
 import torch
 from torch import fx
 
-from moonfx.capture.graph_nodes import is_data, is_higher_order
-from moonfx.passes.graph import unmarked_aliases as unmarked
-from moonfx.passes.graph.nodes import body_of, operands_of
+from moonfx.capture.graph_nodes import is_data, is_higher_order, placeholders
+from moonfx.passes.graph import unmarked_aliases
+from moonfx.passes.graph.nodes import argument, body_of, operands_of
+from moonfx.passes.graph.union_find import UnionFind
 
 aten = torch.ops.aten
 # Changes what autograd thinks of a tensor, never its values.
@@ -52,8 +53,8 @@ def aliases(node: fx.Node) -> list[fx.Node]:
     if node.target is operator.getitem or is_data(node) or is_opaque(node):
         return node.all_input_nodes
     places = _marked(node.target)[0]
-    marked = [n for place in places for n in _nodes(_given(node, *place))]
-    return marked or unmarked.shared(node)
+    marked = [n for place in places for n in _nodes(argument(node, *place))]
+    return marked or unmarked_aliases.shared(node)
 
 
 def writes(node: fx.Node) -> list[fx.Node]:
@@ -65,8 +66,8 @@ def writes(node: fx.Node) -> list[fx.Node]:
     if node.target in _HARMLESS:
         return []
     places = _marked(node.target)[1]
-    marked = [n for place in places for n in _nodes(_given(node, *place))]
-    return marked or unmarked.written(node)
+    marked = [n for place in places for n in _nodes(argument(node, *place))]
+    return marked or unmarked_aliases.written(node)
 
 
 def _writes_by_name(node: fx.Node) -> bool:
@@ -108,7 +109,7 @@ def _body_writes(node: fx.Node) -> list[fx.Node]:
     if body is None:
         return _tensors(node)
     written = last_writes(body.graph)
-    return [outside for inside, outside in _pairs(node, body) if inside in written]
+    return [outside for inside, outside in _operands(node, body) if inside in written]
 
 
 def _body_aliases(node: fx.Node) -> list[fx.Node]:
@@ -118,27 +119,22 @@ def _body_aliases(node: fx.Node) -> list[fx.Node]:
     body = body_of(node)
     if body is None:
         return _tensors(node)
-    memory = _Memory()
+    memory = UnionFind[fx.Node]()
     for inner in body.graph.nodes:
         for source in aliases(inner) if inner.op != "output" else ():
             memory.join(source, inner)
-    returned = {memory.of(n) for n in body.graph.output_node().all_input_nodes}
-    return [outside for inside, outside in _pairs(node, body) if memory.of(inside) in returned]
+    returned = {memory.find(n) for n in body.graph.output_node().all_input_nodes}
+    return [outside for inside, outside in _operands(node, body) if memory.find(inside) in returned]
 
 
-def _pairs(node: fx.Node, body: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
+def _operands(node: fx.Node, body: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
     """Each placeholder of a body and the node that it is called with."""
-    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-    pairs = zip(placeholders, operands_of(node), strict=True)
+    pairs = zip(placeholders(body.graph), operands_of(node), strict=True)
     return [(p, a) for p, a in pairs if isinstance(a, fx.Node)]
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if n.op != "get_attr"]
-
-
-def _given(node: fx.Node, position: int, name: str) -> object:
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
 
 
 def _nodes(value: object) -> list[fx.Node]:
@@ -166,7 +162,7 @@ def made_in_place(node: fx.Node, settled: set[fx.Node]) -> list[fx.Node]:
 
 def last_writes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Each node whose memory is written to -> the last operator that writes it."""
-    memory = _Memory()
+    memory = UnionFind[fx.Node]()
     constants: dict[object, fx.Node] = {}
     written: list[tuple[fx.Node, fx.Node]] = []
     settled: set[fx.Node] = set()
@@ -177,22 +173,5 @@ def last_writes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
             memory.join(constants.setdefault(node.target, node), node)
         settled.update(made := made_in_place(node, settled))
         written += [(target, node) for target in writes(node) if target not in made]
-    last = {memory.of(target): writer for target, writer in written}
-    return {n: last[memory.of(n)] for n in graph.nodes if memory.of(n) in last} if last else {}
-
-
-class _Memory:
-    """Sets of nodes that may share memory (union-find)."""
-
-    def __init__(self) -> None:
-        self.parent: dict[fx.Node, fx.Node] = {}
-
-    def of(self, node: fx.Node) -> fx.Node:
-        """The set's representative."""
-        while (parent := self.parent.get(node, node)) is not node:
-            self.parent[node] = self.parent.get(parent, parent)
-            node = parent
-        return node
-
-    def join(self, a: fx.Node, b: fx.Node) -> None:
-        self.parent[self.of(b)] = self.of(a)
+    last = {memory.find(target): writer for target, writer in written}
+    return {n: last[memory.find(n)] for n in graph.nodes if memory.find(n) in last} if last else {}

@@ -1,10 +1,13 @@
 """Removes nodes that nobody reads and that do nothing else."""
 
+import torch
 from torch import fx
 
 from moonfx.capture.graph_nodes import is_higher_order
-from moonfx.passes.graph.aliases import aten, is_opaque, made_in_place, writes
+from moonfx.passes.graph.aliases import is_opaque, made_in_place, writes
 from moonfx.passes.graph.nodes import argument, body_of
+
+aten = torch.ops.aten
 
 
 def _draws_nothing(node: fx.Node) -> bool:
@@ -19,9 +22,9 @@ def _draws_nothing(node: fx.Node) -> bool:
 def remove_dead_code(graph: fx.Graph) -> None:
     """Removes nodes that nobody reads and that do nothing else, in this graph alone.
 
-    Graph.eliminate_dead_code keeps what works in place or may draw a number, and so the dense
-    scores behind an inactive dropout; and it drops the methods of tensor subclasses that write, and
-    in bodies that other nodes call whatever it knows nothing of.
+    Graph.eliminate_dead_code keeps what works in place or may draw a random number, and so the
+    dense scores above an inactive dropout; and it drops methods of tensor subclasses that write,
+    and in bodies that other nodes call whatever it knows nothing of.
     """
     settled: set[fx.Node] = set()
     for node in graph.nodes:
@@ -37,11 +40,11 @@ def _is_impure(node: fx.Node) -> bool:
         return True
     if node.op == "call_function" and is_higher_order(node):
         body = body_of(node)
-        return body is not None and any(_acts(inner) for inner in body.graph.nodes)
+        return body is not None and any(_has_effects(inner) for inner in body.graph.nodes)
     return is_opaque(node)
 
 
-def _acts(node: fx.Node) -> bool:
+def _has_effects(node: fx.Node) -> bool:
     return (
         node.op not in ("placeholder", "output") and not _draws_nothing(node) and _is_impure(node)
     )

@@ -3,9 +3,9 @@
     y = x.mul_(2); z = x + 1         z reads y: a name stands for what was last written to it
     t = x.T; x.add_(1); u = t @ x    u reads t after a write that t's own node does not show
 
-A value is a node and how often its memory was written to before it is read: two values are equal
-only if both are. Memory is told apart by the operators' schemas and, for what the graph is given,
-by storages.
+A `TensorVersion` is a node and how often its memory was written to before it is read: two versions
+are one value only if both are equal. Which nodes share memory is read from the operators' schemas
+and, for what the graph is given, from storages.
 """
 
 import bisect
@@ -19,23 +19,18 @@ from torch import fx
 from moonfx.capture.graph_nodes import placeholders
 from moonfx.capture.sizes import storage_of
 from moonfx.passes.graph.aliases import aliases, is_opaque, writes
-from moonfx.passes.graph.nodes import short
+from moonfx.passes.graph.nodes import operator_name
+from moonfx.passes.graph.operators import CASTS
+from moonfx.passes.graph.union_find import UnionFind
 
 aten = torch.ops.aten
 
-_MAY_COPY = {
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten.to.other,
-    aten.type_as.default,
-    aten.contiguous.default,
-}
+_MAY_COPY = CASTS | {aten.contiguous.default}
 # Write to a tensor's sizes, so that its old name stands for something else.
 _RESHAPE = ("resize", "set_", "t_", "transpose_", "squeeze_", "unsqueeze_", "as_strided_", "swap")
 
 
-class Value(NamedTuple):
+class TensorVersion(NamedTuple):
     """A tensor as it is after `version` writes to its memory."""
 
     node: fx.Node
@@ -61,14 +56,14 @@ class Memory:
     """The memory of one graph's nodes, as the graph stands now.
 
     Args:
-        apart: whether inputs of different storages are known to be different memory; in a nested
-            body they are not.
+        distinct_inputs: whether inputs of different storages are known to be different memory; in
+            a nested body they are not.
     """
 
-    def __init__(self, graph: fx.Graph, apart: bool = True) -> None:
+    def __init__(self, graph: fx.Graph, distinct_inputs: bool = True) -> None:
         self._nodes = list(graph.nodes)
         self.position = {node: i for i, node in enumerate(self._nodes)}
-        self._parent: dict[fx.Node, fx.Node] = {}
+        self._sets = UnionFind[fx.Node]()  # of nodes that may share memory
         self._written: dict[fx.Node, list[int]] = {}
         self._renamed: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
         self.members: dict[fx.Node, list[fx.Node]] = {}
@@ -76,10 +71,10 @@ class Memory:
         targets = {node: self.writes(node) for node in graph.nodes}
         for node in graph.nodes:
             for source in self.aliases(node):
-                self._parent[self.of(node)] = self.of(source)
+                self._sets.join(source, node)
             if node.op in ("placeholder", "get_attr"):
-                first = given.setdefault(_storage(node) if apart else None, node)
-                self._parent[self.of(node)] = self.of(first)
+                first = given.setdefault(_storage(node) if distinct_inputs else None, node)
+                self._sets.join(first, node)
         for node in graph.nodes:
             self.members.setdefault(self.of(node), []).append(node)
             for target in targets[node]:
@@ -89,10 +84,7 @@ class Memory:
 
     def of(self, node: fx.Node) -> fx.Node:
         """The representative of the memory that a node's result lies in."""
-        while (parent := self._parent.get(node, node)) is not node:
-            self._parent[node] = self._parent.get(parent, parent)
-            node = parent
-        return node
+        return self._sets.find(node)
 
     def writes(self, node: fx.Node) -> list[fx.Node]:
         """The operands that a node may write to."""
@@ -111,20 +103,20 @@ class Memory:
             self._nodes[i] for i in written[: bisect.bisect_right(written, self.position[reader])]
         ]
 
-    def read(self, reader: fx.Node, operand: fx.Node) -> Value:
+    def read(self, reader: fx.Node, operand: fx.Node) -> TensorVersion:
         """The value of an operand that a node reads."""
         before = self.position[reader]
         node = operand
         while renamed := [n for at, n in self._renamed.get(node, []) if at < before]:
             node = renamed[-1]
-        return Value(node, bisect.bisect_left(self.written_at(node), before))
+        return TensorVersion(node, bisect.bisect_left(self.written_at(node), before))
 
-    def result(self, node: fx.Node) -> Value:
+    def result(self, node: fx.Node) -> TensorVersion:
         """The value that a node makes."""
-        return Value(node, bisect.bisect_right(self.written_at(node), self.position[node]))
+        return TensorVersion(node, bisect.bisect_right(self.written_at(node), self.position[node]))
 
     def is_shared(self, node: fx.Node) -> bool:
-        """Whether something of which nothing is known may hold on to a node's memory."""
+        """Whether a node of unknown effects makes or reads a node, and so may keep its memory."""
         return is_opaque(node) or any(is_opaque(user) for user in node.users)
 
     def is_returned(self, node: fx.Node) -> bool:
@@ -169,13 +161,13 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _renamed(node: fx.Node) -> fx.Node | None:
-    """What a node writes and returns, whole: x of x.mul_(2) and of torch.mm(a, b, out=x)."""
+    """The operand that a node returns after a write: x of x.mul_(2), of torch.mm(a, b, out=x)."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or len(schema.returns) != 1 or schema.returns[0].alias_info is None:
         return None
     targets = writes(node)
-    whole = len(targets) == 1 and schema.returns[0].alias_info.is_write
-    return targets[0] if whole and not short(node).startswith(_RESHAPE) else None
+    returned = len(targets) == 1 and schema.returns[0].alias_info.is_write
+    return targets[0] if returned and not operator_name(node).startswith(_RESHAPE) else None
 
 
 def _copies(node: fx.Node) -> bool:

@@ -1,22 +1,24 @@
 """Brings groups of a graph's nodes together, each in one place, where that changes no result.
 
 before  a0 .. write(a1) .. b0 .. write(b1)        groups {a0, a1's reader}, {b0, ..}
-after   the groups' nodes stand side by side, what only they read right before them, and all
-        others where they stood, as far as they can
+after   a group's nodes side by side, what only groups read right before them, and all others where
+        they stood, as far as they can
 
-What must stay in order: a value before who reads it; a write to memory after every earlier read and
+What stays in order: a value before its readers; a write to memory after every earlier read and
 before every later one; random numbers, and what processes do together, among themselves; an
-autocast, and whatever nothing is known of, before and after all that it was. Whether gradients are
-on is no place in the graph but belongs to each node: where neighbours differ in it, it is switched.
+autocast, and a node of unknown effects, between all that it stood between. Whether gradients are on
+is no place in the graph but belongs to each node: where neighbours differ in it, it is switched.
 """
 
 import heapq
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from torch import fx
 
 from moonfx.passes.graph.memory_versions import Memory, is_barrier, is_random
 from moonfx.passes.graph.modes import switches_gradients
+from moonfx.passes.graph.nodes import insert_with_meta
+from moonfx.passes.graph.walks import reachable
 
 Edges = dict[fx.Node, set[fx.Node]]
 Group = dict[fx.Node, int]
@@ -35,7 +37,7 @@ def predecessors(graph: fx.Graph, memory: Memory) -> Edges:
     before: Edges = {}
     last_write: dict[fx.Node, fx.Node] = {}
     readers: dict[fx.Node, list[fx.Node]] = {}
-    turns: dict[str, fx.Node] = {}
+    last_of: dict[str, fx.Node] = {}
     barrier: fx.Node | None = None
     since: list[fx.Node] = []
     for node in movable(graph):
@@ -52,17 +54,17 @@ def predecessors(graph: fx.Graph, memory: Memory) -> Edges:
         if is_barrier(node) or node.op == "output":
             needed.update(since)
             barrier, since = node, []
-        elif turn := _turn(node):
-            needed.update([turns[turn]] if turn in turns else [])
-            turns[turn] = node
+        elif kind := _ordered_kind(node):
+            needed.update([last_of[kind]] if kind in last_of else [])
+            last_of[kind] = node
         since.append(node)
         needed.update([barrier] if barrier is not None else [])
         before[node] = needed - {node}
     return before
 
 
-def _turn(node: fx.Node) -> str:
-    """What a node takes turns at with others of its kind, "" for none."""
+def _ordered_kind(node: fx.Node) -> str:
+    """The kind of nodes that stay in order among themselves, of which this one is; "" for none."""
     if is_random(node):
         return "random"
     return "together" if getattr(node.target, "namespace", "") in _TOGETHER else ""
@@ -72,7 +74,7 @@ def depths(order: Sequence[fx.Node], before: Edges, group: Group) -> dict[int, i
     """For each group, how many groups follow one another before it.
 
     Groups of one depth do not depend on one another, and may become one. Groups are found in the
-    order in which they can run; one that cannot run as a whole is not among them.
+    order in which they can run; one that cannot stand in one place is not among them.
     """
     found: dict[int, int] = {}
     depth: dict[Hashable, int] = {}
@@ -86,7 +88,7 @@ def depths(order: Sequence[fx.Node], before: Edges, group: Group) -> dict[int, i
     return found
 
 
-def between(order: Sequence[fx.Node], before: Edges, members: set[fx.Node]) -> fx.Node | None:
+def separator(order: Sequence[fx.Node], before: Edges, members: set[fx.Node]) -> fx.Node | None:
     """The first node that must run after some of a group and before others of it."""
     last = max((i for i, node in enumerate(order) if node in members), default=-1)
     after: set[fx.Node] = set()
@@ -119,34 +121,42 @@ def schedule(
     feeders = _feeders(order, before, group)
     place = {node: i for i, node in enumerate(order)}
     fed: dict[Hashable, list[fx.Node]] = {}  # each group -> the feeders that it needs
-    waiting: dict[Hashable, int] = {}
-    after: dict[Hashable, list[Hashable]] = {}
-    heap: list[tuple[int, Hashable]] = []
-    for item, nodes in items.items():
-        if item in feeders:
-            continue
-        needed = needs[item] - feeders
+    needed: dict[Hashable, set[Hashable]] = {}  # each item but the feeders -> the same
+    for item in items.keys() - feeders:
+        needed[item] = needs[item] - feeders
         if isinstance(item, int):
-            needed, fed[item] = _through(needs[item], needs, feeders)
-        waiting[item] = len(needed)
-        for other in needed:
-            after.setdefault(other, []).append(item)
-        if not needed:
-            heap.append((place[nodes[-1]], item))
-    heapq.heapify(heap)
+            needed[item], fed[item] = _through(needs[item], needs, feeders)
     done: list[fx.Node | list[fx.Node]] = []
     placed: set[fx.Node] = set()
-    while heap:
-        item = heapq.heappop(heap)[1]
+    for item in _sorted(needed, {item: place[items[item][-1]] for item in needed}):
         first = [n for n in sorted(fed.get(item, []), key=place.__getitem__) if n not in placed]
         placed.update(first)
         done += first
         done.append(items[item] if isinstance(item, int) else items[item][0])
-        for other in after.get(item, []):
-            waiting[other] -= 1
-            if not waiting[other]:
-                heapq.heappush(heap, (place[items[other][-1]], other))
     return done
+
+
+def _sorted(
+    needed: dict[Hashable, set[Hashable]], place: dict[Hashable, int]
+) -> Iterator[Hashable]:
+    """Items after all that they need, of those that could be next always the first by place.
+
+    What needs itself, by way of others or not, is left out, and so is what needs that.
+    """
+    missing = {item: len(others) for item, others in needed.items()}
+    after: dict[Hashable, list[Hashable]] = {}
+    for item, others in needed.items():
+        for other in others:
+            after.setdefault(other, []).append(item)
+    heap = [(place[item], item) for item, count in missing.items() if not count]
+    heapq.heapify(heap)
+    while heap:
+        item = heapq.heappop(heap)[1]
+        yield item
+        for other in after.get(item, []):
+            missing[other] -= 1
+            if not missing[other]:
+                heapq.heappush(heap, (place[other], other))
 
 
 def _feeders(order: Sequence[fx.Node], before: Edges, group: Group) -> set[Hashable]:
@@ -169,24 +179,15 @@ def _through(
     first: set[Hashable], needs: dict[Hashable, set[Hashable]], feeders: set[Hashable]
 ) -> tuple[set[Hashable], list[fx.Node]]:
     """What is needed that is no feeder, by way of feeders, and these."""
-    others: set[Hashable] = set()
-    through: set[Hashable] = set()
-    stack = list(first)
-    while stack:
-        item = stack.pop()
-        if item not in feeders:
-            others.add(item)
-        elif item not in through:
-            through.add(item)
-            stack += needs[item]
-    return others, [n for n in through if isinstance(n, fx.Node)]
+    reached = reachable(first, lambda item: needs[item] if item in feeders else ())
+    return reached - feeders, [n for n in reached & feeders if isinstance(n, fx.Node)]
 
 
 def _item(node: fx.Node, group: Group) -> Hashable:
     return group.get(node, node)
 
 
-def apply(graph: fx.Graph, order: Sequence[fx.Node | list[fx.Node]], start: bool) -> None:
+def reorder(graph: fx.Graph, order: Sequence[fx.Node | list[fx.Node]], start: bool) -> None:
     """Puts a graph's nodes into an order that has them all.
 
     A group, of which no node records a gradient, runs without where a node of it does.
@@ -205,10 +206,8 @@ def apply(graph: fx.Graph, order: Sequence[fx.Node | list[fx.Node]], start: bool
         nodes = item if isinstance(item, list) else [item]
         want = min((wanted[node] for node in nodes), key=(False, None, True).index)
         if want is not now and nodes[0].op not in ("placeholder", "get_attr"):
-            with graph.inserting_before(output):
-                value = start if want is None else want
-                switch = graph.call_function(switches[0].target, (value,))
-            switch.meta.update(switches[0].meta)
+            value = start if want is None else want
+            insert_with_meta(switches[0].target, (value,), output, switches[0].meta)
             now = want
         for node in nodes:
             if node is not output:

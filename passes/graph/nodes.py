@@ -1,6 +1,6 @@
 """Small readings of one node: its shape, dtype, arguments, the permutation or call that it is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -8,12 +8,11 @@ from torch import fx
 
 from moonfx.capture.graph_nodes import body_position, is_captured
 from moonfx.capture.sizes import expression
+from moonfx.passes.graph.operators import SWAPS, TRANSPOSES
 
 aten = torch.ops.aten
 
 _INSERTED = "moonfx_inserted"
-_SWAPS = {aten.transpose.int, aten.swapaxes.default, aten.swapdims.default}
-_LAST_TWO = {aten.t.default, aten.mT.default, aten.numpy_T.default}
 
 
 def shape(node: fx.Node) -> list[Any]:
@@ -35,12 +34,13 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:
-    """Every argument of a call by the name that the operator's schema gives it, defaults filled."""
-    schema: Any = node.target
-    found = {}
-    for position, parameter in enumerate(schema._schema.arguments):
-        default = parameter.default_value if parameter.has_default_value() else None
-        found[parameter.name] = argument(node, position, parameter.name, default)
+    """All arguments of an operator's node by the names in its schema, defaults where not given."""
+    found: dict[str, Any] = {}
+    for position, each in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        default = each.default_value if each.has_default_value() else None
+        given = node.kwargs.get(each.name, default)
+        positional = position < len(node.args) and not each.kwarg_only
+        found[each.name] = node.args[position] if positional else given
     return found
 
 
@@ -72,11 +72,11 @@ def permutation(node: fx.Node) -> list[int] | None:
     order = list(range(rank))
     if node.target is aten.permute.default:
         return [int(d) % rank for d in argument(node, 1, "dims")]
-    if node.target in _SWAPS:
+    if node.target in SWAPS:
         a, b = (d % max(rank, 1) for d in _two_dims(node))
     elif node.target is aten.numpy_T.default and rank > 2:
         return order[::-1]
-    elif node.target in _LAST_TWO and rank >= 2:
+    elif node.target in TRANSPOSES and rank >= 2:
         a, b = rank - 2, rank - 1
     elif node.target is aten.movedim.int:
         first, last = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
@@ -98,10 +98,10 @@ def body_of(node: fx.Node) -> fx.GraphModule | None:
     position = body_position(node)
     if position is None:
         return None
-    held = node.args[position[0]]
-    if not (isinstance(held, fx.Node) and held.op == "get_attr"):
+    called = node.args[position[0]]
+    if not (isinstance(called, fx.Node) and called.op == "get_attr"):
         return None
-    body = getattr(node.graph.owning_module, str(held.target), None)
+    body = getattr(node.graph.owning_module, str(called.target), None)
     return body if isinstance(body, fx.GraphModule) and is_captured(body) else None
 
 
@@ -115,23 +115,49 @@ def set_operands(call: fx.Node, operands: Iterable[Any]) -> None:
     call.args = (*call.args[: len(call.args) - len(operands_of(call))], *operands)
 
 
-def short(node: fx.Node) -> str:
+def operator_name(node: fx.Node) -> str:
     """The operator's name for a reason: "mul" of aten.mul.Tensor."""
     return getattr(node.target, "__name__", str(node.target)).split(".")[0]
 
 
+# To compute the value of what is inserted from its arguments' values.
+_COMPUTED = object()
+
+
 def insert(
-    target: Any, args: tuple[Any, ...], before: fx.Node, like: fx.Node | None = None
+    target: Any,
+    args: tuple[Any, ...],
+    before: fx.Node,
+    like: fx.Node | None = None,
+    value: Any = _COMPUTED,
 ) -> fx.Node:
-    """A new call right before a node, with its fake value and the place in the source of `like`."""
+    """A new call right before a node, with its fake value and the place in the source of `like`.
+
+    Args:
+        value: its fake value, where the operator is not to be run on its arguments' to find it.
+    """
     like = before if like is None else like
-    with before.graph.inserting_before(before):
-        node = before.graph.call_function(target, args)
     kept = ("stack_trace", "nn_module_stack")
-    node.meta.update({k: like.meta[k] for k in kept if k in like.meta})
-    node.meta[_INSERTED] = True
-    with torch.no_grad():
-        node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+    meta = {k: like.meta[k] for k in kept if k in like.meta}
+    node = insert_with_meta(target, args, before, {**meta, _INSERTED: True})
+    if value is _COMPUTED:
+        with torch.no_grad():
+            value = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+    node.meta["val"] = value
+    return node
+
+
+def insert_with_meta(
+    target: Any,
+    args: tuple[Any, ...],
+    before: fx.Node,
+    meta: Mapping[str, Any],
+    kwargs: dict[str, Any] | None = None,
+) -> fx.Node:
+    """A new call right before a node, of which is known what is known of another: its meta."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args, kwargs)
+    node.meta.update(meta)
     return node
 
 

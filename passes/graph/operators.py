@@ -1,4 +1,4 @@
-"""The operators that attention is written with, by what they mean; spellings of one thing together.
+"""Operators by what they mean; the spellings of one thing together.
 
 s * 0.125    s.mul(0.125)    s.mul_(0.125)    0.125 * s      all of them are in MULTIPLY
 """
@@ -34,6 +34,8 @@ CASTS = {
     aten.type_as.default,
 }
 COPIES = {aten.contiguous.default, aten.clone.default, aten.alias.default}
+SWAPS = {aten.transpose.int, aten.swapaxes.default, aten.swapdims.default}
+TRANSPOSES = {aten.t.default, aten.mT.default, aten.numpy_T.default}  # of the last two dims
 VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 FOLDS = VIEWS | {aten.flatten.using_ints, aten.unflatten.int}
 

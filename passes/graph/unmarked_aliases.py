@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from moonfx.capture.graph_nodes import is_composite
-from moonfx.passes.graph.nodes import argument, short
+from moonfx.passes.graph.nodes import argument, operator_name
 
 
 def _names(text: str) -> frozenset[str]:
@@ -55,7 +55,7 @@ _TRAINING = ("training", "train", "use_input_stats")
 
 def shared(node: fx.Node) -> list[fx.Node]:
     """The operands that the node's result may lie in, though its schema does not say so."""
-    name, operands = short(node), node.all_input_nodes
+    name, operands = operator_name(node), node.all_input_nodes
     if getattr(node.target, "namespace", "") == "aten" and name in NEW:
         return []
     if name in _NEW_OF_SEVERAL and _is_given_several(node):
@@ -74,7 +74,7 @@ def written(node: fx.Node) -> list[fx.Node]:
     schema: Any = getattr(node.target, "_schema", None)
     if schema is None or schema.is_mutable:
         return []
-    name = short(node)
+    name = operator_name(node)
     if name.endswith("_") and not name.endswith("__"):
         return node.all_input_nodes
     if "backward" in name:

@@ -1,50 +1,65 @@
-"""Walks along what nodes read, or along who reads them, each node once.
+"""Walks over a graph: all that a node is made of, all that is made of it."""
 
-    for source in upstream(node, through=is_a_view): ...
-
-For fx nodes, and with `reachable` for whatever else says where to go on.
-"""
-
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Container, Iterable
+from typing import Any, TypeVar
 
 from torch import fx
 
-N = TypeVar("N", bound=Hashable)
+Item = TypeVar("Item")
 
 
-def reachable(start: Iterable[N], onward: Callable[[N], Iterable[N]]) -> Iterator[N]:
-    """All that is reached from some nodes, these among them, each once, depth first.
+def reachable(
+    start: Iterable[Item],
+    following: Callable[[Item], Iterable[Item]],
+    stop: Callable[[Item], bool] = lambda item: False,
+) -> set[Item]:
+    """What one comes to from `start`, which is part of it.
 
     Args:
-        onward: where to go on from a node; asked after the node was given out.
+        following: what comes after an item.
+        stop: which items are left out, and with them what is reached through them only.
     """
-    stack, seen = [*start], set[N]()
+    found: set[Item] = set()
+    stack = list(start)
     while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            stack += onward(node)
+        item = stack.pop()
+        if item not in found and not stop(item):
+            found.add(item)
+            stack += following(item)
+    return found
+
+
+def _inputs(node: fx.Node) -> Iterable[fx.Node]:
+    return node.all_input_nodes
+
+
+def _users(node: fx.Node) -> Iterable[fx.Node]:
+    return node.users
 
 
 def upstream(
-    node: fx.Node, through: Callable[[fx.Node], bool] = lambda _: True
-) -> Iterator[fx.Node]:
-    """A node, and all that it is computed of.
-
-    Args:
-        through: whether to go on to what a node reads.
-    """
-    return reachable([node], lambda n: n.all_input_nodes if through(n) else ())
+    start: Iterable[fx.Node],
+    *,
+    stop: Callable[[fx.Node], bool] = lambda node: False,
+    inputs: Callable[[fx.Node], Iterable[fx.Node]] = _inputs,
+) -> set[fx.Node]:
+    """Nodes and what they are made of, in their graph; see `reachable`."""
+    return reachable(start, inputs, stop)
 
 
 def downstream(
-    node: fx.Node, through: Callable[[fx.Node], bool] = lambda _: True
-) -> Iterator[fx.Node]:
-    """A node, and all that is computed of it.
+    start: Iterable[fx.Node],
+    *,
+    stop: Callable[[fx.Node], bool] = lambda node: False,
+    users: Callable[[fx.Node], Iterable[fx.Node]] = _users,
+) -> set[fx.Node]:
+    """Nodes and what is made of them, in their graph; see `reachable`."""
+    return reachable(start, users, stop)
 
-    Args:
-        through: whether to go on to who reads a node.
-    """
-    return reachable([node], lambda n: n.users if through(n) else ())
+
+def look_through(node: fx.Node, operators: Container[Any]) -> fx.Node:
+    """The first node above that is not one of these operators, each of which is of its first
+    argument: what a cast, copy or view stands for."""
+    while node.target in operators:
+        node = node.args[0]  # type: ignore[assignment]
+    return node

@@ -6,19 +6,19 @@ from collections.abc import Hashable
 import torch
 
 from moonfx.ops import newton_schulz as operator
-from moonfx.passes.newton_schulz import matmuls as newton_schulz_products
+from moonfx.passes.newton_schulz import matmuls
 from moonfx.passes.newton_schulz.iterations import Chain
 
-# Of the matrices that one call is given. What is alive for it is three times as much at most: they,
-# what it makes, and what it needs on the way.
+# The most that one call is given. Three times as much is alive for it at most: its operand, its
+# result, and what it needs on the way.
 CALL_BYTES = 256 << 20
-# Where matrices that lie by rows and by columns have calls of their own, and above which size
-# everywhere. To turn them costs a copy in and one out: on a CPU under Inductor four and four of
-# 256 x 1024 took 1.13x as long in one call as in two, of 576 x 1536 1.03x (bfloat16, one thread).
-# And Inductor takes what is turned on its way into a stack to need no memory: it makes all such
-# stacks at once, and none is freed before its call. A GPU is filled by one call of small matrices.
-LAYOUTS_APART = {"cpu"}
-TURNED_BYTES = 2 << 20
+# On these devices, wide and tall matrices have calls of their own; elsewhere from this size on. To
+# transpose them costs a copy in and one out: on a CPU under Inductor four and four of 256 x 1024
+# took 1.13x as long in one call as in two, of 576 x 1536 1.03x (bfloat16, one thread). And Inductor
+# counts no memory for what is transposed on its way into a stack: it makes all such stacks at once,
+# and frees none before its call. A GPU is filled by one call of small matrices.
+SEPARATE_LAYOUTS = {"cpu"}
+TRANSPOSED_BYTES = 2 << 20
 
 
 def key(chain: Chain, depth: int, alone: bool) -> Hashable:
@@ -29,43 +29,48 @@ def key(chain: Chain, depth: int, alone: bool) -> Hashable:
         alone: whether its result must have memory of its own.
     """
     value = chain.value
-    numbers = tuple(chain.coefficients)
-    mine = chain.output if alone else None
-    lies = sides(chain)
-    if not _apart(value):
-        lies = min(lies), max(lies)
-    return value.device, value.dtype, lies, numbers, depth, mine
+    m, n = sides(chain)
+    if not _keeps_layout(value):
+        m, n = min(m, n), max(m, n)
+    own = chain.output if alone else None
+    return value.device, value.dtype, m, n, tuple(chain.coefficients), depth, own
 
 
-def turns(chain: Chain) -> bool:
+def is_transposed(chain: Chain) -> bool:
     """Whether the operator is given the transpose of X_0.
 
-    Where layouts are apart, X_0 is read as it lies. Elsewhere X_k is written as it lay.
+    Where layouts have calls of their own, X_0 is read in its own layout. Elsewhere X_k is written
+    in its own.
     """
     x = chain.source.node.meta["val"]
-    if _apart(x):
+    if _keeps_layout(x):
         return not x.is_contiguous() and x.mT.is_contiguous()
-    return chain.turned ^ chain.column
+    return chain.transposed ^ chain.column
 
 
-def _apart(x: torch.Tensor) -> bool:
-    return x.device.type in LAYOUTS_APART or x.numel() * x.element_size() > TURNED_BYTES
+def _keeps_layout(x: torch.Tensor) -> bool:
+    """Whether matrices like this share a call only with those of the same layout."""
+    separate = x.device.type in SEPARATE_LAYOUTS
+    return separate or x.numel() * x.element_size() > TRANSPOSED_BYTES
 
 
 def sides(chain: Chain) -> tuple[int, int]:
-    """Of what the operator is given."""
+    """The sizes (m, n) of the matrices that the operator is given for an iteration of its own."""
     m, n = chain.source.node.meta["val"].shape[-2:]
-    return (n, m) if turns(chain) else (m, n)
+    return (n, m) if is_transposed(chain) else (m, n)
 
 
 def common_sides(members: list[Chain]) -> tuple[int, int]:
-    """Of what the operator is given for them: as they lie, or the short side first."""
+    """The sizes (m, n) of the matrices that one call is given for all of these iterations.
+
+    They are the members' own where these agree, else the short side comes first.
+    """
     first = sides(members[0])
     return first if all(sides(chain) == first for chain in members) else (min(first), max(first))
 
 
 def calls(members: list[Chain]) -> list[list[Chain]]:
-    """Iterations of one key, shared out so that no call is given more than CALL_BYTES."""
+    """Iterations of one key, divided so that no call of several is given more than CALL_BYTES."""
     found: list[list[Chain]] = []
     room = 0
     for chain in members:
@@ -96,5 +101,5 @@ def is_as_written(form: str, members: list[Chain]) -> bool:
 
 
 def flops(chain: Chain) -> int:
-    """Of the products that were written."""
-    return sum(map(newton_schulz_products.flops, chain.body))
+    """The FLOPs of the products as they were written."""
+    return sum(map(matmuls.flops, chain.body))

@@ -3,8 +3,8 @@
 before  y.diagonal(dim1=-2, dim2=-1).add_(b); z = y @ s
 after   y2 = y + b I; z = y2 @ s
 
-A step reads what was written through a view as a node of its own then. Sums that no iteration
-holds become writes again.
+A write through a view becomes a node, which a step can read. Sums that no iteration holds become
+writes again.
 """
 
 from typing import Any, NamedTuple
@@ -13,17 +13,25 @@ import torch
 from torch import fx
 
 from moonfx.passes.graph.memory_versions import Memory
-from moonfx.passes.graph.nodes import argument, axis, shape
+from moonfx.passes.graph.nodes import argument, axis, insert_with_meta, shape
 
 aten = torch.ops.aten
+
+
+class _Call(NamedTuple):
+    """What is known of a call but for its first argument."""
+
+    target: Any
+    rest: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    meta: dict[str, Any]
 
 
 class _Sum(NamedTuple):
     node: fx.Node
     matrix: fx.Node
-    view: tuple[Any, ...]  # its operator, named arguments, meta, and the other arguments
-    write: tuple[Any, ...]  # the first three of them
-    number: float
+    view: _Call
+    write: _Call
 
 
 class Diagonals:
@@ -36,23 +44,23 @@ class Diagonals:
 
     def __init__(self, graph: fx.Graph, memory: Memory) -> None:
         own = [node for node in graph.nodes if _is_own(node, memory)]
-        self._now: dict[fx.Node, fx.Node] = {}
+        self._current: dict[fx.Node, fx.Node] = {}
         self._sums = [_as_sum(node, memory) for node in own]
 
     def __bool__(self) -> bool:
         return bool(self._sums)
 
     def restore(self, kept: set[fx.Node]) -> None:
-        """Makes writes of the sums again that are not kept; where nodes stand as they stood."""
+        """Makes writes again of the sums that are not kept; the order of nodes must not differ."""
         for each in self._sums:
             if each.node not in kept:
                 _as_write(each)
-                self._now[each.node] = each.matrix
+                self._current[each.node] = each.matrix
         self._sums = [each for each in self._sums if each.node in kept]
 
-    def now(self, node: fx.Node) -> fx.Node:
+    def current(self, node: fx.Node) -> fx.Node:
         """The node that stands for a sum since it is a write again."""
-        return self._now.get(node, node)
+        return self._current.get(node, node)
 
 
 def _is_own(write: fx.Node, memory: Memory) -> bool:
@@ -84,30 +92,25 @@ def _as_sum(write: fx.Node, memory: Memory) -> _Sum:
     value = matrix.meta["val"]
     m = value.shape[-1]
     kind = {"dtype": value.dtype, "device": value.device}
-    with write.graph.inserting_before(write):
-        eye = write.graph.call_function(aten.eye.default, (m,), kind)
-        node = write.graph.call_function(aten.add.Tensor, (matrix, eye), {"alpha": number})
-    node.meta.update(write.meta, val=torch.empty_like(value))
-    eye.meta.update(write.meta, val=value.new_empty((m, m)))
+    of_eye = {**write.meta, "val": value.new_empty((m, m))}
+    of_sum = {**write.meta, "val": torch.empty_like(value)}
+    eye = insert_with_meta(aten.eye.default, (m,), write, of_eye, kind)
+    node = insert_with_meta(aten.add.Tensor, (matrix, eye), write, of_sum, {"alpha": number})
     for user in list(matrix.users):
         if memory.position.get(user, -1) > memory.position[write]:
             user.replace_input_with(matrix, node)
-    as_written = [(each.target, each.kwargs, each.meta) for each in (view, write)]
-    rest = view.args[1:]
+    calls = [_Call(n.target, n.args[1:], dict(n.kwargs), n.meta) for n in (view, write)]
     for each in (write, view):
         write.graph.erase_node(each)
-    return _Sum(node, matrix, (*as_written[0], rest), as_written[1], number)
+    return _Sum(node, matrix, *calls)
 
 
 def _as_write(each: _Sum) -> None:
-    (to_view, how, of_view, rest), (to_write, by, of_write) = each.view, each.write
-    graph = each.node.graph
-    with graph.inserting_before(each.node):
-        view = graph.call_function(to_view, (each.matrix, *rest), how)
-        write = graph.call_function(to_write, (view, each.number), by)
-    view.meta.update(of_view)
-    write.meta.update(of_write)
+    written = each.matrix
+    for call in (each.view, each.write):
+        args = (written, *call.rest)
+        written = insert_with_meta(call.target, args, each.node, call.meta, call.kwargs)
     eye: Any = each.node.args[1]
     each.node.replace_all_uses_with(each.matrix)
-    graph.erase_node(each.node)
-    graph.erase_node(eye)
+    for node in (each.node, eye):
+        node.graph.erase_node(node)

@@ -1,10 +1,10 @@
-"""Operators on lists of tensors (torch._foreach_*), taken apart into one operator for each row.
+"""Operators on lists of tensors (torch._foreach_*), split into one operator for each row.
 
 before  out = _foreach_mul([x, y], 2.0); a, b = out[0], out[1]     _foreach_add_([a, b], [x, y])
 after   a = mul(x, 2.0); b = mul(y, 2.0)                           c = add_(a, x); d = add_(b, y)
 
 A row of a list is then a node of its own, and who reads a row after it was written to in place
-reads the node that wrote it. Rows that no iteration holds are put together again.
+reads the node that wrote it. Rows that no iteration holds are joined again.
 """
 
 import operator
@@ -14,6 +14,8 @@ import torch
 from torch import fx
 
 from moonfx.passes.graph.memory_versions import Memory
+from moonfx.passes.graph.nodes import insert_with_meta
+from moonfx.passes.graph.walks import downstream, look_through
 from moonfx.passes.newton_schulz.gram import factors
 from moonfx.passes.newton_schulz.views import VIEWS
 
@@ -21,19 +23,19 @@ aten = torch.ops.aten
 
 
 def _table(*names: str) -> dict[Any, Any]:
-    """Of "packet: overloads of a list's, overload of a row's": an operator -> its row's."""
+    """An operator on lists -> that on a row; of "packet: overloads on lists, overload on a row"."""
     found = {}
     for name in names:
         packet, lists, row = name.replace(":", ",").split(", ")
         for kind in (packet, f"{packet}_"):
-            whole, one = getattr(aten, f"_foreach_{kind}", None), getattr(aten, kind, None)
+            on_lists, on_row = getattr(aten, f"_foreach_{kind}", None), getattr(aten, kind, None)
             for each in lists.split():
-                if hasattr(whole, each) and hasattr(one, row):
-                    found[getattr(whole, each)] = getattr(one, row)
+                if hasattr(on_lists, each) and hasattr(on_row, row):
+                    found[getattr(on_lists, each)] = getattr(on_row, row)
     return found
 
 
-# Those of a step: what they compute of one row is what the row's own operator computes.
+# Those that a step may hold: what they compute of a row is what the row's own operator computes.
 ROW: dict[Any, Any] = _table(
     "add: Scalar List ScalarList Tensor, Tensor",
     "sub: Scalar List ScalarList, Tensor",
@@ -54,7 +56,7 @@ class _List(NamedTuple):
 
 
 class Rows:
-    """The lists of a graph that an iteration may be made of, each taken apart.
+    """The lists of a graph that an iteration may be made of, each as rows.
 
     Args:
         graph: is changed, and computes what it did.
@@ -62,45 +64,41 @@ class Rows:
     """
 
     def __init__(self, graph: fx.Graph, memory: Memory) -> None:
-        self._now: dict[fx.Node, fx.Node] = {}
-        apart = [node for node in _near_products(graph, memory) if _is_apart(node, memory)]
-        self._lists = [_take_apart(node, memory) for node in apart]
+        self._current: dict[fx.Node, fx.Node] = {}
+        lists = [n for n in _near_products(graph, memory) if _has_independent_rows(n, memory)]
+        self._lists = [_split(node, memory) for node in lists]
 
     def __bool__(self) -> bool:
         return bool(self._lists)
 
-    def join(self, kept: set[fx.Node]) -> None:
-        """Puts together again what is not kept."""
+    def restore(self, kept: set[fx.Node]) -> None:
+        """Makes lists again of the rows that are not kept."""
         lists, self._lists = self._lists, []
         for each in reversed(lists):
             rest = [row for row in each.rows if row not in kept]
             if rest and (len(rest) > 1 or len(each.rows) == 1):
-                self._now.update(_put_together(each._replace(rows=rest)))
+                self._current.update(_joined(each._replace(rows=rest)))
             if len(rest) < len(each.rows):
                 ours = [row for row in each.rows if row in kept]
                 self._lists.insert(0, each._replace(rows=ours))
 
-    def now(self, node: fx.Node) -> fx.Node:
-        """The node that stands for a row since it was put together with others."""
-        while node in self._now:
-            node = self._now[node]
+    def current(self, node: fx.Node) -> fx.Node:
+        """The node that stands for a row since it was joined with others."""
+        while node in self._current:
+            node = self._current[node]
         return node
 
 
 def _near_products(graph: fx.Graph, memory: Memory) -> list[fx.Node]:
     """Operators on lists that read, directly or not, what a product like X X^T is made of."""
     lists = [node for node in graph.nodes if node.target in ROW]
-    stack: list[fx.Node] = []
+    start: list[fx.Node] = []
     for node in graph.nodes if lists else []:
         for left, right in _pairs(node):
             bases = [_base(n) for n in (left, right) if isinstance(n, fx.Node)]
             if len({memory.of(base) for base in bases}) == 1:
-                stack += bases
-    reached = set(stack)
-    while stack:
-        users = [user for user in stack.pop().users if user not in reached]
-        reached.update(users)
-        stack += users
+                start += bases
+    reached = downstream(start)
     return [node for node in lists if node in reached]
 
 
@@ -115,16 +113,16 @@ def _pairs(node: fx.Node) -> list[tuple[Any, Any]]:
 def _base(node: fx.Node) -> fx.Node:
     """What a node is a view or copy of."""
     while True:
-        given: Any = node.args[0] if node.args else None
-        if node.target in VIEWS:
-            node = given
-        elif node.target is operator.getitem and given.target is aten._foreach_clone.default:
-            node = given.args[0][node.args[1]]
-        else:
+        node = look_through(node, VIEWS)
+        if node.target is not operator.getitem:
             return node
+        clones, i = node.args
+        if clones.target is not aten._foreach_clone.default:  # type: ignore[union-attr]
+            return node
+        node = clones.args[0][i]  # type: ignore[union-attr,index,assignment]
 
 
-def _is_apart(node: fx.Node, memory: Memory) -> bool:
+def _has_independent_rows(node: fx.Node, memory: Memory) -> bool:
     """Whether no row of a list depends on what is written to another's memory."""
     if any(user.target is not operator.getitem for user in node.users):
         return False
@@ -140,7 +138,7 @@ def _is_apart(node: fx.Node, memory: Memory) -> bool:
     return bool(ours)
 
 
-def _take_apart(node: fx.Node, memory: Memory) -> _List:
+def _split(node: fx.Node, memory: Memory) -> _List:
     by_row = tuple(isinstance(x, list | tuple) for x in node.args)
     ours: Any = node.args[0]
     written = bool(memory.writes(node))
@@ -148,10 +146,8 @@ def _take_apart(node: fx.Node, memory: Memory) -> _List:
     rows = []
     for i, value in enumerate(values):
         args = tuple(x[i] if many else x for x, many in zip(node.args, by_row, strict=True))  # type: ignore[index]
-        with node.graph.inserting_before(node):
-            row = node.graph.call_function(ROW[node.target], args, dict(node.kwargs))
-        row.meta.update(node.meta, val=value)
-        rows.append(row)
+        meta = {**node.meta, "val": value}
+        rows.append(insert_with_meta(ROW[node.target], args, node, meta, dict(node.kwargs)))
     if written:
         at = memory.position[node]
         for name, row in zip(ours, rows, strict=True):
@@ -165,28 +161,25 @@ def _take_apart(node: fx.Node, memory: Memory) -> _List:
     return _List(node.target, by_row, rows)
 
 
-def _put_together(apart: _List) -> dict[fx.Node, fx.Node]:
+def _joined(split: _List) -> dict[fx.Node, fx.Node]:
     """Each row -> what stands for it now."""
-    first, graph = apart.rows[0], apart.rows[0].graph
+    first = split.rows[0]
     args = [
-        [row.args[i] for row in apart.rows] if many else first.args[i]
-        for i, many in enumerate(apart.by_row)
+        [row.args[i] for row in split.rows] if many else first.args[i]
+        for i, many in enumerate(split.by_row)
     ]
-    with graph.inserting_before(first):
-        node = graph.call_function(apart.target, tuple(args), dict(first.kwargs))
-    values = [row.meta["val"] for row in apart.rows]
     written = bool(first.target._schema.is_mutable)  # type: ignore[union-attr]
-    node.meta.update(first.meta, val=None if written else values)
-    now = {}
-    for i, row in enumerate(apart.rows):
+    values = None if written else [row.meta["val"] for row in split.rows]
+    meta = {**first.meta, "val": values}
+    node = insert_with_meta(split.target, tuple(args), first, meta, dict(first.kwargs))
+    current = {}
+    for i, row in enumerate(split.rows):
         if written:
-            now[row] = row.args[0]
+            current[row] = row.args[0]
         elif row.users:
-            with graph.inserting_before(first):
-                now[row] = graph.call_function(operator.getitem, (node, i))
-            now[row].meta.update(row.meta)  # type: ignore[union-attr]
-        if row in now:
-            row.replace_all_uses_with(now[row])  # type: ignore[arg-type]
-    for row in apart.rows:
-        graph.erase_node(row)
-    return now  # type: ignore[return-value]
+            current[row] = insert_with_meta(operator.getitem, (node, i), first, row.meta)
+        if row in current:
+            row.replace_all_uses_with(current[row])  # type: ignore[arg-type]
+    for row in split.rows:
+        first.graph.erase_node(row)
+    return current  # type: ignore[return-value]

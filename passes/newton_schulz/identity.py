@@ -2,7 +2,7 @@
 
     torch.eye(n)    torch.diag(torch.ones(n)).to(X)    torch.zeros_like(A).fill_diagonal_(s)
 
-They are polynomials of any X: {"": s}, and {} for zeros. In a batch each matrix is one.
+They are polynomials of any X: {"": s}, and {} for zeros. In a batch each matrix is such.
 """
 
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.passes.graph.memory_versions import Memory, Value
-from moonfx.passes.graph.nodes import argument, short
+from moonfx.passes.graph.memory_versions import Memory, TensorVersion
+from moonfx.passes.graph.nodes import argument, operator_name
+from moonfx.passes.graph.operators import CASTS
 from moonfx.passes.newton_schulz.operands import TooLong, Unclear, shape
-from moonfx.passes.newton_schulz.operators import TABLE, read_by, terms_of
+from moonfx.passes.newton_schulz.operators import RULES, read_by, terms_of
 from moonfx.passes.newton_schulz.polynomials import Terms
-from moonfx.passes.newton_schulz.views import CASTS, VIEWS
+from moonfx.passes.newton_schulz.views import VIEWS
 
 aten = torch.ops.aten
 
@@ -29,11 +30,11 @@ _FILLED: dict[Any, int | float] = {
     aten.new_full.default: 2,
     aten.zero_.default: 0.0,
 }
-# Repeat whole matrices where the last two sizes stay.
+# Where the last two sizes stay, these repeat matrices and not parts of them.
 _REPEATS = {aten.repeat.default, aten.expand.default, aten.expand_as.default}
 
 
-def identity(value: Value, memory: Memory) -> Terms | None:
+def identity(value: TensorVersion, memory: Memory) -> Terms | None:
     """The polynomial of a multiple of the identity matrix or of zeros, None for anything else."""
     node = value.node
     if node.op != "call_function" or memory.result(node) != value or len(shape(node)) < 2:
@@ -55,11 +56,11 @@ def identity(value: Value, memory: Memory) -> Terms | None:
 
 def _of_one(node: fx.Node, memory: Memory) -> Terms | None:
     """What an operator of one operand makes of an identity."""
-    if node.target not in TABLE and node.target not in _REPEATS:
+    if node.target not in RULES and node.target not in _REPEATS:
         return None
     operands = read_by(node)
     if len(operands) != 1 or shape(node)[-2:] != shape(operands[0])[-2:]:
-        return None  # a view of its entries as other matrices, or one of them repeated
+        return None  # its entries are viewed as other matrices, or one of them is repeated
 
     def get(operand: Any) -> Terms:
         found = identity(memory.read(node, operand), memory)
@@ -68,7 +69,7 @@ def _of_one(node: fx.Node, memory: Memory) -> Terms | None:
         return found
 
     try:
-        if node.target in CASTS:  # of ones and zeros: exact in any dtype
+        if node.target in CASTS:  # ones and zeros are exact in any dtype
             exact = get(operands[0])
             return exact if set(exact.values()) <= {1.0} else None
         return get(operands[0]) if node.target in _REPEATS else terms_of(node, get)
@@ -79,7 +80,7 @@ def _of_one(node: fx.Node, memory: Memory) -> Terms | None:
 def _diagonal(node: fx.Node, memory: Memory) -> Terms | None:
     """diag(v) of a vector v that is one number throughout."""
     vector: Any = node.args[0]
-    if short(node) == "diag" and len(shape(vector)) != 1:
+    if operator_name(node) == "diag" and len(shape(vector)) != 1:
         return None  # the diagonal of a matrix
     offset = argument(node, 1, "offset", argument(node, 1, "diagonal", 0))
     dims = argument(node, 2, "dim1", -2), argument(node, 3, "dim2", -1)
@@ -89,8 +90,8 @@ def _diagonal(node: fx.Node, memory: Memory) -> Terms | None:
     return None if found is None else {"": found}
 
 
-def _fill(value: Value, memory: Memory) -> float | None:
-    """The number that every entry of a tensor is, None if it is not made as such."""
+def _fill(value: TensorVersion, memory: Memory) -> float | None:
+    """The one number that all entries of a tensor are, None if the graph does not say so."""
     node = value.node
     if node.op != "call_function" or memory.result(node) != value:
         return None

@@ -1,7 +1,7 @@
 """What a product of matrices makes of polynomials in X: every operator that multiplies matrices.
 
-Einsum's equations are read as chains: in "ij,kj,kl->il" the operands lead from i to l by way of j
-and k, the second of them backwards, and so it is P Q^T R.
+An einsum's equation is read as a chain of products: in "ij,kj,kl->il" the operands lead from i to l
+by way of j and k, the second of them backwards, and so it is P Q^T R.
 """
 
 import math
@@ -12,8 +12,8 @@ from torch import fx
 
 from moonfx.passes.graph.nodes import argument
 from moonfx.passes.newton_schulz.operands import (
-    Get,
-    Run,
+    GetTerms,
+    TermRule,
     Unclear,
     alike,
     number,
@@ -26,23 +26,23 @@ from moonfx.passes.newton_schulz.polynomials import Terms, plus, scaled, transpo
 aten = torch.ops.aten
 
 
-def _matmul(node: fx.Node, get: Get) -> Terms:
+def _matmul(node: fx.Node, get: GetTerms) -> Terms:
     return times(get(node.args[0]), get(node.args[1]))
 
 
-def _linear(node: fx.Node, get: Get) -> Terms:
+def _linear(node: fx.Node, get: GetTerms) -> Terms:
     if argument(node, 2, "bias") is not None:
         raise Unclear("a bias is added to a product")
     return times(get(node.args[0]), transposed(get(node.args[1])))
 
 
-def _inner(node: fx.Node, get: Get) -> Terms:
+def _inner(node: fx.Node, get: GetTerms) -> Terms:
     if any(len(shape(n)) != 2 for n in node.args[:2]):  # type: ignore[arg-type]
         raise Unclear("products of each matrix of a batch with each")
     return times(get(node.args[0]), transposed(get(node.args[1])))
 
 
-def _tensordot(node: fx.Node, get: Get) -> Terms:
+def _tensordot(node: fx.Node, get: GetTerms) -> Terms:
     if any(len(shape(n)) != 2 for n in node.args[:2]):  # type: ignore[arg-type]
         raise Unclear("products of each matrix of a batch with each")
     ours, theirs = (argument(node, i, k) for i, k in ((2, "dims_self"), (3, "dims_other")))
@@ -53,7 +53,7 @@ def _tensordot(node: fx.Node, get: Get) -> Terms:
     return times(left, right if theirs[0] % 2 == 0 else transposed(right))
 
 
-def _addmm(node: fx.Node, get: Get) -> Terms:
+def _addmm(node: fx.Node, get: GetTerms) -> Terms:
     beta, alpha = (number(argument(node, i, k, 1)) for i, k in ((3, "beta"), (4, "alpha")))
     out = scaled(times(get(node.args[1]), get(node.args[2])), alpha)
     if not beta:
@@ -62,14 +62,14 @@ def _addmm(node: fx.Node, get: Get) -> Terms:
     return plus(scaled(get(node.args[0]), beta), out)
 
 
-def _power(node: fx.Node, get: Get) -> Terms:
+def _power(node: fx.Node, get: GetTerms) -> Terms:
     base, n = get(node.args[0]), argument(node, 1, "n")
     if n != 2:
         raise Unclear(f"a matrix power of {n}")
     return times(base, base)
 
 
-def _multi_dot(node: fx.Node, get: Get) -> Terms:
+def _multi_dot(node: fx.Node, get: GetTerms) -> Terms:
     matrices: Any = node.args[0]
     if any(len(shape(each)) != 2 for each in matrices):
         raise Unclear("a vector is multiplied inside the step")
@@ -79,9 +79,9 @@ def _multi_dot(node: fx.Node, get: Get) -> Terms:
     return out
 
 
-def _einsum(node: fx.Node, get: Get) -> Terms:
+def _einsum(node: fx.Node, get: GetTerms) -> Terms:
     equation, operands = str(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
-    order = path(equation)
+    order = einsum_chain(equation)
     if order is None or len(order) != len(operands):
         raise Unclear(f"the sums of einsum {equation!r} are not one product of matrices")
     out: Terms = {"": 1.0}
@@ -91,8 +91,11 @@ def _einsum(node: fx.Node, get: Get) -> Terms:
     return out
 
 
-def path(equation: str) -> list[tuple[int, bool]] | None:
-    """Which operand an equation multiplies by which, and whether by its transpose; None if more."""
+def einsum_chain(equation: str) -> list[tuple[int, bool]] | None:
+    """The operands of an einsum as one product, in their order, each with whether it is transposed.
+
+    None if the equation is not one product of matrices.
+    """
     given, arrow, out = equation.replace(" ", "").replace("...", ".").partition("->")
     words = given.split(",")
     if not arrow:
@@ -119,7 +122,7 @@ def path(equation: str) -> list[tuple[int, bool]] | None:
 
 
 def flops(node: fx.Node) -> int:
-    """Of the products that a node makes, from left to right where they are several."""
+    """The FLOPs of the products that a node makes, from left to right where they are several."""
     given = _factors(node)
     rows = given[0][0] if given else 0
     return sum(2 * math.prod(shape(node)[:-2]) * rows * k * n for k, n in given[1:])
@@ -135,7 +138,7 @@ def _factors(node: fx.Node) -> list[tuple[int, int]]:
     elif node.target in _OF_LISTS:
         return [tuple(shape(each)[-2:]) for each in operands[0]]
     elif node.target in _EINSUMS:
-        order = path(operands[0]) or []
+        order = einsum_chain(operands[0]) or []
         sizes = [(shape(operands[1][i])[-2:], backwards) for i, backwards in order]
         return [(n, m) if backwards else (m, n) for (m, n), backwards in sizes]
     elif node.target not in PRODUCTS and node.target not in _TENSORDOTS:
@@ -157,4 +160,4 @@ _TENSORDOTS = overloads("tensordot.default", _tensordot)
 _POWERS = overloads("matrix_power.default linalg_matrix_power.default", _power)
 _OF_LISTS = overloads("linalg_multi_dot.default chain_matmul.default", _multi_dot)
 _EINSUMS = overloads("einsum.default", _einsum)
-TABLE: dict[Any, Run] = {**PRODUCTS, **_TENSORDOTS, **_POWERS, **_OF_LISTS, **_EINSUMS}
+RULES: dict[Any, TermRule] = {**PRODUCTS, **_TENSORDOTS, **_POWERS, **_OF_LISTS, **_EINSUMS}

@@ -1,4 +1,4 @@
-"""How the operators of a Newton-Schulz step are read: their operands, and why they cannot be."""
+"""What the rules share that read the operators of a Newton-Schulz step, and why they cannot."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +17,13 @@ class Unclear(Exception):
 
 
 class TooLong(Exception):
-    """A product of higher degree than a step has."""
+    """A product of a higher degree than a step has."""
 
 
 # An operand of a node -> its polynomial; raises KeyError for one that is none.
-Get = Callable[[Any], Terms]
-Run = Callable[[fx.Node, Get], Terms]
+GetTerms = Callable[[Any], Terms]
+# A node, and how to get the polynomials of its operands -> its own.
+TermRule = Callable[[fx.Node, GetTerms], Terms]
 
 
 def alike(node: fx.Node, *operands: Any) -> None:
@@ -68,20 +69,20 @@ def times(left: Terms, right: Terms) -> Terms:
     return out
 
 
-def overloads(names: str, run: Run) -> dict[Any, Run]:
-    """Each of "packet.overload", its in-place form and its out= form, where torch has it -> run."""
-    found: dict[Any, Run] = {}
+def overloads(names: str, rule: TermRule) -> dict[Any, TermRule]:
+    """Each of "packet.overload", its in-place and its out= form, where torch has it -> its rule."""
+    found: dict[Any, TermRule] = {}
     for name in names.split():
         packet, overload = name.split(".")
         for each, kind in ((packet, overload), (f"{packet}_", overload), (packet, "out")):
             target = getattr(getattr(aten, each, None), kind, None)
             if target is not None:
-                found[target] = run
+                found[target] = rule
     return found
 
 
-def named(names: str, run: Run) -> dict[Any, Run]:
-    """Each of "packet.overload", where torch has it -> run."""
+def named(names: str, rule: TermRule) -> dict[Any, TermRule]:
+    """Each of "packet.overload", where torch has it -> its rule."""
     pairs = (name.split(".") for name in names.split())
     found = (getattr(getattr(aten, packet, None), overload, None) for packet, overload in pairs)
-    return {target: run for target in found if target is not None}
+    return {target: rule for target in found if target is not None}

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.passes.graph.nodes import argument, dtype, short
-from moonfx.passes.newton_schulz import matmuls as products
+from moonfx.passes.graph.nodes import argument, dtype, operator_name
+from moonfx.passes.newton_schulz import matmuls
 from moonfx.passes.newton_schulz.operands import (
-    Get,
-    Run,
+    GetTerms,
+    TermRule,
     Unclear,
     alike,
     is_tensor,
@@ -24,7 +24,7 @@ from moonfx.passes.newton_schulz.views import OF_FIRST, VIEWS, same
 aten = torch.ops.aten
 
 
-def _mul(node: fx.Node, get: Get) -> Terms:
+def _mul(node: fx.Node, get: GetTerms) -> Terms:
     left, right = node.args[:2]
     tensors = [x for x in (left, right) if isinstance(x, fx.Node) and is_tensor(x)]
     if len(tensors) == 2:
@@ -36,46 +36,46 @@ def _mul(node: fx.Node, get: Get) -> Terms:
     return scaled(get(right), number(left))
 
 
-def _div(node: fx.Node, get: Get) -> Terms:
+def _div(node: fx.Node, get: GetTerms) -> Terms:
     terms, divisor = get(node.args[0]), number(node.args[1])
     if not divisor:
         raise Unclear("a division by zero")
     return scaled(terms, 1.0 / divisor)
 
 
-def _neg(node: fx.Node, get: Get) -> Terms:
+def _neg(node: fx.Node, get: GetTerms) -> Terms:
     return scaled(get(node.args[0]), -1.0)
 
 
-def _add(sign: float, swap: bool = False) -> Run:
-    def summand(node: fx.Node, operand: Any, get: Get) -> Terms:
+def _add(sign: float, swap: bool = False) -> TermRule:
+    def summand(node: fx.Node, operand: Any, get: GetTerms) -> Terms:
         if not isinstance(operand, fx.Node) and number(operand) == 0.0:
             return {}  # Python's sum() begins with 0
         alike(node, operand)
         return get(operand)
 
-    def run(node: fx.Node, get: Get) -> Terms:
+    def add(node: fx.Node, get: GetTerms) -> Terms:
         alpha = number(argument(node, 2, "alpha", 1))
         left, right = (summand(node, each, get) for each in node.args[:2])
         left, right = (right, left) if swap else (left, right)
         return plus(left, scaled(right, sign * alpha))
 
-    return run
+    return add
 
 
-def _lerp(node: fx.Node, get: Get) -> Terms:
+def _lerp(node: fx.Node, get: GetTerms) -> Terms:
     weight = number(argument(node, 2, "weight"))
     alike(node, *node.args[:2])
     return plus(scaled(get(node.args[0]), 1.0 - weight), scaled(get(node.args[1]), weight))
 
 
-def _copied(node: fx.Node, get: Get) -> Terms:
+def _copied(node: fx.Node, get: GetTerms) -> Terms:
     alike(node, node.args[1])
     return get(node.args[1])
 
 
-TABLE: dict[Any, Run] = {
-    **products.TABLE,
+RULES: dict[Any, TermRule] = {
+    **matmuls.RULES,
     **overloads("mul.Tensor mul.Scalar multiply.Tensor multiply.Scalar", _mul),
     **overloads("div.Tensor div.Scalar divide.Tensor divide.Scalar true_divide.Tensor", _div),
     **overloads("neg.default negative.default", _neg),
@@ -88,7 +88,7 @@ TABLE: dict[Any, Run] = {
     aten.copy_.default: _copied,
 }
 
-# Arithmetic that is no polynomial: what stands in the way of a step that holds it.
+# Arithmetic that is no polynomial -> why a step that holds it is declined.
 NO_STEP = {
     "dropout": "dropout inside the step",
     "native_dropout": "dropout inside the step",
@@ -97,7 +97,7 @@ NO_STEP = {
 
 
 def read_by(node: fx.Node) -> list[fx.Node]:
-    """The operands whose entries a node reads; what is only written or asked its size is none."""
+    """The operands whose entries a node reads, and not only their sizes or their memory."""
     if node.target in _SIZES:
         return []
     if node.target in OF_FIRST:
@@ -119,7 +119,7 @@ BUFFERS = {
 _SIZES = {*BUFFERS, aten.zero_.default, aten.fill_.Scalar}
 
 
-def terms_of(node: fx.Node, get: Get) -> Terms:
+def terms_of(node: fx.Node, get: GetTerms) -> Terms:
     """The polynomial that a node makes of its operands'.
 
     Raises:
@@ -127,19 +127,19 @@ def terms_of(node: fx.Node, get: Get) -> Terms:
         KeyError: if an operand is no polynomial.
         TooLong: if its degree is more than a step's.
     """
-    run = TABLE.get(node.target)
-    if run is None:
-        raise Unclear(NO_STEP.get(_plain(node), f"{short(node)} inside the step"))
+    rule = RULES.get(node.target)
+    if rule is None:
+        raise Unclear(NO_STEP.get(_plain(node), f"{operator_name(node)} inside the step"))
     matrices = [n for n in read_by(node) if is_tensor(n) and n.meta["val"].dim() >= 2]
     kinds = {(dtype(n), n.meta["val"].device) for n in (*matrices, node)}
     if len(kinds) != 1:
         raise Unclear("the dtype changes inside the step, and with it what is rounded")
-    return run(node, get)
+    return rule(node, get)
 
 
-# Operators that a step holds by mistake or for a purpose of its own; all others say that the graph
-# is something else.
-_ARITHMETIC = {str(target).split(".")[1].rstrip("_") for target in TABLE} | {
+# Operators that make of a step something that is none, which is then declined by name; a graph with
+# any other is no step to begin with.
+_ARITHMETIC = {str(target).split(".")[1].rstrip("_") for target in RULES} | {
     *("addcmul", "addcdiv", "where", "dropout", "native_dropout", "pow", "sqrt", "clamp", "tanh"),
     *("round", "dot", "bernoulli", "sign", "clamp_min", "clamp_max", "abs", "addbmm"),
 }
@@ -150,7 +150,7 @@ def is_arithmetic(node: fx.Node) -> bool:
 
 
 def _plain(node: fx.Node) -> str:
-    """The operator's name, whether it works in place or on a list, of a row of it too."""
+    """The operator's name without what says that it works in place or on lists; also of a row."""
     if node.target is getitem and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-    return short(node).removeprefix("_foreach_").rstrip("_")
+    return operator_name(node).removeprefix("_foreach_").rstrip("_")

@@ -9,7 +9,7 @@ Terms = dict[str, float]
 # The longest product of a step.
 DEGREE = 5
 
-_TURNED = str.maketrans("XT", "TX")
+_TRANSPOSED = str.maketrans("XT", "TX")
 
 
 def product(left: Terms, right: Terms) -> Terms | None:
@@ -33,7 +33,7 @@ def plus(left: Terms, right: Terms) -> Terms:
 
 
 def transposed(terms: Terms) -> Terms:
-    return {word[::-1].translate(_TURNED): x for word, x in terms.items()}
+    return {word[::-1].translate(_TRANSPOSED): x for word, x in terms.items()}
 
 
 def sides(terms: Terms) -> set[tuple[str, str]]:

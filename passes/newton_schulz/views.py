@@ -9,17 +9,18 @@ import torch
 from torch import fx
 
 from moonfx.passes.graph.nodes import permutation
-from moonfx.passes.newton_schulz.operands import Get, Run, Unclear, named, shape
+from moonfx.passes.graph.operators import CASTS, FOLDS, SWAPS, TRANSPOSES
+from moonfx.passes.newton_schulz.operands import GetTerms, TermRule, Unclear, named, shape
 from moonfx.passes.newton_schulz.polynomials import Terms, transposed
 
 aten = torch.ops.aten
 
 
-def same(node: fx.Node, get: Get) -> Terms:
+def same(node: fx.Node, get: GetTerms) -> Terms:
     return get(node.args[0])
 
 
-def _reshaped(node: fx.Node, get: Get) -> Terms:
+def _reshaped(node: fx.Node, get: GetTerms) -> Terms:
     """The same entries in the same order: the same matrices, if rows and columns are."""
     given, made = shape(node.args[0]), shape(node)  # type: ignore[arg-type]
     if given[-2:] != made[-2:] or _count(given) != _count(made):
@@ -35,10 +36,10 @@ def _count(sizes: list[Any]) -> Any:
     return found
 
 
-_CONJUGATES = (aten.mH.default, aten.matrix_H.default, aten.adjoint.default)
+_CONJUGATES = {aten.mH.default, aten.matrix_H.default, aten.adjoint.default}
 
 
-def _turned(node: fx.Node, get: Get) -> Terms:
+def _permuted(node: fx.Node, get: GetTerms) -> Terms:
     order = permutation(node)
     if order is None and node.target in _CONJUGATES:
         return transposed(get(node.args[0]))
@@ -48,35 +49,27 @@ def _turned(node: fx.Node, get: Get) -> Terms:
     return transposed(get(node.args[0])) if order[-1] != rank - 1 else get(node.args[0])
 
 
-# Views of a matrix as its transpose, or that may be.
-TURNS: dict[Any, Run] = {
-    **named("permute.default transpose.int t.default numpy_T.default matrix_H.default", _turned),
-    **named("mT.default mH.default adjoint.default", _turned),
-    **named("swapaxes.default swapdims.default movedim.int", _turned),
-}
-# Their result is the operand in another dtype or on another device.
-CASTS = named("to.dtype to.dtype_layout to.other to.device _to_copy.default", same) | (
-    named("type_as.default", same)
-)
+# Views that may be of a matrix as its transpose.
+_PERMUTES = SWAPS | TRANSPOSES | _CONJUGATES | {aten.permute.default, aten.movedim.int}
 # Their result has the operand's entries in the operand's order.
-RESHAPES = {
-    **named("view.default reshape.default _unsafe_view.default view_as.default", _reshaped),
-    **named("reshape_as.default flatten.using_ints unflatten.int", _reshaped),
+RESHAPES: dict[Any, TermRule] = {
+    **dict.fromkeys(FOLDS, _reshaped),
+    **named("view_as.default reshape_as.default", _reshaped),
     **named("unsqueeze.default squeeze.default squeeze.dim squeeze.dims", _reshaped),
     **named("slice.Tensor select.int narrow.default", _reshaped),
     **named("expand.default expand_as.default", _reshaped),
 }
 # All that stands for its operand, or the operand's transpose; none of them writes.
-VIEWS: dict[Any, Run] = {
+VIEWS: dict[Any, TermRule] = {
     **named("clone.default contiguous.default detach.default alias.default", same),
     **named("conj.default resolve_conj.default resolve_neg.default positive.default", same),
     **named("lift_fresh.default", same),
-    **CASTS,
+    **dict.fromkeys(CASTS, same),
     **RESHAPES,
-    **TURNS,
+    **dict.fromkeys(_PERMUTES, _permuted),
 }
 
-# The second operand says a size or a dtype.
+# Their second operand says a size or a dtype, and no entry of it is read.
 OF_FIRST = {
     *(aten.view_as.default, aten.reshape_as.default, aten.expand_as.default),
     *(aten.to.other, aten.type_as.default),

@@ -179,11 +179,11 @@ class _Follow:
             self._end(user, x, part)
         if user.target not in _MEETS:
             return False
-        whole = torch.cat([distinct(p.at) for p in parts]).unique()
+        met = torch.cat([distinct(p.at) for p in parts]).unique()
         mixed = gated if user.target not in _JOINS else len(parts) == 1 and parts[0].mixed
         if not mixed:
-            self.blocks.join(whole)
-        self.parts[user] = _Part(whole, False, gated, mixed)
+            self.blocks.join(met)
+        self.parts[user] = _Part(met, False, gated, mixed)
         return True
 
     def _written(self, user: FlowValue, ours: list[FlowValue], parts: list[_Part]) -> bool:
@@ -218,9 +218,9 @@ class _Follow:
         weights = [y for y in others if self.flow.trained(y) and not self.flow.active(y)]
         if user.target not in _HEADS or weights:
             return None
-        said = [y for y in user.args if isinstance(y, str)]
+        equations = [y for y in user.args if isinstance(y, str)]
         position = [y is x for y in values_in(user.args)].index(True)
-        return (str(user.target), *said, position, *map(_are_probabilities, others))
+        return (str(user.target), *equations, position, *map(_are_probabilities, others))
 
     def _item(self, user: FlowValue, ours: list[FlowValue]) -> bool:
         """One result of a split."""

@@ -22,7 +22,7 @@ def is_of_choices(index: FlowValue) -> bool:
 
 def is_of_positions(index: FlowValue) -> bool:
     """Whether an index says where a token is, and not what it is."""
-    values = list(reachable([index], _decided_by))
+    values = reachable([index], _decided_by)
     return any(map(_is_position, values)) and not any(map(_is_tokens, values))
 
 

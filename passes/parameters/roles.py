@@ -155,14 +155,10 @@ class _Reader:
         names = ", ".join(dict.fromkeys(map(op_name, use.through)))
         by = names or "a product of another form"
         where = self.where(use.op)
-        weights = reachable(self.weights([use.value]), lambda x: self.weights(x.reads))
+        weights = reachable([use.value], lambda value: value.reads, stop=self.flow.active)
         if any(x.target in ROOTS or "norm" in op_name(x) for x in weights):
             return Found("weight norm", f"the weight at {where} is computed of it and of a norm")
         return Found(None, f"its use is not clear: the weight at {where} is computed of it by {by}")
-
-    def weights(self, values: Sequence[FlowValue]) -> list[FlowValue]:
-        """Those values that do not depend on the model's input."""
-        return [x for x in values if not self.flow.active(x)]
 
     def computed_weight(self, parameter: FlowValue, kinds: dict[str, list[Use]]) -> Found:
         return self.computed(kinds)

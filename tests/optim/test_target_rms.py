@@ -22,7 +22,7 @@ def source_of(adamw):
     )
 
 
-MUON, ADAMW = SimpleNamespace(optimizer="muon"), SimpleNamespace(optimizer="adamw")
+ON_MUON, ON_ADAMW = SimpleNamespace(optimizer="muon"), SimpleNamespace(optimizer="adamw")
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.95, 0.95), (0.8, 0.95)])
@@ -38,8 +38,8 @@ def test_on_noise_the_update_of_adamw_has_the_rms_that_its_betas_say(betas):
         moved.append(rms(p.detach() - before))
     # v_hat is itself noisy, and correlated with m_hat: up to 2 % below the theory.
     assert sum(moved[-20:]) / 20 == pytest.approx(noise_rms(betas[0]), rel=0.03)
-    assert targets("betas", source_of(adamw), [MUON]) == [noise_rms(betas[0])]
-    assert targets("measured", source_of(adamw), [MUON])[0] == pytest.approx(moved[-1], rel=1e-4)
+    assert targets("betas", source_of(adamw), [ON_MUON]) == [noise_rms(betas[0])]
+    assert targets("measured", source_of(adamw), [ON_MUON])[0] == pytest.approx(moved[-1], rel=1e-4)
 
 
 def test_each_parameter_is_measured_by_itself_and_what_has_no_measure_takes_that_of_its_betas():
@@ -51,7 +51,7 @@ def test_each_parameter_is_measured_by_itself_and_what_has_no_measure_takes_that
         steady.grad, noisy.grad = torch.ones(8, 8), torch.randn(8, 8)
         zero.grad = bias.grad = torch.zeros(8, 8)
         adamw.step()
-    table = [MUON, MUON, MUON, MUON, ADAMW]
+    table = [ON_MUON, ON_MUON, ON_MUON, ON_MUON, ON_ADAMW]
     found = targets("measured", source_of(adamw), table)
     assert found[0] == pytest.approx(1.0, rel=1e-5)  # a constant gradient: m_hat = sqrt(v_hat)
     assert found[1] == pytest.approx(noise_rms(0.9), rel=0.25)

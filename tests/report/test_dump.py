@@ -11,7 +11,7 @@ import pytest
 
 import moonfx
 from moonfx.passes.pass_manager import PASSES
-from tests.capture.test_regions import Nested
+from tests.capture.test_functorch_regions import Nested
 from tests.support.tiny import TinyLM, tokens
 
 PROGRAM = """

@@ -1,6 +1,6 @@
 """Runs one model dense, sparse with every block, and sparse with few, and says how they agree.
 
-The tables of tests/models/test_surroundings.py and test_libraries.py state what each model's report
+The tables of tests/models (surroundings, Hugging Face, libraries) state what each model's report
 must be; what every model must obey is asserted here: the same outputs and gradients as dense where
 topk reaches every block, others where it does not, dense to the bit where nothing was rewritten.
 """

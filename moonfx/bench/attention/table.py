@@ -11,7 +11,7 @@ from tabulate import tabulate
 from moonfx.bench.attention.cases import PASSES
 from moonfx.bench.attention.results import Result, Run
 from moonfx.bench.harness import machine
-from moonfx.bench.harness.machine import milliseconds
+from moonfx.bench.harness.cells import milliseconds, number
 
 MIB = 2**20
 
@@ -19,10 +19,6 @@ MIB = 2**20
 class Column(NamedTuple):
     title: str
     text: Callable[[Result], str]
-
-
-def said(value: float | None, pattern: str) -> str:
-    return "-" if value is None else format(value, pattern)
 
 
 def mebibytes(count: int | None) -> str:
@@ -52,21 +48,21 @@ ALWAYS = ("N", "D", "dtype", "pass")
 TIMES = [
     Column("dense ms", time_of("dense")),
     Column("moonfx ms", time_of("moonfx")),
-    Column("speedup", lambda r: said(r.speedup, ".2f") + "x" * (r.speedup is not None)),
+    Column("speedup", lambda r: number(r.speedup, ".2f") + "x" * (r.speedup is not None)),
     Column("FLOP-ideal", lambda r: f"{r.case.flop_ideal:.2f}x"),
-    Column("share", lambda r: said(r.flop_share, ".0%")),
+    Column("share", lambda r: number(r.flop_share, ".0%")),
 ]
 ROOFS = [
-    Column("byte-ideal", lambda r: said(r.byte_ideal, ".0f") + "x" * (r.byte_ideal is not None)),
-    Column("share", lambda r: said(r.byte_share, ".0%")),
+    Column("byte-ideal", lambda r: number(r.byte_ideal, ".0f") + "x" * (r.byte_ideal is not None)),
+    Column("share", lambda r: number(r.byte_share, ".0%")),
     Column("predicted ms", lambda r: milliseconds(r.prediction)),
-    Column("share", lambda r: said(r.prediction_share, ".0%")),
+    Column("share", lambda r: number(r.prediction_share, ".0%")),
 ]
-RATE = [Column("TFLOP/s", lambda r: said(r.flop_rate and r.flop_rate / 1e12, ".0f"))]
+RATE = [Column("TFLOP/s", lambda r: number(r.flop_rate and r.flop_rate / 1e12, ".0f"))]
 MEMORY = [
     Column("dense MiB", lambda r: mebibytes(r.bytes.get("dense"))),
     Column("moonfx MiB", lambda r: mebibytes(r.bytes.get("moonfx"))),
-    Column("peak", lambda r: said(r.memory, ".2f") + "x" * (r.memory is not None)),
+    Column("peak", lambda r: number(r.memory, ".2f") + "x" * (r.memory is not None)),
     Column("B/token", per_token),
 ]
 ALSO = {

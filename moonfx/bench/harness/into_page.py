@@ -11,16 +11,12 @@ from pathlib import Path
 PAGE = "docs/benchmarks.md"
 
 
-def add(parser: argparse.ArgumentParser, files: int | str = "+") -> None:
-    """`--from`, `--markdown` and `--into`: what a table is made of, and where it goes.
-
-    Args:
-        files: of `--from`, as argparse's nargs.
-    """
+def add(parser: argparse.ArgumentParser) -> None:
+    """`--from`, `--markdown` and `--into`: what a table is made of, and where it goes."""
     parser.add_argument(
         "--from",
         dest="read",
-        nargs=files,
+        nargs="+",
         metavar="JSON",
         help="measure nothing: read what --json wrote",
     )

@@ -34,7 +34,7 @@ def describe(device: torch.device) -> dict[str, str]:
 
 def text(where: Mapping[str, str]) -> str:
     """What `describe` found, a line each."""
-    return "\n".join(f"{name}: {said}" for name, said in where.items())
+    return "\n".join(f"{name}: {words}" for name, words in where.items())
 
 
 def hardware(device: torch.device) -> str:
@@ -59,13 +59,6 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     spent = times(call, device, 1)
     repeats = int(SHORT / max(spent, 1e-6))
     return spent if repeats < 2 else min(spent, times(call, device, repeats) / repeats)
-
-
-def milliseconds(spent: float | None) -> str:
-    """Seconds as a cell of a table; "-" for what was not measured."""
-    if spent is None:
-        return "-"
-    return f"{spent * 1e3:.3f}" if spent < 0.01 else f"{spent * 1e3:.1f}"
 
 
 def times(call: Callable[[], object], device: torch.device, repeats: int) -> float:

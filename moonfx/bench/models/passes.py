@@ -1,4 +1,4 @@
-"""`moonfx bench passes`: what the retrace and the passes add to Dynamo's own capture.
+"""`moonfx bench passes`: what the capture and the passes take, beside each other.
 
 A narrow Llama of 2, 8 and 32 layers, each compiled afresh in one process after a warm-up, the
 sizes in turns. Dynamo's part is the time from the call to the backend; the retrace brings its graph

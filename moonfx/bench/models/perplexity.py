@@ -2,9 +2,9 @@
 
 SmolLM2-135M-Instruct reads the first tokens of each text, densely and after moonfx.sparsify, in
 float32, and nothing is trained. Perplexity is that of the last tokens, each of which would densely
-attend all tokens before it. The texts are files of Python's standard library, so they change with
-its version. A text whose passages recur costs most: what a token repeats may lie in a block that it
-does not attend.
+attend all tokens before it. The texts are Python's own, so they change with its version: files of
+the standard library, and the help topics, one after the other. A text whose passages recur costs
+most: what a token repeats may lie in a block that it does not attend.
 """
 
 import argparse
@@ -12,8 +12,9 @@ import json
 import math
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -28,12 +29,13 @@ from moonfx.bench.models import smollm2
 from moonfx.bench.models.options import add_numbers, add_policy, check_policy, policy
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
-TEXTS = ("typing.py", "argparse.py", "pydoc_data/topics.py")
+TOPICS = "help topics"
+TEXTS = ("typing.py", "inspect.py", TOPICS)
 HEADERS = ("text", "tokens", "dense perplexity", "sparse perplexity", "over dense")
 
 
 @dataclass(frozen=True)
-class Result:
+class Reading:
     """One text: `tokens` read, and the perplexity of the last of them, densely and sparsely."""
 
     text: str
@@ -48,13 +50,13 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Results of one machine. where: hardware and versions, by name. last: tokens scored."""
+class Perplexities:
+    """Readings of one machine. where: hardware and versions, by name. last: tokens scored."""
 
     where: dict[str, str]
     policy: dict[str, int]
     last: int
-    results: list[Result]
+    results: list[Reading]
 
     def to_json(self) -> str:
         results = [asdict(r) | {"over_dense": r.over_dense} for r in self.results]
@@ -64,15 +66,15 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns 0, or 2 for a wrong argument."""
     options = parse(argv)
-    run = options.run or measured(options)
+    found = options.kept or measured(options)
     if options.into:
-        into_page.place(Path(options.into), options.read[0], markdown(run))
+        into_page.place(Path(options.into), options.read[0], markdown(found))
     elif options.json:
-        print(run.to_json())
+        print(found.to_json())
     elif options.markdown:
-        print(markdown(run))
+        print(markdown(found))
     else:
-        print(f"{machine.text(run.where)}\n{heading(run)}\n\n{grid(run, 'simple')}")
+        print(f"{machine.text(found.where)}\n{heading(found)}\n\n{grid(found, 'simple')}")
     return 0
 
 
@@ -86,8 +88,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--texts",
         nargs="+",
         default=TEXTS,
-        metavar="FILE",
-        help=f"files of the standard library, or your own ({' '.join(TEXTS)})",
+        metavar="TEXT",
+        help=f"'{TOPICS}', files of the standard library, or your own ({', '.join(TEXTS)})",
     )
     add_numbers(
         parser,
@@ -96,7 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_policy(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    into_page.add(parser, files=1)
+    into_page.add(parser)
     options = parser.parse_args(argv)
     check_policy(parser, options)
     if not 1 <= options.last < options.length:
@@ -104,7 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.length <= options.block * options.topk:
         parser.error("--length must be more than --block times --topk: up to there it is dense")
     try:
-        options.run = read(options.read[0]) if options.read else None
+        options.kept = read(options.read) if options.read else None
         for name in options.texts:
             source_of(name)
     except ValueError as error:
@@ -115,18 +117,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def source_of(name: str) -> str:
-    """The text of a file of the standard library, or of any other.
+    """Python's help topics, or the text of a file of the standard library, or of any other.
 
     Raises:
         ValueError: if there is no such file.
     """
+    if name == TOPICS:
+        return "\n".join(topics.values())
     for path in (LIBRARY / name, Path(name)):
         if path.is_file():
             return path.read_text(encoding="utf-8")
     raise ValueError(f"--texts: {name} is no file, here or in the standard library")
 
 
-def measured(options: argparse.Namespace) -> Run:
+def measured(options: argparse.Namespace) -> Perplexities:
     where = machine.describe(torch.device("cpu"))
     model, tokenizer = smollm2.load(torch.float32)
     texts = {
@@ -139,8 +143,8 @@ def measured(options: argparse.Namespace) -> Run:
     for name, tokens in tqdm(texts.items(), unit="text", leave=False, disable=None):
         # model.forward goes past what sparsify put on the model.
         dense, sparse = (perplexity(call, tokens, options.last) for call in (model.forward, model))
-        results.append(Result(name, tokens.shape[1], dense, sparse))
-    return Run(where, policy(options), options.last, results)
+        results.append(Reading(name, tokens.shape[1], dense, sparse))
+    return Perplexities(where, policy(options), options.last, results)
 
 
 def check_lengths(texts: Mapping[str, Tensor], options: argparse.Namespace) -> None:
@@ -161,41 +165,54 @@ def perplexity(call: Callable[..., Any], tokens: Tensor, last: int) -> float:
     return math.exp(F.cross_entropy(logits[0, :-1].float(), tokens[0, -last:]).item())
 
 
-def read(path: str) -> Run:
-    """What `--json` wrote.
+def read(paths: Sequence[str]) -> Perplexities:
+    """Files that `--json` wrote, of one machine and policy, as one.
 
     Raises:
-        ValueError: if the file is none.
+        ValueError: if a file is none, or if they are of different machines, versions or policies.
     """
+    first, *others = (from_json(path) for path in paths)
+    for path, other in zip(paths[1:], others, strict=True):
+        if decisive(other) != decisive(first):
+            raise ValueError(f"--from: {path} is of another machine, version or policy")
+    return replace(first, results=[r for one in (first, *others) for r in one.results])
+
+
+def decisive(found: Perplexities) -> tuple[Any, ...]:
+    """What readings must share to stand in one table."""
+    return found.where["hardware"], found.where["versions"], found.policy, found.last
+
+
+def from_json(path: str) -> Perplexities:
     try:
-        said = json.loads(Path(path).read_text(encoding="utf-8"))
-        names = Result.__dataclass_fields__
-        results = [Result(**{k: v for k, v in r.items() if k in names}) for r in said["results"]]
-        return Run(said["where"], said["policy"], said["last"], results)
+        kept = json.loads(Path(path).read_text(encoding="utf-8"))
+        names = Reading.__dataclass_fields__
+        results = [Reading(**{k: v for k, v in r.items() if k in names}) for r in kept["results"]]
+        return Perplexities(kept["where"], kept["policy"], kept["last"], results)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--from must name what `moonfx bench perplexity --json` wrote, got {path}"
         ) from error
 
 
-def markdown(run: Run) -> str:
+def markdown(found: Perplexities) -> str:
     """The table of docs/benchmarks.md."""
-    where = "; ".join(f"{name}: {run.where[name]}" for name in ("hardware", "versions"))
-    return f"{where}.\n\n{heading(run)}\n\n{grid(run, 'github')}"
+    where = "; ".join(f"{name}: {found.where[name]}" for name in ("hardware", "versions"))
+    return f"{where}.\n\n{heading(found)}\n\n{grid(found, 'github')}"
 
 
-def heading(run: Run) -> str:
-    sizes = "/".join(str(run.policy[name]) for name in ("block", "topk", "sinks"))
+def heading(found: Perplexities) -> str:
+    sizes = "/".join(str(found.policy[name]) for name in ("block", "topk", "sinks"))
     return (
         f"SmolLM2-135M-Instruct, float32, block/topk/sinks {sizes}; "
-        f"perplexity of the last {run.last:,} tokens"
+        f"perplexity of the last {found.last:,} tokens"
     )
 
 
-def grid(run: Run, style: str) -> str:
+def grid(found: Perplexities, style: str) -> str:
     rows = [
         (r.text, f"{r.tokens:,}", f"{r.dense:.2f}", f"{r.sparse:.2f}", f"{r.over_dense:+.1%}")
-        for r in run.results
+        for r in found.results
     ]
     align = ("left", *["right"] * 4)
     return tabulate(rows, HEADERS, tablefmt=style, colalign=align, disable_numparse=True)

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{options.steps} steps, best of {options.repeats}\n")
     print("\n".join([table(done), *notes(done, left_out)]))
     if found is not None:
-        print("\n" + found.said("the loop", "1.00x by definition"))
+        print("\n" + found.line("the loop", "1.00x by definition"))
     return status
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from tabulate import tabulate
 
-from moonfx.bench.harness.machine import milliseconds
+from moonfx.bench.harness.cells import milliseconds, number
 from moonfx.bench.optimizers import bars
 from moonfx.bench.optimizers import other_packages as others
 
@@ -60,18 +60,14 @@ def table(done: Sequence[Timing]) -> str:
     rows = []
     for t in done:
         row = [f"{t.m}x{t.n}", t.count, t.dtype, milliseconds(t.best("loop"))]
-        row += [f"{said(t.speedup(f))} of {t.flop_ideal[f]:.2f}" for f in forms]
-        row += [said(t.speedup(name)) for name in theirs]
+        row += [f"{number(t.speedup(f))} of {t.flop_ideal[f]:.2f}" for f in forms]
+        row += [number(t.speedup(name)) for name in theirs]
         taken = "as written" if t.as_written else f"{t.form}: {1 / t.ratio:.2f}x"
         rows.append([*row, taken + " (measured again)" * t.again])
     titles = ["X", "matrices", "dtype", "loop ms", *(f"{f} of FLOP-ideal" for f in forms)]
     titles += [*theirs, "auto"]
     align = ["left", "right", "left", *["right"] * (1 + len(forms) + len(theirs)), "left"]
     return tabulate(rows, titles, disable_numparse=True, colalign=align if rows else None)
-
-
-def said(speedup: float | None) -> str:
-    return "-" if speedup is None else f"{speedup:.2f}"
 
 
 def notes(done: Sequence[Timing], left_out: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from tabulate import tabulate
 
 from moonfx.bench.harness import machine
+from moonfx.bench.harness.cells import number
 from moonfx.bench.optimizers import other_packages as others
 from moonfx.bench.optimizers.step_contenders import CONTENDERS
 from moonfx.bench.optimizers.steps import Measured
@@ -27,7 +28,7 @@ def text(
         parts += [title(one), table(one) + notes([one])]
         parts += [str(one.report)] if one.report is not None else []
     parts += ["\n".join(f"left out: {line}" for line in left_out)] if left_out else []
-    parts += [verdict.said("Inductor's step", "measured all the same")] if verdict else []
+    parts += [verdict.line("Inductor's step", "measured all the same")] if verdict else []
     return "\n\n".join(parts)
 
 
@@ -44,10 +45,10 @@ def table(one: Measured) -> str:
         [
             name,
             f"{contender.best * 1e3:.1f}",
-            *(said(one.of(name, whole)) for whole in ("eager", "inductor")),
-            said(one.ideal(name)),
+            *(number(one.of(name, whole)) for whole in ("eager", "inductor")),
+            number(one.ideal(name)),
             f"{contender.compile_seconds:.1f}" if contender.compiled else "-",
-            said(one.compile_of_inductor(name)),
+            number(one.compile_of_inductor(name)),
         ]
         for name, contender in one.found.items()
     ]
@@ -64,8 +65,8 @@ def each_table(done: Sequence[Measured]) -> str:
         inductor = one.found.get("inductor")
         row = [one.name, str(sum(one.shapes.values())), one.dtype, one.iterate]
         row.append(f"{inductor.best * 1e3:.3f}" if inductor else "-")
-        row += [said(one.of(c, "inductor")) for c in beside]
-        row += [said(one.share), said(one.compile_of_inductor("moonfx"))]
+        row += [number(one.of(c, "inductor")) for c in beside]
+        row += [number(one.share), number(one.compile_of_inductor("moonfx"))]
         forms = [] if one.report is None else [r.form or r.action for r in one.report.iterations]
         rows.append([*row, ", ".join(dict.fromkeys(forms)) + " (measured again)" * one.again])
     titles = ["X", "matrices", "parameters", "Newton-Schulz", "Inductor ms"]
@@ -73,10 +74,6 @@ def each_table(done: Sequence[Measured]) -> str:
     titles += ["FLOP-ideal", "compile, of Inductor's", "moonfx took"]
     align = ["left", "right", "left", "left", *["right"] * (3 + len(beside)), "left"]
     return tabulate(rows, titles, disable_numparse=True, colalign=align)
-
-
-def said(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def notes(done: Sequence[Measured]) -> str:

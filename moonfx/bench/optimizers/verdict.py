@@ -50,7 +50,7 @@ class Verdict:
     def passed(self) -> bool:
         return self.worst is not None and not self.failed
 
-    def said(self, against: str, as_written: str) -> str:
+    def line(self, against: str, as_written: str) -> str:
         """One line.
 
         Args:

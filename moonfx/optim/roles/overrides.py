@@ -25,7 +25,7 @@ _KEYS = "a parameter's name, 're:<regex>' or a predicate(name, parameter)"
 
 
 class Overrides:
-    """What the user said of which parameters.
+    """The user's word on parameters.
 
     Args:
         given: the argument `roles`.
@@ -61,7 +61,7 @@ class Overrides:
             raise TypeError(f"a key of roles must be {_KEYS}, got {key!r}")
 
     def find(self, names: Sequence[str], parameter: Tensor) -> Override | None:
-        """What the user said of a parameter, with the key that fits; `names`: all of its names."""
+        """The user's word on a parameter, with the key that fits; `names`: all of its names."""
         for key, what in self.names.items():
             if _is_called(key, names):
                 return repr(key), what

@@ -219,12 +219,12 @@ def gradient(matrix: Matrix, rule: UpdateRule) -> Tensor:
     grad = matrix.grad.to(matrix.buffer.dtype)
     if rule.maximize:
         grad = -grad
-    if rule.decay == "coupled" and _is_some(matrix.weight_decay):
+    if rule.decay == "coupled" and _decays(matrix.weight_decay):
         grad = grad + matrix.weight_decay * matrix.weight
     return grad
 
 
-def _is_some(weight_decay: float | Tensor) -> bool:
+def _decays(weight_decay: float | Tensor) -> bool:
     return isinstance(weight_decay, Tensor) or weight_decay != 0
 
 
@@ -288,10 +288,10 @@ def write(
     lr, weight_decay = like.lr, like.weight_decay
     if isinstance(lr, Tensor) and lr.device != update.device and not torch.compiler.is_compiling():
         lr = float(lr)
-    if rule.decay == "decoupled" and _is_some(weight_decay):
+    if rule.decay == "decoupled" and _decays(weight_decay):
         keep = 1 - lr * weight_decay
         torch._foreach_mul_(weights, keep)
-    elif rule.decay == "cautious" and _is_some(weight_decay):
+    elif rule.decay == "cautious" and _decays(weight_decay):
         for weight, o in zip(weights, update.unbind(), strict=True):
             with_it = weight * o.view(weight.shape) > 0
             weight.sub_(torch.where(with_it, weight, 0) * (lr * weight_decay))

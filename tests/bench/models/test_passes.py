@@ -22,3 +22,10 @@ def test_the_retrace_and_the_passes_cost_little_beside_dynamo_and_grow_no_faster
         assert row["passes / dynamo"] < 0.1
     assert many["retrace s"] / few["retrace s"] < 1.5 * grown
     assert many["passes s"] / few["passes s"] < 2 * grown
+
+
+def test_the_capture_is_dynamo_s_part_and_the_retrace():
+    turns = [{"dynamo": 1.0 * i, "retrace": 0.5, "passes": 0.1, "nodes": 30} for i in (3, 1, 2)]
+    row = passes.summary("sdpa", 2, turns)
+    assert (row["capture s"], row["passes s"], row["nodes"]) == (2.5, 0.1, 30)
+    assert row["retrace / dynamo"] == 0.25

@@ -29,7 +29,7 @@ def printed(words, capsys):
 
 
 def test_each_text_is_read_densely_and_sparsely_and_its_last_tokens_count(tiny, capsys):
-    texts = ["heapq.py", "pydoc_data/topics.py"]
+    texts = ["heapq.py", "help topics"]
     said = json.loads(printed(["--texts", *texts, "--json"], capsys))
     assert said["policy"] == {"block": 16, "topk": 3, "sinks": 1}
     assert {"hardware", "versions"} <= said["where"].keys()
@@ -49,7 +49,7 @@ def test_perplexity_is_that_of_the_last_tokens_given_all_before_them():
 
 
 def test_where_the_blocks_cover_the_text_but_one_the_cost_is_small(tiny, capsys):
-    """15 of 16 blocks: nearly dense, so that sparse and dense are not mixed up with texts."""
+    """15 of 16 blocks: one is left out by the last tokens alone."""
     words = ["--topk", "15", "--texts", "heapq.py", "--json"]
     (result,) = json.loads(printed(words, capsys))["results"]
     assert abs(result["over_dense"]) < 1e-2
@@ -71,8 +71,19 @@ def test_the_table_goes_between_the_comments_that_name_its_data(tiny, capsys, tm
 
 def test_the_table_of_the_benchmarks_page_is_what_its_data_prints():
     page = (ROOT / into_page.PAGE).read_text()
-    table = perplexity.markdown(perplexity.read(str(ROOT / DATA)))
+    table = perplexity.markdown(perplexity.read([str(ROOT / DATA)]))
     assert into_page.between(page, DATA) == table
+
+
+def test_files_of_one_machine_and_policy_are_joined_and_others_are_not(tiny, capsys, tmp_path):
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    one.write_text(printed(["--texts", "heapq.py", "--json"], capsys))
+    other.write_text(printed(["--texts", "shlex.py", "--json"], capsys))
+    joined = perplexity.read([str(one), str(other)])
+    assert [r.text for r in joined.results] == ["heapq.py", "shlex.py"]
+    other.write_text(printed(["--texts", "shlex.py", "--sinks", "0", "--json"], capsys))
+    with pytest.raises(ValueError, match=r"other.json is of another machine, version or policy"):
+        perplexity.read([str(one), str(other)])
 
 
 # name, words after `moonfx bench perplexity`, what the error says

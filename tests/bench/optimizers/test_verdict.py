@@ -44,12 +44,12 @@ def test_the_verdict_names_the_worst_and_counts_what_was_left() -> None:
         Judged("8x8", 1.0, False, True),
         Judged("64x128", 1.0301, True, False),
     ]
-    assert judge(measured, 1.03).said("the loop", "1.00x by definition") == (
+    assert judge(measured, 1.03).line("the loop", "1.00x by definition") == (
         "verdict: FAIL: at worst 1.030x the time of the loop, on 64x128 (allowed: 1.03x); 1 of 3 "
         "slower; 1 measured again; 1 left as written, 1.00x by definition"
     )
     assert judge(measured[:2], 1.03).passed
-    assert judge(measured[:1], 1.03, left_out=2).said("the loop", "").endswith("; 2 left out")
+    assert judge(measured[:1], 1.03, left_out=2).line("the loop", "").endswith("; 2 left out")
     assert not judge(measured, 1.03).passed
 
 

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 import moonfx
 from moonfx.optim.matrices import Layout
-from tests.support.optim.nets import MUON, equal, net, train
+from tests.support.optim.nets import ON_MUON, equal, net, train
 from tests.support.optim.sources import BitsandbytesAdamW
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -387,5 +387,5 @@ def test_a_layout_that_was_saved_is_the_one_that_goes_on() -> None:
     again = moonfx.convert_optimizer(AdamW(model.parameters()), model)
     assert again.table[3].layout != layout
     again.load_state_dict(muon.state_dict())
-    assert again.table[3].name == MUON[0]
+    assert again.table[3].name == ON_MUON[0]
     assert again.table[3].layout == layout

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 import moonfx
-from tests.support.optim.nets import MUON, net, train
+from tests.support.optim.nets import ON_MUON, net, train
 
 
 def whole(value: Any) -> Any:
@@ -28,7 +28,7 @@ def handed_over(mesh: Any = None) -> dict[str, Any]:
     model = net()
     if mesh is not None:
         fully_shard(model, mesh=mesh)
-    hidden = [model.get_parameter(name) for name in MUON]
+    hidden = [model.get_parameter(name) for name in ON_MUON]
     adamw = AdamW(model.parameters(), lr=1e-3)
     train(model, adamw, range(3))
     muon = moonfx.convert_optimizer(adamw, model)

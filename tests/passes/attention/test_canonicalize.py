@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from moonfx.passes.attention import canonicalize
 from moonfx.passes.context import Context
-from moonfx.passes.graph.nodes import short
+from moonfx.passes.graph.nodes import operator_name
 from tests.passes.attention.forms import NEG, SCALE, B, H, N, causal, inputs
 
 Body = Callable[..., Any]
@@ -23,8 +23,10 @@ OPERATORS = (
 
 def operators(graph: fx.Graph) -> list[str]:
     """The names of the calls that a row is about, in order; not of what makes a mask [N, N]."""
-    calls = [n for n in graph.nodes if n.op == "call_function" and short(n) in OPERATORS]
-    return [short(n) for n in calls if short(n) == "neg" or n.meta["val"].dim() == 4]
+    calls = [n for n in graph.nodes if n.op == "call_function" and operator_name(n) in OPERATORS]
+    return [
+        operator_name(n) for n in calls if operator_name(n) == "neg" or n.meta["val"].dim() == 4
+    ]
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
@@ -210,7 +212,7 @@ def test_the_first_of_several_results_is_taken_once() -> None:
     taken = next(n for n in node.users if n.args[1] == 0)
     with graph.inserting_after(taken):
         again = graph.node_copy(taken, lambda n: n)
-    next(n for n in graph.nodes if short(n) == "sum").replace_input_with(taken, again)
+    next(n for n in graph.nodes if operator_name(n) == "sum").replace_input_with(taken, again)
     gm = fx.GraphModule({}, graph)
     before = results(gm)
     assert canonical(gm) == 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from moonfx.passes.graph import unmarked_aliases as unmarked
+from moonfx.passes.graph import unmarked_aliases
 from tests.support.newton_schulz.cases import Rewritten, always, matrix
 from tests.support.newton_schulz.forms import QUINTIC, step
 
@@ -138,7 +138,7 @@ def _storages(values: Any) -> set[int]:
 
 def test_operators_that_are_said_to_return_new_memory_do() -> None:
     tried = 0
-    for name in sorted(unmarked.NEW):
+    for name in sorted(unmarked_aliases.NEW):
         packet = getattr(aten, name)
         for overload in (getattr(packet, each) for each in packet.overloads()):
             if overload._schema.is_mutable:

@@ -1,4 +1,4 @@
-"""Each node of a walk once, these beyond what stops it not at all."""
+"""A walk comes to all that a node is made of, or that is made of it, up to where it stops."""
 
 import operator
 
@@ -8,7 +8,7 @@ from moonfx.passes.graph.walks import downstream, reachable, upstream
 
 
 def diamond() -> tuple[fx.Node, ...]:
-    """x -> left, right -> out, with out also reading x."""
+    """x -> left, right -> joined -> out, where out also reads x."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     left = graph.call_function(operator.neg, (x,))
@@ -18,22 +18,20 @@ def diamond() -> tuple[fx.Node, ...]:
     return x, left, right, joined, out
 
 
-def test_a_walk_gives_each_node_once_and_its_start_first() -> None:
+def test_a_walk_comes_to_all_that_a_node_is_made_of_or_that_is_made_of_it() -> None:
     x, left, right, joined, out = diamond()
-    for walk, start in ((upstream(out), out), (downstream(x), x)):
-        found = list(walk)
-        assert found[0] is start
-        assert len(found) == 5
-        assert set(found) == {x, left, right, joined, out}
+    assert upstream([joined]) == {joined, left, right, x}
+    assert downstream([left]) == {left, joined, out}
+    assert upstream([]) == downstream([]) == set()
 
 
-def test_a_walk_goes_no_further_than_through_says_and_gives_where_it_stopped() -> None:
-    x, left, right, joined, _ = diamond()
-    assert set(upstream(joined, through=lambda n: n is not left)) == {joined, left, right, x}
-    assert set(upstream(joined, through=lambda n: n is joined)) == {joined, left, right}
-    assert set(downstream(left, through=lambda n: n is not joined)) == {left, joined}
+def test_where_a_walk_stops_is_left_out_and_what_only_lies_past_it() -> None:
+    x, left, right, joined, out = diamond()
+    assert upstream([joined], stop=lambda n: n is left) == {joined, right, x}
+    assert upstream([joined], stop=lambda n: n in (left, right)) == {joined}
+    assert downstream([x], stop=lambda n: n is joined) == {x, left, right, out}
 
 
-def test_a_circle_is_walked_once() -> None:
-    assert list(reachable([0], lambda n: [(n + 1) % 3])) == [0, 1, 2]
-    assert list(reachable([1, 1, 2], lambda n: [])) == [2, 1]
+def test_a_walk_around_a_circle_ends() -> None:
+    assert reachable([0], lambda n: [(n + 1) % 3]) == {0, 1, 2}
+    assert reachable([0, 4], lambda n: [n + 1], stop=lambda n: n > 2) == {0, 1, 2}

@@ -1,81 +1,23 @@
-"""What a mask is proved to be, for every shape: by hand, from Hugging Face, and at random."""
+"""What a mask is proved to be, for every shape: a table of masks written by hand."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor
 
-import moonfx
-from moonfx.passes.attention import find_attention, lay_out_heads
-from moonfx.passes.context import Context
-from moonfx.passes.masks import classify_mask
-from moonfx.policy import LayerPolicy
-from moonfx.site import AttentionSite
 from tests.passes.attention.forms import NEG
-
-transformers = pytest.importorskip("transformers")
-
-B, H, D = 2, 4, 8
-
-
-def trace(
-    mask: Callable[..., Tensor], queries: int, keys: int, *, dynamic: bool, padding: bool = False
-) -> fx.GraphModule:
-    """sdpa(q, k, v, mask(query length, key length[, real])) in pre-dispatch ATen."""
-
-    def attend(x: Tensor, y: Tensor, *real: Tensor) -> Tensor:
-        # Vectors, so that lengths alone are symbols, never heads or head_dim.
-        q, k = (z[:, None].expand(-1, B * H * D).reshape(-1, B, H, D) for z in (x, y))
-        q, k = q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3)
-        given = [torch.stack(real)] if real else []
-        return F.scaled_dot_product_attention(q, k, k, mask(q.shape[2], k.shape[2], *given))
-
-    real = [torch.ones(keys, dtype=torch.long) for _ in range(B if padding else 0)]
-    mode = "symbolic" if dynamic else "real"
-    traced = make_fx(attend, pre_dispatch=True, tracing_mode=mode)
-    return traced(torch.zeros(queries), torch.zeros(keys), *real)
-
-
-def classified(gm: fx.GraphModule) -> AttentionSite:
-    context = Context(gm, lambda *given: LayerPolicy())
-    find_attention.run(gm.graph, context)
-    lay_out_heads.run(gm.graph, context)
-    classify_mask.run(gm.graph, context)
-    (site,) = context.sites
-    return site
-
-
-def verdict(gm: fx.GraphModule) -> str:
-    site = classified(gm)
-    if site.mask is not None:
-        return site.mask.kind
-    assert site.reject is not None
-    return site.reject.reason
-
-
-def rows(n: int) -> Tensor:
-    return torch.arange(n)[:, None]
-
-
-def columns(n: int) -> Tensor:
-    return torch.arange(n)[None, :]
-
-
-def real_keys(real: Tensor) -> Tensor:
-    return real[:, None, None, :] != 0
-
-
-def float_mask(keep: Tensor) -> Tensor:
-    return (1.0 - keep.float()) * NEG
-
-
-CAUSAL, PADDED = "causal", "causal & padding"
+from tests.passes.masks.traced_masks import (
+    CAUSAL,
+    PADDED,
+    B,
+    columns,
+    float_mask,
+    real_keys,
+    rows,
+    trace,
+    verdict,
+)
 
 # name, mask(n, k[, real]), expected
 MASKS: list[tuple[str, Callable[..., Tensor], str]] = [
@@ -247,173 +189,3 @@ def test_a_mask_is_named_for_every_shape(
         assert got == expected
     else:
         assert got.startswith(expected) or expected in got
-
-
-# --- random masks ---------------------------------------------------------------------------------
-
-Part = Callable[[Tensor, Tensor, int, int, Tensor], Tensor]
-
-# Parts of a mask over rows i [n, 1], columns j [1, k], lengths n and k, and real [B, 1, 1, k].
-CAUSAL_PARTS: list[Part] = [
-    lambda i, j, n, k, m: j <= i + (k - n),
-    lambda i, j, n, k, m: ~(j > i + (k - n)),
-    lambda i, j, n, k, m: (i - j) + k >= n,
-    lambda i, j, n, k, m: torch.ones(n, k, dtype=torch.bool).tril(k - n),
-    lambda i, j, n, k, m: torch.where(j > i + (k - n), -1e9, 0.0) == 0,
-]
-HARMLESS_PARTS: list[Part] = [
-    lambda i, j, n, k, m: j >= 0,
-    lambda i, j, n, k, m: i < n,
-    lambda i, j, n, k, m: j < k + i,
-    lambda i, j, n, k, m: torch.ones(n, k, dtype=torch.bool),
-]
-PADDING_PARTS: list[Part] = [
-    lambda i, j, n, k, m: m,
-    lambda i, j, n, k, m: ~(~m),
-    lambda i, j, n, k, m: m.long() > 0,
-    lambda i, j, n, k, m: m[..., torch.arange(k)],
-]
-WRONG_PARTS: list[Part] = [
-    lambda i, j, n, k, m: j < i + (k - n),
-    lambda i, j, n, k, m: j <= i + (k - n) - 1,
-    lambda i, j, n, k, m: j + i >= 2,
-    lambda i, j, n, k, m: j * 2 <= i + k,
-    lambda i, j, n, k, m: j >= i + (k - n) - 2,
-    lambda i, j, n, k, m: i + j != 3,
-    lambda i, j, n, k, m: j < 4,
-    lambda i, j, n, k, m: i > 0,
-    lambda i, j, n, k, m: torch.ones(n, k, dtype=torch.bool).triu(),
-    lambda i, j, n, k, m: m.transpose(-1, -2)[..., -n:, :],
-]
-JOINS: list[Callable[[Tensor, Tensor], Tensor]] = [
-    lambda a, b: a & b,
-    lambda a, b: torch.logical_and(a, b),
-    lambda a, b: ~(~a | ~b),
-    lambda a, b: torch.where(a, b, False),
-    lambda a, b: (a * b) != 0,
-    lambda a, b: b.masked_fill(~a, False),
-    lambda a, b: (float_mask(a) + float_mask(b)) == 0,
-]
-FINISHES: list[Callable[[Tensor], Tensor]] = [lambda keep: keep, float_mask]
-
-
-@st.composite
-def right_masks(draw: Any) -> tuple[list[Part], list[Any], Any]:
-    parts = [
-        draw(st.sampled_from(CAUSAL_PARTS)),
-        *draw(st.lists(st.sampled_from(HARMLESS_PARTS + PADDING_PARTS + CAUSAL_PARTS), max_size=3)),
-    ]
-    parts = draw(st.permutations(parts))
-    joins = [draw(st.sampled_from(JOINS)) for _ in parts[1:]]
-    return parts, joins, draw(st.sampled_from(FINISHES))
-
-
-def compose(parts: list[Part], joins: list[Any], finish: Any) -> Callable[..., Tensor]:
-    def mask(n: int, k: int, real: Tensor) -> Tensor:
-        given = rows(n), columns(k), n, k, real_keys(real)
-        keep = parts[0](*given).expand(B, 1, n, k)
-        for part, join in zip(parts[1:], joins, strict=True):
-            keep = join(keep, part(*given).expand(B, 1, n, k))
-        return finish(keep)
-
-    return mask
-
-
-SIZES = st.sampled_from([(9, 9), (4, 9)])
-
-
-@settings(max_examples=25)
-@given(made=right_masks(), size=SIZES, dynamic=st.booleans())
-def test_masks_made_of_supported_parts_are_classified_as_what_they_compute(
-    made: Any, size: tuple[int, int], dynamic: bool
-) -> None:
-    expected = PADDED if any(part in PADDING_PARTS for part in made[0]) else CAUSAL
-    assert verdict(trace(compose(*made), *size, dynamic=dynamic, padding=True)) == expected
-
-
-@settings(max_examples=25)
-@given(made=right_masks(), wrong=st.sampled_from(WRONG_PARTS), at=st.integers(0, 3), size=SIZES)
-def test_masks_with_one_wrong_part_are_never_supported(
-    made: Any, wrong: Part, at: int, size: tuple[int, int]
-) -> None:
-    parts, joins, finish = made
-    parts = [*parts[:at], wrong, *parts[at:]]
-    joins = [*joins, JOINS[0]]
-    got = verdict(trace(compose(parts, joins, finish), *size, dynamic=False, padding=True))
-    assert got not in (CAUSAL, PADDED)
-
-
-# --- Hugging Face ---------------------------------------------------------------------------------
-
-
-def llama() -> Any:
-    from tests.support.zoo import build
-
-    return moonfx.sparsify(build("llama", "sdpa"), 8, 3, compiler="eager", on_miss="ignore")
-
-
-def test_a_prompt_given_in_chunks_is_causal_with_the_offset_of_the_cache() -> None:
-    model, ids = llama(), torch.arange(2, 90)[None]
-    whole = model(ids, use_cache=False).logits
-    cache = transformers.DynamicCache()
-    parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 40), (40, 88))]
-    assert {(r.mask, r.action) for r in moonfx.report(model).rows} == {(CAUSAL, "sparse")}
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=5e-6, rtol=1e-4)
-
-
-def test_a_step_on_a_static_cache_is_declined_by_name() -> None:
-    model, ids = llama(), torch.arange(2, 50)[None]
-    with moonfx.full_attention(model):
-        dense = model(ids, use_cache=False).logits[:, -1]
-    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
-    with moonfx.full_attention(model):
-        model(ids[:, :-1].contiguous(), past_key_values=cache)
-    got = model(ids[:, -1:].contiguous(), past_key_values=cache).logits[:, -1]
-    rows = moonfx.report(model).rows
-    assert [r.action for r in rows] == ["declined"] * 2
-    assert all("static cache" in r.reason for r in rows), rows[0].reason
-    torch.testing.assert_close(got, dense, atol=5e-6, rtol=1e-4)
-
-
-def mistral() -> Any:
-    config = transformers.MistralConfig(
-        vocab_size=100,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=16,
-    )
-    return transformers.MistralForCausalLM(config).eval()
-
-
-def test_a_sliding_window_model_is_declined_by_name() -> None:
-    model, ids = mistral(), torch.arange(2, 50)[None]
-    dense = model(ids, use_cache=False).logits
-    moonfx.sparsify(model, 8, 3, compiler="eager", on_miss="ignore")
-    assert torch.equal(model(ids, use_cache=False).logits, dense)
-    assert {r.reason.split(" (node")[0] for r in moonfx.report(model).rows} == {
-        "sliding window of 16 tokens, which is already sparse: 16 tokens <= block*topk = 24; "
-        "nothing to change"
-    }
-
-
-def test_a_window_longer_than_what_moba_attends_is_only_named() -> None:
-    report = moonfx.explain(mistral(), torch.arange(2, 50)[None], block=4, topk=3, use_cache=False)
-    assert {r.reason.split(" (node")[0] for r in report.rows} == {"sliding window of 16 tokens"}
-
-
-@pytest.mark.parametrize("windowed_cache", [False, True])
-def test_a_step_of_a_sliding_window_model_is_declined_by_name(windowed_cache: bool) -> None:
-    model, ids = mistral(), torch.arange(2, 50)[None]
-    moonfx.sparsify(model, 8, 3, compiler="eager", on_miss="ignore")
-    config = {"config": model.config} if windowed_cache else {}
-    cache = transformers.DynamicCache(**config)
-    with moonfx.full_attention(model):
-        model(ids, past_key_values=cache)
-    for _ in range(3):
-        model(ids[:, -1:].contiguous(), past_key_values=cache)
-    declined = [r.reason for r in moonfx.report(model).rows if r.action == "declined"]
-    assert declined
-    assert all(reason.startswith("sliding window") for reason in declined), declined

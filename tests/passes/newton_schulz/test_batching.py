@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moonfx.passes.newton_schulz import batching as plan
+from moonfx.passes.newton_schulz import batching
 from tests.support.newton_schulz.cases import Rewritten, always, matrix
 from tests.support.newton_schulz.forms import CHANGING, QUINTIC, gram_free, jordan, normalized, wide
 from tests.support.newton_schulz.programs import (
@@ -132,7 +132,7 @@ def test_iterations_that_may_not_share_a_call_have_their_own(
 
 
 def test_a_call_is_given_no_more_than_its_share_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "CALL_BYTES", 2 * 4 * 6 * 4)
+    monkeypatch.setattr(batching, "CALL_BYTES", 2 * 4 * 6 * 4)
     parameters = [matrix(4, 6, seed=i) for i in range(5)]
     gradients = [matrix(4, 6, seed=9 + i) for i in range(5)]
     rewritten = Rewritten(run(parameters, gradients), *parameters, *gradients)
@@ -157,7 +157,7 @@ def test_no_more_is_alive_than_what_one_call_reads_and_makes(
             p.mul_(0.9).add_(update.to(p.dtype), alpha=-0.1)
 
     limit = 3 * 2 * 16 * 56  # three of the largest
-    monkeypatch.setattr(plan, "CALL_BYTES", limit)
+    monkeypatch.setattr(batching, "CALL_BYTES", limit)
     given = [torch.ones(shape) for shape in LAYER * 4 for _ in range(3)]
     rewritten = Rewritten(muon, *given)
     assert [(r.shape, r.count, r.calls) for r in rewritten.rows] == [
@@ -220,9 +220,9 @@ def test_matrices_of_equal_sides_share_a_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if kind != "on a CPU":
-        monkeypatch.setattr(plan, "LAYOUTS_APART", set())
+        monkeypatch.setattr(batching, "SEPARATE_LAYOUTS", set())
     if kind == "large on a GPU":
-        monkeypatch.setattr(plan, "TURNED_BYTES", 0)
+        monkeypatch.setattr(batching, "TRANSPOSED_BYTES", 0)
     given = [matrix(*shape, seed=i) for i, shape in enumerate(shapes)]
     rewritten = Rewritten(program, *given)
     sizes = [tuple(n.args[0].meta["val"].shape) for n in rewritten.calls]  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moonfx.passes.newton_schulz import rewrite as newton_schulz
+from moonfx.passes.newton_schulz import operator_call
 from tests.support.newton_schulz.cases import Rewritten, always, matrix
 from tests.support.newton_schulz.forms import QUINTIC, normalized, step
 
@@ -323,16 +323,16 @@ def test_an_exception_in_the_pass_leaves_the_graph_as_it_was_and_other_passes_wo
 ) -> None:
     """Wherever it happens: here where a call's operands, or another call, are written already."""
     monkeypatch.delenv("MOONFX_VERIFY", raising=False)
-    insert, written = newton_schulz.insert, 0
+    insert, written = operator_call.insert, 0
 
     def failing(target: Any, *rest: Any) -> torch.fx.Node:
         nonlocal written
-        written += target is newton_schulz.OPERATOR
-        if target is newton_schulz.OPERATOR and written == at:
+        written += target is operator_call.OPERATOR
+        if target is operator_call.OPERATOR and written == at:
             raise AttributeError("a bug")
         return insert(target, *rest)
 
-    monkeypatch.setattr(newton_schulz, "insert", failing)
+    monkeypatch.setattr(operator_call, "insert", failing)
 
     def both(G: Tensor, H: Tensor, q: Tensor) -> tuple[Tensor, ...]:
         attended = F.scaled_dot_product_attention(q, q, q, is_causal=True)

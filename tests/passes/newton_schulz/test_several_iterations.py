@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moonfx.passes.newton_schulz import iterations as chain
+from moonfx.passes.newton_schulz import iterations
 from tests.support.newton_schulz.cases import Rewritten, always, matrix
 from tests.support.newton_schulz.forms import CHANGING, QUINTIC, normalized
 from tests.support.newton_schulz.programs import assert_computes_the_same, iterate
@@ -181,7 +181,7 @@ def test_a_graph_stays_whole_where_an_iteration_is_not_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Were two ever found to share nodes, the graph would be as it was, and say so."""
-    monkeypatch.setattr(chain, "_distinct", lambda found: found)
+    monkeypatch.setattr(iterations, "_distinct", lambda found: found)
     monkeypatch.delenv("MOONFX_VERIFY", raising=False)
     given = [matrix(4, 6, seed=1), matrix(4, 6, seed=2)]
     rewritten = Rewritten(before_a_copy, *given)

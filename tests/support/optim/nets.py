@@ -27,7 +27,7 @@ class Net(nn.Module):
         return logits
 
 
-MUON = ["up.weight", "down.weight"]
+ON_MUON = ["up.weight", "down.weight"]
 
 
 def net(seed: int = 0, dtype: torch.dtype = torch.float32) -> Net:
