@@ -113,7 +113,9 @@ def _add_negative(node: fx.Node) -> bool:
     if node.kwargs.get("alpha", 1) != 1 or peak_of(mask, scores) is not None:
         return False
     kind, to = dtype(mask), dtype(scores)
-    if not reaches_product(scores) or reaches_product(mask) or kind is None or to is None:
+    if kind is None or to is None or kind.is_complex:
+        return False
+    if not reaches_product(scores) or reaches_product(mask):
         return False
     if not kind.is_floating_point:  # the negative of an integer may overflow
         mask = insert(aten.to.dtype, (mask, to), node)

@@ -7,7 +7,7 @@ Nothing here looks at a graph node but to name it, so that equal masks of many l
 once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -79,20 +79,42 @@ def prove(
         is_causal: the operator itself was told to be causal, with as many keys as queries.
         sees_constants: whether a constant added to all scores of a query would be seen.
     """
+    try:
+        hidden, added = _together(given, is_causal=is_causal)
+        segments, rest = _packing(hidden, lengths, reader)
+        bias, real = _bias(added, rest, lengths, reader, sees_constants=sees_constants)
+    except _NotProved as found:
+        return Proof(reason=found.reason, at=found.at)
+    proof = _support(_conjunction([*rest, *real]) if real else rest, lengths)
+    return replace(proof, segments=segments, bias=bias)
+
+
+class _NotProved(Exception):
+    """Masks that are not supported: why, and which of them stands in the way."""
+
+    def __init__(self, reason: str, at: int = 0) -> None:
+        super().__init__(reason)
+        self.reason, self.at = reason, at
+
+
+def _together(
+    given: tuple[ReadMask, ...], *, is_causal: bool
+) -> tuple[list[Expr], list[tuple[int, Added]]]:
+    """The conditions under which a query sees a key, and what is added to the scores."""
     conditions: list[Expr] = [sympy.Le(KEY, QUERY)] if is_causal else []
     times: list[tuple[int, Expr]] = []
-    added: list[Added] = []
+    added: list[tuple[int, Added]] = []
     for at, mask in enumerate(given):
         if mask.how == "additive":
             value = mask.value if mask.scale == 1.0 else mask.value * sympy.Float(mask.scale)
             try:
-                added.append(split(value))
+                added.append((at, split(value)))
             except NotAMask as found:
-                return Proof(reason=f"additive bias: {found}", at=at)
-            conditions.append(added[-1].keep)
+                raise _NotProved(f"additive bias: {found}", at) from None
+            conditions.append(added[-1][1].keep)
         elif mask.how == "times":
             if (keep := _where_one(mask.value)) is None:
-                return Proof(reason="the scores are scaled by a tensor", at=at)
+                raise _NotProved("the scores are scaled by a tensor", at)
             times.append((at, keep))
         else:
             keep = to_bool(mask.value)
@@ -100,35 +122,32 @@ def prove(
     hidden = _conjunction(conditions)
     for at, keep in times:
         if not set(_conjunction([keep])) <= set(hidden):
-            reason = (
-                "the scores are multiplied by a mask, which makes them 0 and does not hide them"
-            )
-            return Proof(reason=reason, at=at)
-    segments, rest = _packing(hidden, lengths, reader)
-    if len(segments) > 1:
-        return Proof(reason=f"packed sequences, told apart by {len(segments)} tensors at once")
-    causal = any(classify_atom(atom, lengths).kind == CAUSAL for atom in rest)
-    bias, at = None, next((i for i, m in enumerate(given) if m.how == "additive"), 0)
-    try:
-        total = Added(
-            sympy.true,
-            sympy.Add(*(a.bias for a in added)),
-            sympy.Max(*(a.weakest for a in added)),
-        )
-        if total.bias != 0:
-            bias, real = key_bias.by_key(total, lengths, reader, causal=causal, sink=sees_constants)
-            rest = _conjunction([*rest, *real])
-    except NotByKey as found:
-        return Proof(reason=f"additive bias: {found}", at=at)
-    proof = _support(rest, lengths)
-    return Proof(
-        proof.causal,
-        proof.padding,
-        segments[0] if segments else None,
-        bias,
-        proof.reason,
-        window=proof.window,
+            shown = "the scores are multiplied by a mask, which makes them 0 and does not hide them"
+            raise _NotProved(shown, at)
+    return hidden, added
+
+
+def _bias(
+    added: list[tuple[int, Added]],
+    conditions: list[Expr],
+    lengths: Lengths,
+    reader: Reader,
+    *,
+    sees_constants: bool,
+) -> tuple[Bias | None, list[Expr]]:
+    """The bias of all that is added, and the conditions under which a key is real because of it."""
+    total = Added(
+        sympy.true,
+        sympy.Add(*(a.bias for _, a in added)),
+        sympy.Max(*(a.weakest for _, a in added)),
     )
+    if total.bias == 0:
+        return None, []
+    causal = any(classify_atom(atom, lengths).kind == CAUSAL for atom in conditions)
+    try:
+        return key_bias.by_key(total, lengths, reader, causal=causal, sink=sees_constants)
+    except NotByKey as found:
+        raise _NotProved(f"additive bias: {found}", added[0][0]) from None
 
 
 def _conjunction(conditions: list[Expr]) -> list[Expr]:
@@ -145,14 +164,17 @@ def _where_one(value: Expr) -> Expr | None:
     return to_bool(value)
 
 
-def _packing(atoms: list[Expr], lengths: Lengths, reader: Reader) -> tuple[list[Expr], list[Expr]]:
+def _packing(atoms: list[Expr], lengths: Lengths, reader: Reader) -> tuple[Expr | None, list[Expr]]:
     """The segment ids among the conditions, and the other conditions, inside of a segment."""
     found = [packing.segments_of(atom, lengths) for atom in atoms]
     segments = list(dict.fromkeys(s for s in found if s is not None))
     rest = [a for a, s in zip(atoms, found, strict=True) if s is None]
-    if len(segments) != 1:
-        return segments, rest
-    return segments, _conjunction([packing.within(a, segments[0], lengths, reader) for a in rest])
+    if len(segments) > 1:
+        raise _NotProved(f"packed sequences, told apart by {len(segments)} tensors at once")
+    if not segments:
+        return None, rest
+    (ids,) = segments
+    return ids, _conjunction([packing.within(a, ids, lengths, reader) for a in rest])
 
 
 def _support(atoms: list[Expr], lengths: Lengths) -> Proof:

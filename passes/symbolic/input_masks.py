@@ -96,7 +96,7 @@ def where_kept(node: fx.Node, index: Index, load: Callable[[fx.Node, Index], Exp
 
 
 def write_real_keys(node: fx.Node) -> bool:
-    """Writes which keys are real by an input that `mark` noted something on; whether it did."""
+    """Writes the node of who is real for an input that `mark` noted; False if it has none."""
     if given_of(node) is None or _REAL in node.meta:
         return False
     _real(node)
