@@ -30,7 +30,7 @@ from moonfx.bench.models.options import add_numbers, add_policy, check_policy, p
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 TOPICS = "help topics"
-TEXTS = ("typing.py", "inspect.py", TOPICS)
+TEXTS = ("typing.py", "subprocess.py", TOPICS)
 HEADERS = ("text", "tokens", "dense perplexity", "sparse perplexity", "over dense")
 
 
