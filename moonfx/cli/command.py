@@ -57,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 # What the environment changes, for `moonfx --help` and `moonfx doctor`.
 ENVIRONMENT = """environment:
   MOONFX_AUTOTUNE=1     GPU kernels measure their tiles at the first call of a shape class
-  MOONFX_DUMP=DIR       writes each graph before and after each pass into DIR, as Python, and a
-                        .diff of the two
+  MOONFX_DUMP=DIR       writes each graph before and after each pass, and its .diff, into DIR
   MOONFX_VERIFY=1       checks each graph after each pass; a pass that fails raises
   TORCH_LOGS=moonfx     says what became of each attention; +moonfx also what each pass did
   TORCH_TRACE=DIR       adds the graphs of MOONFX_DUMP to torch's own traces, for tlparse
