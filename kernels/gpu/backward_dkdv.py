@@ -18,6 +18,7 @@ Shape letters as in forward.py; N keys of a tile, G heads of a group (padded to 
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -288,6 +289,19 @@ def _walk(
             tl.store(in_scratch(scratch, place, KEYS, WIDTH, D + V, HEADS), sums_bias)
 
 
+def _unwritten(query: Tensor, key: Tensor, value: Tensor, arguments: MobaArguments) -> list[Tensor]:
+    """Where dK, dV and db (with a bias) will be; 0 where a key may be in no block of a row."""
+    results = [empty_by_token(x, x.shape[3]) for x in (key, value)]
+    if arguments.key_bias is not None:
+        shape = *query.shape[:2], key.shape[2]
+        results.append(query.new_empty(shape, dtype=torch.float32))
+    # Padding is in no block, nor may what is before the first query be in one that a row chose.
+    if arguments.key_mask is not None or query.shape[2] != key.shape[2]:
+        for result in results:
+            result.zero_()
+    return results
+
+
 def gradients_of_keys(
     grad_out: Tensor,
     query: Tensor,
@@ -315,15 +329,9 @@ def gradients_of_keys(
     columns = gpu_tile.padded(dim) + gpu_tile.padded(value_dim) + (heads if scores.BIAS else 0)
     todo = plan(index, layout, kv_heads, config.block_n, columns * config.block_n * 4)
 
-    # Not every key is in a block that some row chose: padding is in none.
-    complete = arguments.key_mask is None and queries == length
-    grad_key, grad_value = (empty_by_token(x, x.shape[3]) for x in (key, value))
-    grad_bias = scratch = statistics  # where there is none: not written
-    if scores.BIAS:
-        grad_bias = statistics.new_empty(*query.shape[:2], length)
-    if not complete:
-        for grad in (grad_key, grad_value, *([grad_bias] if scores.BIAS else [])):
-            grad.zero_()
+    grad_key, grad_value, *biases = _unwritten(query, key, value, arguments)
+    grad_bias = biases[0] if biases else statistics  # where there is none: not written
+    scratch = statistics
     if todo.places:
         scratch = statistics.new_empty(todo.places, config.block_n, columns)
     order, order_row = by_row(layout.queries.index, layout.queries.last)
