@@ -13,7 +13,7 @@ from moonfx.backend.on_miss import NothingRewritten
 from moonfx.passes.context import Context
 from moonfx.passes.pass_manager import PASSES, Pass, run_passes
 from moonfx.policy import LayerPolicy, Policies
-from tests.passes.newton_schulz.cases import always
+from tests.support.newton_schulz.cases import always
 from tests.support.tiny import TinyLM, tokens
 
 NAMES = [name for name, _ in PASSES]
