@@ -27,8 +27,6 @@ LONG = {
     "moonfx.kernels.gpu.backward_dkdv.gradients_of_keys": _LAUNCH,
     "moonfx.kernels.gpu.decode.attend": _LAUNCH,
     "moonfx.kernels.gpu.route.route": _LAUNCH,
-    "moonfx.kernels.reference.moba.moba_attention": "the definition, to be read beside the paper",
-    "moonfx.kernels.torch_ops.moba.backward": "one gradient after the other, of the same tiles",
 }
 
 
