@@ -4,7 +4,7 @@ The captured form, pre-dispatch ATen, which all passes read and keep:
 
     kinds       a node is a placeholder, get_attr, call_function, call_method or output
     overloads   an operator is one overload of it: aten.add.Tensor, never aten.add
-    values      what an operator reads or gives has its fake value in meta["val"]
+    values      what an operator reads, or gives if anything, has its fake value in meta["val"]
     constants   no tensor that a get_attr reads is fake
     bodies      a body is called with as many operands as it has placeholders
 
@@ -79,7 +79,8 @@ def _overload(node: fx.Node) -> str | None:
 def _value(node: fx.Node) -> str | None:
     if not hasattr(node.target, "_schema"):
         return None
-    lacks = [n.name for n in (node, *node.all_input_nodes) if "val" not in n.meta]
+    results = [node] if node.target._schema.returns else []
+    lacks = [n.name for n in (*results, *node.all_input_nodes) if "val" not in n.meta]
     return f"{', '.join(lacks)} without a fake value" if lacks else None
 
 
