@@ -5,16 +5,14 @@ what it computes with. A new one is a field here, and is read where it is comput
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 Coefficients = Sequence[tuple[float, float, float]]
 
 
-@dataclass(frozen=True)
-class MobaArguments:
+class MobaArguments(NamedTuple):
     """The arguments after query, key and value, in the operator's order and with its defaults.
 
     Shape letters: B batch, Hq query heads, Hkv key/value heads, Nk keys, D head dim. What each
@@ -50,19 +48,8 @@ class MobaArguments:
         """The factor on q.k: the scale, or the default of D**-0.5."""
         return head_dim**-0.5 if self.scale is None else self.scale
 
-    def named(self) -> dict[str, Any]:
-        """Each argument by its name, in the operator's order; tensors are not copied."""
-        return {name: getattr(self, name) for name in NAMES}
-
     def split(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What is no tensor, and the tensors, by name: an autograd node keeps them apart."""
-        named = self.named()
+        named = self._asdict()
         tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
         return {name: x for name, x in named.items() if name not in tensors}, tensors
-
-    def values(self) -> tuple[Any, ...]:
-        """The arguments in the operator's order."""
-        return tuple([getattr(self, name) for name in NAMES])
-
-
-NAMES = tuple(field.name for field in fields(MobaArguments))

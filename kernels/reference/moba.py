@@ -21,8 +21,6 @@ real keys of its row, so that padding neither counts nor shifts a block. Beyond 
 Every product and sum is in float32 (float64 for float64 inputs).
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -162,7 +160,7 @@ def each_segment_alone(
     lse = torch.full_like(query[..., 0], -torch.inf, dtype=accumulation_dtype(query))
     for sequence in segments.unique():
         real = segments.eq(sequence) if mask is None else mask & segments.eq(sequence)
-        one = replace(arguments, key_mask=real, segments=None)
+        one = arguments._replace(key_mask=real, segments=None)
         alone, alone_lse = moba_attention(query, key, value, one)
         out = torch.where(mine.eq(sequence)[..., None], alone, out)
         lse = torch.where(mine.eq(sequence), alone_lse, lse)

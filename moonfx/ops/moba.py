@@ -13,13 +13,12 @@ Dv value dim. Outputs lie token-major in memory, [B, N, H, D] seen as [B, H, N, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import NAMES, MobaArguments
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.common.token_layout import empty_by_token
 from moonfx.ops import checks
 from moonfx.ops.dispatch import TAGS, kept_routes, kernel_for, routes_shape, routes_to_keep
@@ -139,12 +138,10 @@ def moba_attention(
     checks.check_sink_logits(sink_logits, query)
     check_flag("recompute_routing", recompute_routing)
     if type(softcap) is not float or type(scale) not in (float, type(None)):
-        arguments = replace(
-            arguments, scale=None if scale is None else float(scale), softcap=float(softcap)
+        arguments = arguments._replace(
+            scale=None if scale is None else float(scale), softcap=float(softcap)
         )
-    out, lse, _ = torch.ops.moonfx.moba_attention(
-        query, key, value, *arguments.values(), recompute_routing
-    )
+    out, lse, _ = torch.ops.moonfx.moba_attention(query, key, value, *arguments, recompute_routing)
     if sink_logits is not None:
         out, lse = with_sink(out, lse, sink_logits)
     return (out, lse) if return_lse else out
@@ -177,7 +174,8 @@ SCHEMA = (
     "Tensor? block_means=None"
 )
 TENSORS = ("query", "key", "value")
-INPUTS = (*TENSORS, *NAMES, "recompute")  # of the forward operator
+COUNT = len(MobaArguments._fields)
+INPUTS = (*TENSORS, *MobaArguments._fields, "recompute")  # of the forward operator
 
 
 def parse(
@@ -188,9 +186,9 @@ def parse(
     Args:
         rest: by position; the dispatcher leaves out last ones that are the defaults.
     """
-    given = {**dict(zip(INPUTS[len(TENSORS) :], rest, strict=False)), **(named or {})}
-    recompute = given.pop("recompute", False)
-    return MobaArguments(**given), recompute
+    given = dict(named or {})
+    recompute = given.pop("recompute", rest[COUNT] if len(rest) > COUNT else False)
+    return MobaArguments(*rest[:COUNT], **given), recompute
 
 
 @torch.library.custom_op(
@@ -283,7 +281,7 @@ def _autograd(
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     *grads, grad_bias = torch.ops.moonfx.moba_attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, routes, *arguments.values()
+        grad_out, grad_lse, query, key, value, out, lse, routes, *arguments
     )
     found = dict(zip(TENSORS, grads, strict=True))
     if arguments.key_bias is not None:

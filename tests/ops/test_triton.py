@@ -80,8 +80,8 @@ def test_fake_results_are_like_the_real_ones(case: Case) -> None:
     leaves, _ = prepared(case)
     arguments = case.arguments()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(OPERATOR, (*leaves, *arguments.values()), test_utils=tests)
+    torch.library.opcheck(OPERATOR, (*leaves, *arguments), test_utils=tests)
     inputs = [x.detach() for x in leaves]
-    saved = OPERATOR(*inputs, *arguments.values())
-    given = (saved[0], None, *inputs, *saved, *arguments.values())
+    saved = OPERATOR(*inputs, *arguments)
+    given = (saved[0], None, *inputs, *saved, *arguments)
     torch.library.opcheck(BACKWARD, given, test_utils=tests)

@@ -149,7 +149,7 @@ class Case:
 
     def named(self) -> dict[str, Any]:
         """The named arguments of the reference and of the public function."""
-        named = self.arguments().named()
+        named = self.arguments()._asdict()
         del named["block"], named["topk"]
         if named["block_means"] is None:
             del named["block_means"]

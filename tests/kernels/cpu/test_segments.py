@@ -1,7 +1,6 @@
 """Packed sequences: each gives what it gives alone."""
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,7 +34,7 @@ def test_a_packed_sequence_gives_what_it_gives_alone_to_the_bit(
     q, k, v = (x * torch.rand((), dtype=dtype) for x in case.inputs())
     grad, grad_lse = torch.randn(q.shape[:3] + v.shape[3:]).to(dtype), torch.randn(q.shape[:3])
     mask, bias = case.key_mask(), case.key_bias()
-    packing = replace(case.arguments(), segments=ids)
+    packing = case.arguments()._replace(segments=ids)
     out, lse = cpu.forward(q, k, v, packing)
     grads = cpu.backward(grad, grad_lse, q, k, v, out, lse, packing)
     packed = [x for x in (out, lse, *grads) if x is not None]
@@ -46,8 +45,7 @@ def test_a_packed_sequence_gives_what_it_gives_alone_to_the_bit(
         def alone(x: Tensor, row: int = row, at: Tensor = at) -> Tensor:
             return x[row : row + 1, :, at]
 
-        arguments = replace(
-            case.arguments(),
+        arguments = case.arguments()._replace(
             key_mask=None if mask is None else mask[row : row + 1, at],
             key_bias=None if bias is None else alone(bias),
         )
@@ -75,7 +73,7 @@ def test_a_query_among_packed_sequences_selects_what_it_selects_alone(queries: i
     part = cpu.forward(query[:, :, 400 - queries :], key, value, arguments)[0].gt(0)
     assert full[..., -1, :].sum(-1).gt(32).all()
     assert torch.equal(part, full[:, :, 400 - queries :])
-    arguments = replace(arguments, segments=ids.int())
+    arguments = arguments._replace(segments=ids.int())
     assert torch.equal(cpu.forward(query, key, value, arguments)[0].gt(0), full)
 
 
@@ -88,7 +86,7 @@ def test_thousands_of_short_sequences_equal_the_reference_of_each(causal: bool) 
     case = Case(batch=1, queries=total, length=total, causal=causal, block=2, topk=3, sinks=1)
     q, k, v = case.inputs()
     grad = torch.randint(-8, 9, q.shape) / 8
-    arguments = replace(case.arguments(), segments=ids)
+    arguments = case.arguments()._replace(segments=ids)
     out, lse = cpu.forward(q, k, v, arguments)
     grads = cpu.backward(grad, None, q, k, v, out, lse, arguments)[:3]
     for length in range(1, 13):  # all sequences of a length are one batch for the reference

@@ -1,6 +1,5 @@
 """Gradients on a GPU (under Triton's interpreter where there is none) against autograd's."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,7 +93,7 @@ def assert_like_reference(case: Case) -> None:
     given = problem(case)
     leaves = [tensor.clone().requires_grad_() for tensor in given[:3]]
     bias = case.full_bias()
-    arguments = replace(case.arguments(), key_bias=bias)
+    arguments = case.arguments()._replace(key_bias=bias)
     out, lse = reference.moba_attention(*leaves, arguments)
     grads = upstream(out, lse)
     leaves += [] if bias is None else [bias]

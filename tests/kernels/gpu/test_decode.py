@@ -1,7 +1,6 @@
 """Attention of a few queries on a GPU: as the reference says, and each block read once."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,8 +53,7 @@ def routes_of(query: Tensor, key: Tensor, arguments: MobaArguments, layout: Layo
         chosen = reference.select_blocks(
             query,
             key,
-            replace(
-                arguments,
+            arguments._replace(
                 block=layout.block,
                 topk=layout.topk,
                 sinks=layout.sinks,
@@ -80,8 +78,8 @@ def decode(
     layout = gpu_problem.layout(query, key, arguments)
     assert gpu_decode.fits(query, layout)
     routes = routes_of(query, key, arguments, layout).to(DEVICE)
-    moved = {n: x.to(DEVICE) for n, x in arguments.named().items() if isinstance(x, Tensor)}
-    arguments = replace(arguments, **moved)
+    moved = {n: x.to(DEVICE) for n, x in arguments._asdict().items() if isinstance(x, Tensor)}
+    arguments = arguments._replace(**moved)
     inputs = [x.to(DEVICE) for x in (query, key, value)]
     layout = gpu_problem.layout(*inputs[:2], arguments)
     with NoWaits():
@@ -160,7 +158,7 @@ def test_rows_of_decoding_are_rows_of_a_prefill(padding: str) -> None:
     mask = case.key_mask()
     for count, end in ((1, 53), (4, 50), (1, 41), (2, 17), (1, 8)):
         part = query[:, :, end - count : end], key[:, :, :end], value[:, :, :end]
-        arguments = replace(case.arguments(), key_mask=None if mask is None else mask[:, :end])
+        arguments = case.arguments()._replace(key_mask=None if mask is None else mask[:, :end])
         few = decode(*part, arguments)
         for mine, theirs in zip(few, whole, strict=True):
             rows = theirs[:, :, end - count : end]

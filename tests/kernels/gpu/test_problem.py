@@ -1,7 +1,5 @@
 """What GPU kernels read in place of masks and segments, against a plain loop over each row."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -130,5 +128,5 @@ def test_sizes_follow_from_shapes_alone(packing: str, padding: str, causal: bool
     arguments = case.arguments()
     given = {"key_mask": arguments.key_mask, "segments": arguments.segments}
     unread = {name: None if x is None else x.to("meta") for name, x in given.items()}
-    of = layout(query.to("meta"), key.to("meta"), replace(arguments, **unread))
+    of = layout(query.to("meta"), key.to("meta"), arguments._replace(**unread))
     assert shapes(of) == shapes(layout(query, key, arguments))

@@ -1,7 +1,5 @@
 """The routing kernels, under Triton's interpreter, against the reference's chosen blocks."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import triton
@@ -70,7 +68,7 @@ def expected(inputs: tuple[Tensor, ...], arguments: MobaArguments, of: Layout) -
         chosen = reference.select_blocks(
             query,
             key,
-            replace(arguments, block=of.block, topk=of.topk, sinks=of.sinks, key_mask=mask),
+            arguments._replace(block=of.block, topk=of.topk, sinks=of.sinks, key_mask=mask),
         )
         for b, q in segments[:, length - queries :].eq(sequence).nonzero().tolist():
             for h in range(heads):
