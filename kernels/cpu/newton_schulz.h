@@ -5,7 +5,7 @@
 //   A = X X^T                              once a run
 //   Z = b A + c A A                        each step: X would become (a + Z) X
 //   Q <- a Q + q Z + Z Q,  q <- a q        the run's steps so far, less their multiple q of I
-//   A <- (a + Z)^2 A  as  B = a A + Z A, then a B + Z B      X X^T behind the step
+//   A <- (a + Z)^2 A  as  B = a A + Z A, then a B + Z B      X X^T after the step
 //   X <- q X + Q X                         once a run
 //
 // All [m, m] matrices are polynomials of one A: symmetric, and they commute. So half of each of

@@ -91,7 +91,7 @@ struct Packed {
     }
 };
 
-// The key bias by rank: [1 or Hq][columns], zero behind a list's last key.
+// The key bias by rank: [1 or Hq][columns], zero after a list's last key.
 struct Bias {
     float* data = nullptr;
     int64_t heads = 0, columns = 0;  // heads: 0 without a bias

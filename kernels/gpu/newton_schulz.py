@@ -5,7 +5,7 @@
 serves them all: X X^T with L = R = X, and b A + c A A, a B + Z B, ... of symmetric matrices, whose
 rows are their columns (moonfx/ops/newton_schulz_runs.py has the algebra). A program computes one
 square tile on or below the diagonal and stores it twice, the second time transposed: half of the
-products' FLOPs. Sums are float32 and rounded once, behind alpha, beta and gamma. float32 is
+products' FLOPs. Sums are float32 and rounded once, after alpha, beta and gamma. float32 is
 multiplied as tile.precision says.
 
 Grid: the tiles of a matrix's triangle, times the batch. Tiles are square, and as large as the

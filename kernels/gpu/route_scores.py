@@ -45,7 +45,7 @@ def tile_scores(
     q, q_mid, q_lo, query, rows, valid, head = queries
     low, high, own, all_from, all_to, own_from, own_to = candidates
     block = start + tl.arange(0, BLOCKS)
-    # A tile's last blocks may lie behind the last mean: then that is read again.
+    # A tile's last blocks may lie after the last mean: then that is read again.
     near = tl.minimum(block, stop - 1).to(tl.int64) * means_block
     score = tl.zeros([valid.shape[0], BLOCKS], tl.float32)
     for d in tl.static_range(0, D, CHUNK):

@@ -17,7 +17,7 @@ import triton.language as tl
 # The interpreter computes with NumPy.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32, -inf excepted
-BEYOND = tl.constexpr(2**31 - 1)  # behind every block
+BEYOND = tl.constexpr(2**31 - 1)  # after every block
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from moonfx.kernels.gpu.problem import Layout
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
-BEYOND = tl.constexpr(2**31 - 1)  # behind every slot
+BEYOND = tl.constexpr(2**31 - 1)  # after every slot
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 

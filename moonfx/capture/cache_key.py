@@ -28,7 +28,7 @@ def source_hash() -> str:
 class Stamp(CustomGraphPass):
     """A pass that does nothing and puts moonfx's sources and policy into Inductor's cache keys.
 
-    Inductor and AOTAutograd hash the graph, not the formula behind a custom operator, so without
+    Inductor and AOTAutograd hash the graph, not the formula of a custom operator, so without
     it an edited gradient would be answered by the old artifact (pytorch#144344).
     """
 

@@ -87,7 +87,7 @@ def nested_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def opaque_body(node: fx.Node) -> fx.GraphModule | None:
-    """The graph behind a get_attr node, if it is one that the passes do not rewrite."""
+    """The graph that a get_attr node reads, if it is one that the passes do not rewrite."""
     held = (
         getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
     )

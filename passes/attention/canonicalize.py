@@ -36,6 +36,7 @@ from moonfx.passes.graph.operators import (
     SHAPE_ONLY,
     SOFTMAX,
 )
+from moonfx.passes.graph.walks import upstream
 from moonfx.passes.symbolic.input_masks import write_real_keys
 
 aten = torch.ops.aten
@@ -94,14 +95,11 @@ def _around_softmax(node: fx.Node, context: Context) -> int:
 
 def _scores_above(operand: fx.Node) -> list[fx.Node]:
     """What may stand between query @ key^T and a softmax, products included, in order."""
-    found: set[fx.Node] = set()
-    stack = [operand]
-    while stack:
-        node = stack.pop()
-        if node in found or not (node.target in SCORES_PASS or node.target in PRODUCTS):
-            continue
-        found.add(node)
-        stack += [] if node.target in PRODUCTS else node.all_input_nodes
+    found = upstream(
+        [operand],
+        stop=lambda node: not (node.target in SCORES_PASS or node.target in PRODUCTS),
+        inputs=lambda node: [] if node.target in PRODUCTS else node.all_input_nodes,
+    )
     return sorted(n for n in found if reaches_product(n))
 
 

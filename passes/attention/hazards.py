@@ -12,6 +12,7 @@ from torch import fx
 
 from moonfx.passes.context import Context
 from moonfx.passes.graph.nodes import origin
+from moonfx.passes.graph.walks import downstream, upstream
 from moonfx.site import AttentionSite, Declined
 
 
@@ -25,20 +26,9 @@ def between(site: AttentionSite) -> set[fx.Node]:
     if site.sink_logits is not None:
         others.append(site.sink_logits)
     stop = ends | {origin(n) for n in others}
-    above: set[fx.Node] = set()
-    stack = [site.output]
-    while stack:
-        node = stack.pop()
-        if node not in above and node not in stop:
-            above.add(node)
-            stack += node.all_input_nodes
-    below: set[fx.Node] = set()
-    stack = [*ends]
-    while stack:
-        users = [u for u in stack.pop().users if u in above and u not in below]
-        below.update(users)
-        stack += users
-    return below
+    above = upstream([site.output], stop=stop.__contains__)
+    first = [user for end in ends for user in end.users]
+    return downstream(first, stop=lambda node: node not in above)
 
 
 def check_writes(site: AttentionSite, context: Context) -> None:

@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import fx
 
+from moonfx.capture.graph_nodes import placeholders
 from moonfx.capture.sizes import Size, expression, same_size
 from moonfx.passes.context import Context
 from moonfx.passes.graph.nodes import body_of
@@ -280,7 +281,7 @@ def _pass_in(outside: fx.Node, value: fx.Node, name: str) -> fx.Node:
     body = body_of(outside)
     assert body is not None
     outside.args = (*outside.args, value)
-    last = [n for n in body.graph.nodes if n.op == "placeholder"][-1]
+    last = placeholders(body.graph)[-1]
     with body.graph.inserting_after(last):
         placeholder = body.graph.placeholder(name)
     placeholder.meta["val"] = value.meta["val"]

@@ -11,6 +11,7 @@ number is known. Attention sink logits s need no kernel: out * sigmoid(lse - s).
 """
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from moonfx.passes.attention.logsumexp import give_lse
 from moonfx.passes.attention.mask_operands import CannotWrite, Writer, Written, call
 from moonfx.passes.context import Context
 from moonfx.passes.graph.nodes import in_order
+from moonfx.passes.graph.walks import upstream
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, Declined
 
@@ -94,16 +96,16 @@ def rewrite(site: AttentionSite, policy: LayerPolicy, written: Written, context:
 def _note_proofs(site: AttentionSite, context: Context) -> None:
     """Keeps the constants between the site's operands and its output, and in its masks."""
     ends = {site.query, site.key, site.value}
-    seen, stack = set(ends), [site.output, *(mask for mask, _ in site.masks)]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node in context.reader.constants:
-            context.proofs[node] = context.reader.constants[node]
+
+    def inputs(node: fx.Node) -> Iterable[fx.Node]:
         outside = context.nesting.outer(node)
-        stack += node.all_input_nodes if outside is None else [outside]
+        return node.all_input_nodes if outside is None else [outside]
+
+    start = [site.output, *(mask for mask, _ in site.masks)]
+    reached = upstream(start, stop=ends.__contains__, inputs=inputs)
+    for node, values in context.reader.constants.items():
+        if node in reached:
+            context.proofs[node] = values
 
 
 def _of_the_mask(site: AttentionSite, written: Written, context: Context) -> dict[str, Any]:

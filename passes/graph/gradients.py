@@ -1,6 +1,6 @@
 """Through which nodes of a captured graph gradients may flow, and where they end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import fx
@@ -10,6 +10,7 @@ from moonfx.passes.graph.memory_versions import Memory
 from moonfx.passes.graph.modes import Mode
 from moonfx.passes.graph.nesting import Nesting
 from moonfx.passes.graph.operators import DETACHED
+from moonfx.passes.graph.walks import upstream
 
 
 class Gradients:
@@ -63,16 +64,15 @@ class Gradients:
                 what is written, under gradients, through other names of the same memory before
                 the node.
         """
-        found: set[fx.Node] = set()
-        stack = [node]
-        while stack:
-            current = stack.pop()
-            if current not in found and _has_floats(current.meta.get("val")):
-                found.add(current)
-                stack += [] if memory and current.target in DETACHED else current.all_input_nodes
-                for writer in memory.writers(current, node) if memory else ():
-                    stack += writer.all_input_nodes if self._mode(writer).gradients else []
-        return found
+
+        def inputs(current: fx.Node) -> Iterator[fx.Node]:
+            if memory is None or current.target not in DETACHED:
+                yield from current.all_input_nodes
+            for writer in memory.writers(current, node) if memory is not None else ():
+                if self._mode(writer).gradients:
+                    yield from writer.all_input_nodes
+
+        return upstream([node], stop=lambda n: not _has_floats(n.meta.get("val")), inputs=inputs)
 
     def end_at(self, node: fx.Node) -> bool:
         """Whether a node is made of what may be trained, but is not itself differentiable."""

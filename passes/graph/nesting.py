@@ -4,7 +4,7 @@ import itertools
 
 from torch import fx
 
-from moonfx.capture.graph_nodes import input_name, nested_graphs
+from moonfx.capture.graph_nodes import input_name, nested_graphs, placeholders
 from moonfx.passes.graph.nodes import body_of, operands_of
 
 
@@ -36,8 +36,7 @@ class Nesting:
         if call is None or node.op != "placeholder":
             return None
         if node.graph not in self._inputs:
-            placeholders = [n for n in node.graph.nodes if n.op == "placeholder"]
-            self._inputs[node.graph] = {n: i for i, n in enumerate(placeholders)}
+            self._inputs[node.graph] = {n: i for i, n in enumerate(placeholders(node.graph))}
         operand = operands_of(call)[self._inputs[node.graph][node]]
         return operand if isinstance(operand, fx.Node) else None
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moonfx.capture.graph_nodes import buffer_value, input_name
+from moonfx.capture.graph_nodes import buffer_value, input_name, placeholders
 from moonfx.capture.sizes import hint_or_none
 from moonfx.passes.graph.nodes import aten, body_of, operands_of
 from moonfx.passes.graph.operators import SHAPE_ONLY
@@ -199,9 +199,7 @@ class DataFlow:
             self._written[before] = after
 
     def _add(self, call: GraphCall) -> None:
-        placeholders = [n for n in call.gm.graph.nodes if n.op == "placeholder"]
-        operands = map(self._given, placeholders, call.inputs)
-        given = list(operands)
+        given = list(map(self._given, placeholders(call.gm.graph), call.inputs))
         results = self._inline(call.gm, given)
         for value, tensor in zip(given, call.inputs, strict=True):
             if value in self._written:  # the graphs to come read what this one wrote

@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from moonfx.capture.graph_nodes import buffer_value
+from moonfx.capture.graph_nodes import buffer_value, placeholders
 from moonfx.capture.sizes import expression, fake_values
 from moonfx.passes.symbolic.expressions import Expr, Index
 
@@ -66,8 +66,7 @@ def mark(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
 
     And on each tensor whether it requires a gradient, which Dynamo guards.
     """
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    for node, value in zip(placeholders, example_inputs, strict=True):
+    for node, value in zip(placeholders(gm.graph), example_inputs, strict=True):
         node.meta[_FROZEN] = isinstance(value, Tensor) and not value.requires_grad
         if buffer_value(node) is None and (given := values_of(value)) is not None:
             node.meta[_GIVEN] = given
