@@ -36,14 +36,14 @@ print(f"{out.square().sum().item():.5f} {model.line.weight.grad.square().sum().i
 EDITS = [
     (
         "moonfx/ops/moba.py",
-        "return tuple(grad if need else None",
-        "return tuple(grad * 2 if need and grad is not None else None",
+        "found = dict(zip(TENSORS, grads, strict=True))",
+        "found = {name: 2 * grad for name, grad in zip(TENSORS, grads, strict=True)}",
         (False, True),
     ),
     (
         "passes/attention/sparsify_attention.py",
-        "setting = (policy.block, policy.topk,",
-        "setting = (policy.block, policy.topk + 1,",
+        '"topk": policy.topk,',
+        '"topk": policy.topk + 1,',
         (True, True),
     ),
     # A folder deeper than the package's own files; what it computes stays the same.
