@@ -16,8 +16,8 @@ test: lint types
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=15 -m "not sweep"
 
 # Before each commit, in under four minutes on two cores: style, layers, types, and what one pass or one kernel does.
-# Left out is what takes longest: programs drawn at random, encoders, key biases in whole models, and of the kernels
-# what draws many problems, differentiates or compiles C++ again.
+# Left out is what takes longest: programs drawn at random, encoders, key biases in whole models; of the kernels those in
+# torch operations and in Triton, and of the others what draws many problems, differentiates or compiles C++ again.
 CHECKED := tests/test_architecture.py tests/passes tests/kernels/common tests/kernels/reference tests/kernels/cpu
 LONG := any_ or random or grammar or bidirectional or key_bias or equals_a_loop or derivatives or pair_of_features \
 	or output_and_gradients or every_bit or compilers or builds or thousands
@@ -89,4 +89,4 @@ $(READY): .venv/requirements pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-docs build

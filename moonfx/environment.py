@@ -1,7 +1,7 @@
 """The environment variables that moonfx reads, one function each.
 
 Kernels import nothing of moonfx and read their own where they use them: MOONFX_CACHE_DIR,
-MOONFX_AUTOTUNE, CXX. `moonfx --help` lists what a user may set.
+MOONFX_AUTOTUNE, XDG_CACHE_HOME, CXX, TRITON_INTERPRET. docs/debugging.md has what a user may set.
 """
 
 import os

@@ -18,7 +18,7 @@ EACH = 64  # bytes for a row and a block: a score, its order, and what finding t
 
 
 def route(query: Tensor, means: Tensor, bias_means: Tensor | None, layout: Layout) -> Tensor:
-    """As gpu_route.route, where bias_means are divided by scale."""
+    """As route.route, where bias_means are divided by scale."""
     batch, heads, queries, _ = query.shape
     group, of, topk = layout.group, layout.queries, layout.topk
     kv_heads = heads // group

@@ -81,7 +81,7 @@ def fixed_blocks(own, first, end, sinks):
     """How many of a row's routes are not scored, and how many of its sequence's sinks there are.
 
     Args:
-        own, first, end: int [M], as in gpu_problem.Queries.
+        own, first, end: int [M], as in problem.Queries.
     """
     there = tl.where(own >= 0, tl.minimum(tl.maximum(end - first, 0), sinks), 0)
     return tl.where(own - first < there, there, there + 1), there

@@ -1,1 +1,1 @@
-"""The benchmarks behind `moonfx bench`."""
+"""The benchmarks of `moonfx bench`."""

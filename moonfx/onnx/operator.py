@@ -19,7 +19,7 @@ from typing import Any
 # A value of the ONNX graph under construction; onnxscript has no public name for it.
 Value = Any
 
-BOOL, FLOAT, INT64 = 9, 1, 7  # onnx.TensorProto.DataType
+FLOAT, INT64 = 1, 7  # onnx.TensorProto.DataType
 
 # Below every float32 score, and finite: a row that sees nothing gives no NaN.
 LOWEST = -3.4028234663852886e38

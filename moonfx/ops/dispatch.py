@@ -87,7 +87,7 @@ def find_cpu_kernels() -> Found:
     return (cpu, None) if reason is None else (None, reason)
 
 
-class Backend(NamedTuple):
+class DeviceKernels(NamedTuple):
     """Who computes what lies on one type of device."""
 
     where: str
@@ -96,8 +96,8 @@ class Backend(NamedTuple):
 
 
 BACKENDS = {
-    "cuda": Backend("GPU", "Triton", find_triton_kernels),
-    "cpu": Backend("CPU", "C++", find_cpu_kernels),
+    "cuda": DeviceKernels("GPU", "Triton", find_triton_kernels),
+    "cpu": DeviceKernels("CPU", "C++", find_cpu_kernels),
 }
 
 

@@ -1,4 +1,4 @@
-"""Writes in one way what attention is written in with many, so that those who look need not write.
+"""Brings the many spellings of attention to one, so that matchers need not rewrite.
 
     before  einsum("bihd,bjhd->bhij", q, k)            after   matmul(permute(q), permute(k))
             scores - mask                                      scores + neg(mask)

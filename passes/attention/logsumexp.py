@@ -12,9 +12,9 @@ import operator
 import torch
 from torch import fx
 
-from moonfx.passes.attention.mask_operands import CannotWrite, call
+from moonfx.passes.attention.mask_operands import CannotWrite
 from moonfx.passes.context import Context
-from moonfx.passes.graph.nodes import origin
+from moonfx.passes.graph.nodes import call, origin
 from moonfx.passes.graph.operators import CASTS, COPIES
 
 aten = torch.ops.aten

@@ -18,7 +18,7 @@ from torch import fx
 from moonfx.capture.graph_nodes import placeholders
 from moonfx.capture.sizes import Size, expression, same_size
 from moonfx.passes.context import Context
-from moonfx.passes.graph.nodes import body_of
+from moonfx.passes.graph.nodes import body_of, call
 from moonfx.passes.masks.padding import heads_of
 from moonfx.passes.symbolic.expressions import Expr, is_load, loads
 from moonfx.passes.symbolic.indices import BATCH, HEAD, KEY
@@ -48,16 +48,6 @@ Written = dict[tuple[Any, ...], fx.Node]
 
 class CannotWrite(Exception):
     """An expression that has no operator form."""
-
-
-def call(target: Any, *args: Any, graph: fx.Graph | None = None, **kwargs: Any) -> fx.Node:
-    """Inserts a call and computes its fake value."""
-    if graph is None:
-        graph = next(a for a in args if isinstance(a, fx.Node)).graph
-    node = graph.call_function(target, args, kwargs)
-    values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    node.meta["val"] = target(*values[0], **values[1])
-    return node
 
 
 class Writer:

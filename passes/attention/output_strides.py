@@ -20,6 +20,7 @@ from moonfx.capture.graph_nodes import is_higher_order
 from moonfx.capture.sizes import hint, same_size
 from moonfx.passes.context import Context
 from moonfx.passes.graph.aliases import writes
+from moonfx.passes.graph.nodes import call
 
 aten = torch.ops.aten
 
@@ -150,9 +151,7 @@ def copied(before: torch.Tensor, new: fx.Node) -> fx.Node:
         steps = [(aten.permute.default, (order,)), *steps, (aten.permute.default, (back,))]
     node = new
     for target, args in steps:
-        value = target(node.meta["val"], *args)
-        node = new.graph.call_function(target, (node, *args))
-        node.meta["val"] = value
+        node = call(target, node, *args)
     if not same_layout(before, node.meta["val"]):
         raise CannotKeep(
             "what follows the attention reads its strides, and these cannot be restored: "

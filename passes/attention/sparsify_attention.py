@@ -20,9 +20,9 @@ from torch import fx
 from moonfx.capture.sizes import fake_values
 from moonfx.passes.attention import output_strides as layout
 from moonfx.passes.attention.logsumexp import give_lse
-from moonfx.passes.attention.mask_operands import CannotWrite, Writer, Written, call
+from moonfx.passes.attention.mask_operands import CannotWrite, Writer, Written
 from moonfx.passes.context import Context
-from moonfx.passes.graph.nodes import in_order
+from moonfx.passes.graph.nodes import call, in_order
 from moonfx.passes.graph.walks import upstream
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, Declined

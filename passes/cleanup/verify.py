@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from moonfx.capture.graph_nodes import buffer_value, is_higher_order
+from moonfx.capture.graph_nodes import buffer_value, is_higher_order, placeholders
 from moonfx.capture.sizes import fake_values
 from moonfx.passes.attention.output_strides import rerun, same_layout
 from moonfx.passes.context import Context
@@ -52,7 +52,7 @@ class InvalidGraph(Exception):
     """A pass broke the graph; a bug of moonfx, never of the user."""
 
 
-class Row(NamedTuple):
+class Invariant(NamedTuple):
     """One thing that must hold.
 
     Args:
@@ -94,16 +94,16 @@ def _body(node: fx.Node) -> str | None:
     if body is None:
         return None
     given = len(operands_of(node))
-    taken = sum(n.op == "placeholder" for n in body.graph.nodes)
+    taken = len(placeholders(body.graph))
     return None if given == taken else f"{given} operands for a body of {taken} placeholders"
 
 
 FORM = (
-    Row("kinds", _kind),
-    Row("overloads", _overload),
-    Row("values", _value),
-    Row("constants", _constant),
-    Row("bodies", _body),
+    Invariant("kinds", _kind),
+    Invariant("overloads", _overload),
+    Invariant("values", _value),
+    Invariant("constants", _constant),
+    Invariant("bodies", _body),
 )
 
 
@@ -159,12 +159,12 @@ def _is_integer(dtype: torch.dtype) -> bool:
 
 
 OPERANDS = (
-    Row("operands", _operands),
-    Row("dtypes", _dtypes),
-    Row("policy", _policy),
-    Row("key_mask", _key_mask),
-    Row("key_bias", _key_bias),
-    Row("segments", _segments),
+    Invariant("operands", _operands),
+    Invariant("dtypes", _dtypes),
+    Invariant("policy", _policy),
+    Invariant("key_mask", _key_mask),
+    Invariant("key_bias", _key_bias),
+    Invariant("segments", _segments),
 )
 
 
@@ -176,7 +176,7 @@ def _output(site: AttentionSite) -> str | None:
     return None if used else "the rewritten output is not used"
 
 
-SPARSE = (Row("output", _output),)
+SPARSE = (Invariant("output", _output),)
 
 
 def run(graph: fx.Graph, context: Context) -> int:
@@ -197,7 +197,7 @@ def run(graph: fx.Graph, context: Context) -> int:
     return 0
 
 
-def _check(rows: tuple[Row, ...], what: Any, name: str) -> None:
+def _check(rows: tuple[Invariant, ...], what: Any, name: str) -> None:
     for row in rows:
         if (broken := row.broken(what)) is not None:
             raise InvalidGraph(f"{name}: {row.name}: {broken}")

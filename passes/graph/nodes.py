@@ -120,6 +120,16 @@ def operator_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target)).split(".")[0]
 
 
+def call(target: Any, *args: Any, graph: fx.Graph | None = None, **kwargs: Any) -> fx.Node:
+    """A new call where the graph is written at the moment, with its fake value."""
+    if graph is None:
+        graph = next(a for a in args if isinstance(a, fx.Node)).graph
+    node = graph.call_function(target, args, kwargs)
+    values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    node.meta["val"] = target(*values[0], **values[1])
+    return node
+
+
 # To compute the value of what is inserted from its arguments' values.
 _COMPUTED = object()
 

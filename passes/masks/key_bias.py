@@ -14,11 +14,12 @@ import sympy
 from torch import fx
 
 from moonfx.capture.graph_nodes import input_name
+from moonfx.passes.graph.operators import CASTS
 from moonfx.passes.masks.additive import MASKED_BESIDE_BIAS, Added
 from moonfx.passes.symbolic.expressions import MASKED_BELOW, Expr, describe, loads, name_of
 from moonfx.passes.symbolic.indices import HEAD, KEY, QUERY, Lengths
 from moonfx.passes.symbolic.reader import Reader
-from moonfx.passes.symbolic.rules import CASTS, VIEWS
+from moonfx.passes.symbolic.rules import VIEWS
 
 
 class NotByKey(Exception):

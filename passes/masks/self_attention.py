@@ -19,7 +19,7 @@ from torch import fx
 
 from moonfx.passes.context import Context
 from moonfx.passes.graph.nodes import argument, permutation, shape
-from moonfx.passes.symbolic.rules import CASTS
+from moonfx.passes.graph.operators import CASTS
 from moonfx.passes.symbolic.view_rules import reshape_groups
 from moonfx.site import AttentionSite
 

@@ -61,7 +61,7 @@ REARRANGE = VIEWS | {
     operator.getitem,
 }
 # The same numbers at the same places.
-SAME = CASTS | COPIES | DROPOUT | {aten.detach.default, aten.lift_fresh_copy.default, aten.to.dtype}
+SAME = CASTS | COPIES | DROPOUT | {aten.detach.default, aten.lift_fresh_copy.default}
 
 # May copy their tensor, which is small while it is expanded from one row.
 _COPY = {

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from moonfx.capture.graph_nodes import buffer_value, placeholders
 from moonfx.capture.sizes import expression, fake_values
+from moonfx.passes.graph.nodes import call
 from moonfx.passes.symbolic.expressions import Expr, Index
 
 aten = torch.ops.aten
@@ -109,15 +110,9 @@ def _real(node: fx.Node) -> fx.Node:
         owner = node.graph.owning_module
         assert owner is not None
         with node.graph.inserting_before(first), fake_values(owner):
-            row = _call(aten.select.int, node, -2, -1)
+            row = call(aten.select.int, node, -2, -1)
             if row.meta["val"].dim() == 3:
-                row = _call(aten.select.int, row, 1, 0)
-            node.meta[_REAL] = _call(aten.eq.Scalar, row, node.meta[_GIVEN].kept)
+                row = call(aten.select.int, row, 1, 0)
+            node.meta[_REAL] = call(aten.eq.Scalar, row, node.meta[_GIVEN].kept)
     real: fx.Node = node.meta[_REAL]
     return real
-
-
-def _call(target: Any, source: fx.Node, *args: Any) -> fx.Node:
-    node = source.graph.call_function(target, (source, *args))
-    node.meta["val"] = target(source.meta["val"], *args)
-    return node

@@ -15,10 +15,11 @@ import sympy
 from torch import fx
 
 from moonfx.passes.graph.nodes import dtype
+from moonfx.passes.graph.operators import CASTS
 from moonfx.passes.symbolic.expressions import Expr, Index, head_symbols, loads, stored, to_number
 from moonfx.passes.symbolic.indices import KEY, QUERY
 from moonfx.passes.symbolic.reader import Reader
-from moonfx.passes.symbolic.rules import CASTS, RULES, VIEWS
+from moonfx.passes.symbolic.rules import RULES, VIEWS
 
 
 class RealReader(Reader):

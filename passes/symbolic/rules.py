@@ -11,19 +11,18 @@ from typing import Any
 import sympy
 import torch
 
+from moonfx.passes.graph.operators import CASTS
 from moonfx.passes.symbolic import creation_rules as creation
 from moonfx.passes.symbolic import pointwise_rules as pointwise
 from moonfx.passes.symbolic import view_rules as views
 from moonfx.passes.symbolic.expressions import Rule
 
 aten = torch.ops.aten
-_CASTS = ("to.dtype", "to.device", "to.dtype_layout", "to.other", "_to_copy", "type_as")
 _OPERATORS: list[tuple[Rule, Sequence[str]]] = [
     (
         views.same,
         ["alias", "clone", "contiguous", "detach", "detach_", "lift_fresh_copy", "lift_fresh"],
     ),
-    (pointwise.cast, _CASTS),
     (creation.arange, ["arange", "arange.start", "arange.start_step"]),
     (creation.fill(1), ["full", "full_like"]),
     (creation.fill(2), ["new_full"]),
@@ -76,7 +75,7 @@ _OPERATORS: list[tuple[Rule, Sequence[str]]] = [
     (creation.cumsum, ["cumsum"]),
     (creation.diff, ["diff"]),
 ]
-# In place, where `mutation.made_in_place` says that nobody read what was there before.
+# In place, where `aliases.made_in_place` says that nobody read what was there before.
 _IN_PLACE: list[tuple[Rule, Sequence[str]]] = [
     (creation.fill(1, "value"), ["fill_.Scalar", "fill_.Tensor"]),
     (creation.filled_with(0), ["zero_"]),
@@ -98,7 +97,6 @@ def _overload(name: str) -> Any:
     return getattr(getattr(aten, packet), overload or "default")
 
 
-CASTS = {_overload(name) for name in _CASTS}
 _VIEW_RULES = (
     views.same,
     views.unsqueeze,
@@ -108,6 +106,6 @@ _VIEW_RULES = (
     views.select,
 )
 VIEWS = {_overload(n) for rule, names in _OPERATORS if rule in _VIEW_RULES for n in names}
-RULES: dict[Any, Rule] = {
+RULES: dict[Any, Rule] = dict.fromkeys(CASTS, pointwise.cast) | {
     _overload(n): rule for rule, names in (*_OPERATORS, *_IN_PLACE) for n in names
 }

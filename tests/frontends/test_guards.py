@@ -71,7 +71,7 @@ def test_a_mask_is_read_from_its_values(mask: Tensor, expected: Given | None) ->
 
 
 class Model(nn.Module):
-    """Two attentions behind a graph break, with the mask made before it, or given."""
+    """Two attentions after a graph break, with the mask made before it, or given."""
 
     def __init__(self, form: str = "sdpa") -> None:
         super().__init__()

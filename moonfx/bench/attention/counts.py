@@ -18,7 +18,7 @@ from moonfx.bench.harness.arguments import DTYPES
 SCRATCH = 512 << 20
 
 
-class Blocks(NamedTuple):
+class BlockCounts(NamedTuple):
     """By block, float64 [n]: rows of a kv head that attend it, the part of them whose own block it
     is, and how likely it is that any row does."""
 
@@ -27,10 +27,10 @@ class Blocks(NamedTuple):
     used: Tensor
 
 
-def blocks(case: Case) -> Blocks:
+def blocks(case: Case) -> BlockCounts:
     if case.length <= case.block * case.topk:  # dense: one block
         rows = torch.tensor([float(case.queries * group(case))], dtype=torch.float64)
-        return Blocks(rows, rows, torch.ones_like(rows))
+        return BlockCounts(rows, rows, torch.ones_like(rows))
     position = torch.arange(case.length - case.queries, case.length)
     own = (position // case.block).bincount(minlength=-(-case.length // case.block)).double()
     index = torch.arange(len(own), dtype=torch.float64)
@@ -44,7 +44,7 @@ def blocks(case: Case) -> Blocks:
     used = 1 - missed.exp()
     used[own > 0] = 1
     used[: case.sinks] = 1
-    return Blocks(group(case) * (own + later), group(case) * own, used)
+    return BlockCounts(group(case) * (own + later), group(case) * own, used)
 
 
 def after(values: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def routes_of(query: Tensor, key: Tensor, of: Layout, arguments: MobaArguments) 
 
 
 def index_of(routes: Tensor, n: int) -> gpu_index.Index:
-    """What gpu_index.build gives, by torch: in one chunk."""
+    """What block_index.build gives, by torch: in one chunk."""
     heads = routes.shape[0] * routes.shape[1]
     blocks = routes.view(heads, -1).long()
     blocks = (blocks + torch.arange(heads)[:, None] * n).where(blocks >= 0, heads * n).flatten()

@@ -92,7 +92,7 @@ DECLINED: list[tuple[str, Bias, str]] = [
     ("buckets", lambda m, i, j: m.buckets[(j - i).clamp(-8, 8) + 8].permute(2, 0, 1), TOGETHER),
     ("squares", lambda m, i, j: m.slopes * (j - i) ** 2, TOGETHER),
     ("a product", lambda m, i, j: m.slopes * j * i, TOGETHER),
-    ("distance from behind", lambda m, i, j: m.slopes * (j - i + 4).abs(), TOGETHER),
+    ("distance from an earlier key", lambda m, i, j: m.slopes * (j - i + 4).abs(), TOGETHER),
     ("clamped late", lambda m, i, j: m.slopes * (j - i).clamp(min=-4), TOGETHER),
     ("soft mask", lambda m, i, j: torch.where(j <= i - 3, 0.0, -3.0), TOGETHER),
     ("mask of one head", lambda m, i, j: m.given[0], "additive bias: the mask '"),
