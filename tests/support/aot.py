@@ -147,8 +147,8 @@ FAST = [
       for feature in FEATURES for dim in (128, 64)),
     *((("sm_90",), Case(dim, "float32", 128), "forward._tiles") for dim in (128, 64)),
     # A cache with so many blocks that programs share them.
-    (("sm_90",), Case(128, "bfloat16", 128, "decode", 1 << 17), "gpu_(route|decode)"),
-    (("sm_80", "sm_100", "gfx942"), Case(128, "bfloat16", 128), "gpu_(forward|backward)"),
+    (("sm_90",), Case(128, "bfloat16", 128, "decode", 1 << 17), "^(route|decode)"),
+    (("sm_80", "sm_100", "gfx942"), Case(128, "bfloat16", 128), "^(forward|backward)"),
 ]  # fmt: skip
 
 
