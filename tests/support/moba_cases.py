@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moonfx.kernels.common.arguments import NAMES, MobaArguments
+from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference import moba as reference
 
 PADDINGS = ("none", "left", "right", "holes", "one row empty")
@@ -142,7 +142,7 @@ class Case:
 
     def arguments(self, device: str = "cpu") -> MobaArguments:
         """The arguments after the tensors; a field or method of this class has each one's name."""
-        given = {name: getattr(self, name) for name in NAMES}
+        given = {name: getattr(self, name) for name in MobaArguments._fields}
         made = {name: x() if callable(x) else x for name, x in given.items()}
         tensors = {name: x.to(device) for name, x in made.items() if isinstance(x, Tensor)}
         return MobaArguments(**made | tensors)

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 import moonfx  # noqa: F401  registers the operators
-from moonfx.passes.graph.nodes import arguments, insert, insert_with_meta, origin
+from moonfx.passes.graph.nodes import arguments_of, insert, insert_with_meta, origin
 
 aten = torch.ops.aten
 NEWTON_SCHULZ = torch.ops.moonfx.newton_schulz.default
@@ -52,7 +52,7 @@ CALLS: list[tuple[str, Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]] = 
 def test_arguments_are_read_by_the_names_in_the_schema(
     target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    assert arguments(fx.Graph().call_function(target, args, kwargs)) == expected
+    assert arguments_of(fx.Graph().call_function(target, args, kwargs)) == expected
 
 
 def _graph() -> tuple[fx.Node, fx.Node]:
