@@ -7,7 +7,7 @@ import torch
 
 import moonfx.ops.moba  # noqa: F401  (registers the operators)
 from moonfx.ops.flop_formulas import register_flop_formula
-from moonfx.ops.moba import parse
+from moonfx.ops.moba import INPUTS, parse
 
 
 def attended_keys(queries: int, keys: int, block: int, topk: int, causal: bool = True) -> int:
@@ -48,5 +48,6 @@ def backward_flops(  # type: ignore[no-untyped-def]
 
 def _keys(queries: int, key: Any, rest: Sequence[Any], named: dict[str, Any]) -> int:
     """`attended_keys` of a call with these arguments after its tensors."""
-    arguments, _ = parse(rest, named)
+    # torch.utils.flop_counter hands over the output as well.
+    arguments, _ = parse(rest, {name: x for name, x in named.items() if name in INPUTS})
     return attended_keys(queries, key[2], arguments.block, arguments.topk, arguments.causal)
