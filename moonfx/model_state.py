@@ -17,14 +17,30 @@ STATE = "_moonfx"
 
 
 class State:
-    """What moonfx keeps on a model; copies and pickles of the model do not take it along."""
+    """What moonfx keeps on a model; copies and pickles of the model do not take it along.
+
+    Attributes:
+        before: the compiled call that the model had before.
+        sparse, dense: the compiled calls of its own; the second only once it was asked for.
+        called: whether it has been called.
+        judged: of how many of the backend's graphs it was said what there is to say.
+        paths: sets of graphs that ran in one call -> what is to be said of attentions that run
+            outside of every graph in such a call.
+        in_pieces: whether a call ran anything but one graph.
+        watch_next: whether the next call is looked at for such attentions.
+        switches: how many `full_attention` are on.
+        hook: keeps compilations around the model out of it.
+    """
 
     def __init__(self, before: Callable[..., Any] | None, backend: Backend, on_miss: str) -> None:
         self.before, self.backend, self.on_miss = before, backend, on_miss
         self.sparse: Callable[..., Any] | None = None
         self.dense: Callable[..., Any] | None = None
+        self.called = False
         self.judged = 0
-        self.skipped = False
+        self.paths: dict[frozenset[int], list[str]] = {}
+        self.in_pieces = False
+        self.watch_next = True
         self.switches = 0
         self.hook: RemovableHandle | None = None
 

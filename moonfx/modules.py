@@ -6,7 +6,6 @@ after   sparsify_module(model): model(x) runs a compiled call of the rewritten g
 """
 
 import copy
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from moonfx.backend.on_miss import ON_MISS, NothingRewritten, check_choice, miss
-from moonfx.backend.records import Record, report_of
+from moonfx.backend.on_miss import ON_MISS, check_choice
+from moonfx.backend.records import report_of
 from moonfx.backend.rewriter import Backend
 from moonfx.capture.compiled_calls import (
     compile_call,
@@ -29,7 +28,8 @@ from moonfx.capture.compiled_calls import (
 )
 from moonfx.capture.dynamo_frames import empty_results
 from moonfx.capture.inductor import COMPILERS
-from moonfx.model_state import STATE, State, restore, sparse_inside, state_of
+from moonfx.judged import judged
+from moonfx.model_state import STATE, State, sparse_inside, state_of
 from moonfx.policy import Policies
 from moonfx.report.report import Report
 
@@ -48,59 +48,13 @@ def sparsify_module(
     old = state_of(model)
     before = old.before if old is not None else compiled_call(model)
     state = State(before, Backend(policies, compiler, model), on_miss)
-    state.sparse = _judged(model, compile_in_place(model, state.backend), state)
+    state.sparse = judged(model, compile_in_place(model, state.backend), state)
     if old is not None and old.hook is not None:
         old.hook.remove()
     state.hook = model.register_forward_pre_hook(stay_out_of_outer_graphs)
     set_compiled_call(model, state.sparse)
     model.__dict__[STATE] = state
     return model
-
-
-def _judged(
-    model: torch.nn.Module, compiled: Callable[..., Any], state: State
-) -> Callable[..., Any]:
-    """Runs the compiled call; after each that compiled, says what `on_miss` wants said."""
-
-    @functools.wraps(compiled)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        result = compiled(*args, **kwargs)
-        if state.judged < len(state.backend.records):
-            new = state.backend.records[state.judged :]
-            first, state.judged = state.judged == 0, len(state.backend.records)
-            _judge(model, state, new, first)
-        elif not state.judged and not state.skipped:
-            state.skipped = True
-            _judge(model, state, [], True)
-        return result
-
-    return run
-
-
-def _judge(model: torch.nn.Module, state: State, new: Sequence[Record], first_call: bool) -> None:
-    """The first call must rewrite something; a later one must not lose what it rewrote."""
-    backend, what = state.backend, type(model).__name__
-    report = backend.report_on(new)
-    if not first_call:
-        lost = report.declined or any(record.failure for record in new)
-        if lost and not report.rewritten and state.on_miss != "ignore":
-            miss("warn", report, what, f"a new kind of call of {what} is dense")
-        return
-    try:
-        if not new:
-            problem = (
-                f"nothing of {what} was compiled, and it runs dense: it, or what calls it, is "
-                "under torch.compiler.disable, torch.vmap or another transform of torch.func"
-            )
-            miss(state.on_miss, report, what, problem)
-        elif not report.rewritten:
-            miss(state.on_miss, report, what)
-        elif unused := backend.unused():
-            problem = f"no attention of {what} fits layers[{', '.join(unused)}]"
-            miss(state.on_miss, report, what, problem)
-    except NothingRewritten:
-        restore(model)
-        raise
 
 
 def report_module(model: torch.nn.Module) -> Report:

@@ -18,6 +18,7 @@ from moonfx.passes.symbolic.reader import Reader
 from moonfx.passes.symbolic.real_reader import RealReader
 from moonfx.policy import LayerPolicy
 from moonfx.site import AttentionSite, Declined, NewtonSchulzSite
+from moonfx.verdicts import Verdicts
 
 log = logging.getLogger("moonfx.passes")
 
@@ -37,6 +38,7 @@ class Context:
         recompute_routing: whether the backward chooses blocks again instead of keeping the choice.
         likely_policy: what `policy` may say of a site, for a reason; None if it stays dense.
         disabled: names of passes that do not run.
+        verdicts: what became of the model's attentions in the graphs before this one.
         iterations: the Newton-Schulz iterations found.
         proofs: constants and given masks of the graph that a rewrite rests on -> their values.
         failures: passes that failed and left the graph to the others.
@@ -56,6 +58,7 @@ class Context:
     likely_policy: Callable[
         [AttentionSite, list[AttentionSite], str | None], LayerPolicy | None
     ] = lambda site, sites, root: None
+    verdicts: Verdicts = field(default_factory=Verdicts)
     sites: list[AttentionSite] = field(default_factory=list)
     iterations: list[NewtonSchulzSite] = field(default_factory=list)
     proofs: dict[fx.Node, tuple[float, float] | Given] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from moonfx.backend.rewriter import Backend
 from moonfx.capture.dynamo_frames import is_piece
 from moonfx.capture.inductor import COMPILERS, mode_options
 from moonfx.capture.retrace import held_tensors
+from moonfx.capture.symbolic_flags import decide_flags
 from moonfx.policy import LayerPolicy, Policies, check_flag, did_you_mean
 
 DEFAULTS: dict[str, Any] = {
@@ -30,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "disable_passes": (),
 }
 FLAGS = ("causal_only", "recompute_routing")
+decide_flags()  # the first graph is traced before the backend is called
 # The backend is given graphs, not the model: after a graph break it cannot tell layers apart.
 OF_SPARSIFY = ("layers", "dense_last")
 

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from moonfx.backend.guards import Values, checked
 from moonfx.backend.records import Record, report_on
+from moonfx.backend.runs import recorded
 from moonfx.capture.compiled_calls import is_left_out
 from moonfx.capture.dynamo_frames import (
     break_after,
@@ -31,10 +32,11 @@ from moonfx.passes.parameters.dataflow import DataFlow, GraphCall
 from moonfx.passes.pass_manager import WITHOUT_ATTENTION, Passes, check_passes, run_passes
 from moonfx.passes.symbolic import input_masks as given_masks
 from moonfx.policy import LayerPolicy, Policies
-from moonfx.report.attention import row_of
+from moonfx.report.attention import Row, row_of
 from moonfx.report.newton_schulz import rows_of
 from moonfx.report.report import Report
 from moonfx.site import AttentionSite
+from moonfx.verdicts import Verdicts, key_of
 
 log = logging.getLogger("moonfx.backend")
 
@@ -78,6 +80,8 @@ class Backend:
                 if is_left_out(module)
             ]
         self.records: list[Record] = []
+        self.verdicts = Verdicts()
+        self.outside: dict[tuple[str, str], Row] = {}
         self.layers: list[tuple[str, int]] = []
 
     @property
@@ -87,6 +91,7 @@ class Backend:
     def report_on(self, records: Iterable[Record]) -> Report:
         """The report of some graphs of this model, and what Dynamo was told to leave out."""
         report = report_on(records)
+        report.rows += self.outside.values()
         report.failures += self.left_out
         return report
 
@@ -95,14 +100,16 @@ class Backend:
         graph, guards = self.rewrite(gm, example_inputs)
         stamp = f"{self.policies}"
         compiled = compile_graph(graph, example_inputs, self.compiler, stamp, self.config)
-        if not guards:
+        record = self.records[-1] if self.policies is not None else None
+        if record is None:
             return compiled
-        record = self.records[-1]
+        if not guards:
+            return recorded(compiled, record, gm.forward)
 
         def note(what: str) -> None:
             record.failure = what
 
-        return checked(compiled, guards, gm.forward, note)
+        return recorded(checked(compiled, guards, gm.forward, note), record, gm.forward)
 
     def rewrite(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any]
@@ -209,7 +216,7 @@ class Backend:
         flags = self.policies.causal_only, self.policies.recompute_routing
         disabled = self.policies.disable_passes
         context = Context(captured, self.policy_of, self.names, root, *flags, disabled)
-        context.likely_policy = self.likely_policy_of
+        context.likely_policy, context.verdicts = self.likely_policy_of, self.verdicts
         try:
             rewritten = run_passes(context, *passes)
         except DenseLastUnknown:
@@ -225,7 +232,18 @@ class Backend:
         record.failure = "\n".join(filter(None, [record.failure, *isolated])) or None
         record.rows += map(row_of, context.sites)
         record.iterations = rows_of(context.iterations)
+        self._note_verdicts(context.sites, record)
         return context if rewritten else None
+
+    def _note_verdicts(self, sites: Iterable[AttentionSite], record: Record) -> None:
+        """Takes note of what became of a graph's attentions, and overrules graphs before it."""
+        sites = list(sites)
+        record.sparse = frozenset(key_of(site) for site in sites if site.action == "sparse")
+        record.lost = self.verdicts.note(sites)
+        for lost in record.lost:
+            for other in self.records if lost.overruled else ():
+                if other is not record and lost.key in other.sparse:
+                    other.overruled = f"{lost}; the call ran as it was written, and not compiled"
 
     def policy_of(
         self, site: AttentionSite, sites: list[AttentionSite], root: str | None

@@ -18,6 +18,8 @@ from torch._dynamo.code_context import code_context
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.external_utils import wrap_inline
 
+from moonfx.capture.symbolic_flags import decide_flags
+
 Call = Callable[..., Any]
 
 
@@ -42,6 +44,7 @@ def compile_step(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _compile_options(backend: Callable[..., Any] | str) -> dict[str, Any]:
     """torch.compile arguments; own cache entries, so that policies never evict each other."""
+    decide_flags()
     isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     return {"backend": backend, **({"isolate_recompiles": True} if isolated else {})}
 

@@ -44,9 +44,13 @@ def run(graph: fx.Graph, context: Context) -> int:
             site.action = policy
             continue
         site.policy = policy
-        _note_proofs(site, context)
         try:
+            context.verdicts.check(site)
+            _note_proofs(site, context)
             rewrite(site, policy, written, context)
+        except Declined as reason:
+            context.decline(site, reason)
+            continue
         except (CannotWrite, layout.CannotKeep) as reason:
             context.decline(site, Declined(str(reason), site.output))
             continue

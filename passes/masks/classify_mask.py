@@ -55,7 +55,7 @@ def classify(site: AttentionSite, context: Context) -> Mask:
     if proof.reason:
         node = site.masks[proof.at][0] if site.masks else site.output
         raise Declined(proof.reason + _already_sparse(proof, site, context), node)
-    causal = proof.causal or (lengths.one_query and appended(site))
+    causal = proof.causal or (lengths.one_query and (lengths.one_key or appended(site)))
     if not causal:
         _check_both_ways(site, lengths, context)
     kind = "causal" if causal else "all"

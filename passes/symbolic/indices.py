@@ -24,11 +24,13 @@ class Lengths:
     Args:
         queries, keys: the first is the tensor's own, the others are equal to it.
         one_query: whether there is one query for every shape, as in a decode step.
+        one_key: whether there is one key for every shape, which then is all that a query can see.
     """
 
     queries: tuple[Expr, ...]
     keys: tuple[Expr, ...]
     one_query: bool
+    one_key: bool = False
 
     @property
     def offsets(self) -> tuple[Expr, ...]:
@@ -41,7 +43,8 @@ def lengths_of(site: AttentionSite) -> Lengths:
     masks = [node.meta["val"].shape for node, _ in site.masks]
     queries = [query[-2], *(m[-2] for m in masks if len(m) > 1)]
     keys = [key[-1 if site.key_transposed else -2], value[-2], *(m[-1] for m in masks if len(m))]
-    return Lengths(_names(queries), _names(keys), same_size(query[-2], 1))
+    one_query, one_key = same_size(query[-2], 1), same_size(keys[0], 1)
+    return Lengths(_names(queries), _names(keys), one_query, one_key)
 
 
 def _names(sizes: list[object]) -> tuple[Expr, ...]:
