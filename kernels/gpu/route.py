@@ -9,7 +9,7 @@ Nothing as large as rows x blocks is ever in memory.
 
 64 rows by 64 blocks is one warp group's product and leaves room for a second program on a
 multiprocessor: one multiplies while the other picks. Programs with the most blocks start first.
-Where few are picked of many, lanes do most of the picking (route_lanes.py).
+Where few are picked of many, most is picked in each column of the tiles (route_by_column.py).
 
 Few rows (a decode step) would leave a chip idle: then the candidates are split over programs, and
 a second kernel puts their tables into one. All of it follows from shapes.
@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moonfx.kernels.gpu import block_means as gpu_means
-from moonfx.kernels.gpu import configs, route_by_sort, route_lanes
+from moonfx.kernels.gpu import configs, route_by_column, route_by_sort
 from moonfx.kernels.gpu.problem import STRIDES, Layout
-from moonfx.kernels.gpu.route_lanes import keep, keys, no_keys, settle
+from moonfx.kernels.gpu.route_by_column import keep, keys, no_keys, settle
 from moonfx.kernels.gpu.route_scores import query_parts, tile_scores
 from moonfx.kernels.gpu.route_table import BEYOND, empty, fixed_blocks, put, write
 from moonfx.kernels.gpu.tile import inner_contiguous, padded
@@ -92,7 +92,7 @@ def route(
     share = triton.cdiv(triton.cdiv(layout.n, splits), config.block_n) * config.block_n
     # Bits of a number that tells a program's tiles of blocks apart.
     steps = (1 << triton.cdiv(layout.n, config.block_n).bit_length()) - 1
-    lanes = splits == 1 and route_lanes.suits(table, steps, query.device)
+    by_column = splits == 1 and route_by_column.suits(table, steps, query.device)
     room = SHARED[1] if configs.architecture(query.device) == SHARED[0] else IN_REGISTERS
     parts = QUERY_PARTS[query.dtype]
     split = tiles < REUSE
@@ -143,7 +143,7 @@ def route(
         SORTED=of.index is not None,
         CAUSAL=layout.causal,
         PARTIAL=splits > 1,
-        LANES=lanes,
+        BY_COLUMN=by_column,
     )
     if splits > 1:
         merge_kernel[(programs,)](
@@ -219,7 +219,7 @@ def route_kernel(
     SORTED: tl.constexpr,
     CAUSAL: tl.constexpr,
     PARTIAL: tl.constexpr,
-    LANES: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
 ):
     """The routes of ROWS rows; or, PARTIAL, their tables from one share of the blocks."""
     tile = tl.program_id(0) // splits
@@ -270,16 +270,16 @@ def route_kernel(
         candidates = low, high, my_own, all_from, all_to, own_from, own_to
         scores, blocks, worst = empty(free, TABLE, tl.float32)
         unsure = 1
-        if LANES:
-            lanes = no_keys(ROWS, BLOCKS)
+        if BY_COLUMN:
+            best = no_keys(ROWS, BLOCKS)
             for start in range(begin, stop, BLOCKS):
                 score = tile_scores(
                     start, stop, queries, candidates, means, means_part, means_block, bias,
                     bias_head, BLOCKS, D, PADDED, CHUNK, PARTS, SPLIT, BIAS, CAUSAL)  # fmt: skip
-                lanes = keep(lanes, keys(score, (start - begin) // BLOCKS, steps))
-            blocks, unsure = settle(lanes, free, begin, steps, TABLE, BLOCKS)
+                best = keep(best, keys(score, (start - begin) // BLOCKS, steps))
+            blocks, unsure = settle(best, free, begin, steps, TABLE, BLOCKS)
         if unsure > 0:
-            # Nothing of this loop can be prepared, and kept, while the lanes fill the registers.
+            # Nothing of this loop can be prepared, and kept, while those keys fill the registers.
             begin += unsure - 1
             scores, blocks, worst = empty(free, TABLE, tl.float32)
             for start in range(begin, stop, BLOCKS):

@@ -2,95 +2,15 @@
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given, settings
 from torch import Tensor
 
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.gpu import block_means as gpu_means
-from moonfx.kernels.gpu import configs as gpu_configs
 from moonfx.kernels.gpu import route as gpu_route
-from moonfx.kernels.gpu import route_by_sort as gpu_route_wide
-from moonfx.kernels.gpu import route_lanes as gpu_route_lanes
 from moonfx.kernels.gpu.problem import Layout, layout
-from moonfx.kernels.gpu.route_lanes import keep, keys, no_keys, settle
-from moonfx.kernels.reference import moba as reference
 from tests.support.moba_cases import FEATURES, Case, feature_cases
-
-ROADS = ("a program for all blocks", "blocks split over programs", "more than a table holds")
-
-
-def take(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the launcher choose one of ROADS whatever the shapes are, with small tiles."""
-    config = gpu_configs.Config(64, 16, 4, 1)
-    monkeypatch.setattr(gpu_configs, "choose", lambda *_, **__: config)
-    monkeypatch.setattr(gpu_route, "PROGRAMS", 1 << 20 if road == ROADS[1] else 1)
-    monkeypatch.setattr(gpu_route, "LEAST", 1)
-    if road == ROADS[2]:
-        monkeypatch.setattr(gpu_route, "MOST", 0)
-        monkeypatch.setattr(gpu_route_wide, "SCRATCH", 1 << 16)
-
-
-def routed(inputs: tuple[Tensor, ...], arguments: MobaArguments) -> tuple[Tensor, Layout]:
-    query, key = inputs[:2]
-    of = layout(query, key, arguments)
-    scale = arguments.scale_for(query.shape[3])
-    means = arguments.block_means if gpu_route.gated(of) else None
-    if means is None and gpu_route.gated(of):
-        means = gpu_means.block_means(key, of)
-    bias = arguments.key_bias
-    if bias is not None:
-        bias = gpu_means.bias_means(bias, of, query.shape[1])
-    return gpu_route.route(query, means, bias, of, scale), of
-
-
-def expected(inputs: tuple[Tensor, ...], arguments: MobaArguments, of: Layout) -> Tensor:
-    """The reference's choice in the order that is promised: own, then ascending, then -1."""
-    query, key = inputs[:2]
-    batch, heads, queries, _ = query.shape
-    routes = torch.full((batch, heads, queries, of.topk), -1)
-    length = key.shape[2]
-    segments = arguments.segments
-    if segments is None:
-        segments = torch.zeros(batch, length, dtype=torch.int64)
-    own = torch.full((batch, queries), -1)
-    last, first = own.clone(), own.clone()
-    for row in range(batch):
-        index = torch.arange(queries) if of.queries.index is None else of.queries.index[row].long()
-        own[row, index] = of.queries.own[row].long()
-        last[row, index] = of.queries.last[row].long()
-        first[row, index] = of.queries.first[row].long()
-    for sequence in segments.unique():
-        mask = segments.eq(sequence)
-        if arguments.key_mask is not None:
-            mask &= arguments.key_mask
-        chosen = reference.select_blocks(
-            query,
-            key,
-            arguments._replace(block=of.block, topk=of.topk, sinks=of.sinks, key_mask=mask),
-        )
-        for b, q in segments[:, length - queries :].eq(sequence).nonzero().tolist():
-            for h in range(heads):
-                blocks = (chosen[b, h, q].nonzero()[:, 0] + first[b, q]).tolist()
-                mine = int(own[b, q])
-                if mine < 0:
-                    assert not blocks
-                    continue
-                blocks = [mine, *(x for x in blocks if x != mine)]
-                routes[b, h, q, : len(blocks)] = torch.tensor(blocks)
-    if of.queries.index is not None:
-        index = of.queries.index[:, None, :, None].long()
-        routes = routes.gather(2, index.expand_as(routes))
-    return routes.unflatten(1, (key.shape[1], of.group)).transpose(2, 3).flatten(2, 3)
-
-
-def assert_as_reference(case: Case) -> None:
-    inputs, arguments = case.inputs(), case.arguments()
-    got, of = routed(inputs, arguments)
-    assert got.dtype == torch.int32
-    assert got.shape == (case.batch, case.kv_heads, case.queries * case.group, of.topk)
-    torch.testing.assert_close(got.long(), expected(inputs, arguments, of), rtol=0, atol=0)
+from tests.support.routes import ROADS, assert_as_reference, take
 
 
 # The interpreter is slow: the road of torch operations is left to `make sweep`, but for few tests.
@@ -172,83 +92,6 @@ def test_scores_are_as_exact_as_float32(
     # 64 products of order 1 / 2, whose sum is rounded to 2**-24 of itself some times.
     assert (missed - worst).max() < 64 * 2**-24
     assert torch.equal(chosen.sum(-1), torch.full_like(chosen.sum(-1), of.topk))
-
-
-LANES, TILES = 16, 9
-
-
-@triton.jit
-def lanes_kernel(score, blocks, unsure, STEPS: tl.constexpr, LANES: tl.constexpr):
-    """16 rows of scores [16, (STEPS + 1) * LANES]: 7 blocks of each."""
-    row = tl.arange(0, 16)
-    free = tl.full([16], 7, tl.int32)
-    lanes = no_keys(16, LANES)
-    for step in range(9):
-        column = step * LANES + tl.arange(0, LANES)
-        tile = tl.load(score + row[:, None] * (9 * LANES) + column[None, :])
-        lanes = keep(lanes, keys(tile, step, STEPS))
-    best, doubt = settle(lanes, free, 0, STEPS, 8, LANES)
-    tl.store(blocks + row[:, None] * 8 + tl.arange(0, 8)[None, :], best)
-    tl.store(unsure, doubt)
-
-
-def by_lanes(score: Tensor) -> tuple[list[list[int]], int]:
-    """The blocks of each row [16, 9 * 16] that lanes find, ascending, and if one is unsure."""
-    blocks = torch.empty(16, 8, dtype=torch.int32)
-    unsure = torch.empty(1, dtype=torch.int32)
-    lanes_kernel[(1,)](score.contiguous(), blocks, unsure, STEPS=15, LANES=LANES)
-    return [sorted(x for x in row if x >= 0) for row in blocks.tolist()], int(unsure)
-
-
-def spread() -> Tensor:
-    """Scores whose seven best lie in seven lanes, on both sides of zero."""
-    score = torch.arange(16 * TILES * LANES).view(16, -1).remainder(1009) / 1009 - 2.0
-    score[:, 3:66:9] = torch.arange(7) / 4 - 0.75
-    return score
-
-
-def test_lanes_find_the_best_and_know_when_they_may_not() -> None:
-    best = spread().topk(7).indices.sort(-1).values.tolist()
-    assert by_lanes(spread()) == (best, 0)
-
-    few = torch.full_like(spread(), -torch.inf)
-    few[:, 20:22] = 1.0
-    assert by_lanes(few) == ([[20, 21]] * 16, 0)  # not more than there are places: no doubt
-
-    tied = spread()
-    tied[5] = 1.0
-    assert by_lanes(tied)[1] == 1
-
-    close = spread()
-    close[5, 100] = close[5, 3] * (1 + 2**-22)  # hardly worse, in another lane
-    assert by_lanes(close)[1] == 1
-
-    crowded = spread()
-    crowded[5, 2::LANES] = torch.arange(TILES) + 5.0  # nine in a lane of three places
-    assert by_lanes(crowded)[1] == 1
-
-
-def test_negative_zero_ties_with_zero_in_lanes() -> None:
-    score = spread()
-    score[:, 3:66:9] = 1.0
-    score[:, 59] = -0.0
-    score[:, 75] = 0.0
-    score[:, 3] = -5.0
-    assert by_lanes(score)[1] == 1
-
-
-@pytest.mark.parametrize("lanes", [0, 8], ids=["without lanes", "with lanes"])
-@pytest.mark.parametrize("causal", [True, False])
-def test_lanes_change_no_route(lanes: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    take(ROADS[0], monkeypatch)
-    query, key = torch.randn(1, 2, 40, 16), torch.randn(1, 1, 300, 16)
-    query = query if causal else torch.randn(1, 2, 300, 16)
-    of = layout(query, key, MobaArguments(2, 7, 1, causal=causal))
-    means = gpu_means.block_means(key, of)
-    monkeypatch.setattr(gpu_route_lanes, "TABLE", lanes)
-    got = gpu_route.route(query, means, None, of, 1.0)
-    monkeypatch.setattr(gpu_route, "MOST", 0)
-    assert torch.equal(got, gpu_route.route(query, means, None, of, 1.0))
 
 
 def test_routes_repeat_bit_for_bit_and_do_not_depend_on_tiles(
