@@ -116,10 +116,10 @@ def on_gpu(
         form = "symmetric"
         why = f"the sides' ratio is below {RATIO}, for runs of steps (not measured)"
     gain = gpu_waves.gain(batch, m, n, runs_of(form, steps, dtype, m, n), multiprocessors)
-    said = f"{gain:.2f} times as fast by the waves of tiles on {chip}, not measured"
+    predicted = f"{gain:.2f} times as fast by the waves of tiles on {chip}, not measured"
     if gain < GAIN:
-        return "plain", f"{form} would be {said}"
-    return form, f"{why}; {said}"
+        return "plain", f"{form} would be {predicted}"
+    return form, f"{why}; {predicted}"
 
 
 def runs_of(
@@ -141,8 +141,8 @@ def fewest_flops(
     together = newton_schulz_runs.run_flops(m, n, runs)
     if together > WORTH * alone:
         return "symmetric", f"{alone / plain:.2f} of the FLOPs: half of X X^T and of A^2"
-    said = " + ".join(map(str, runs))
-    return "gram", f"{together / plain:.2f} of the FLOPs: {said} steps between visits of X"
+    steps_at_once = " + ".join(map(str, runs))
+    return "gram", f"{together / plain:.2f} of the FLOPs: {steps_at_once} steps between visits of X"
 
 
 def plain_flops(m: int, n: int, steps: int) -> int:

@@ -97,8 +97,8 @@ class Run:
             | {name: getattr(r, name) for name in DERIVED}
             for r in self.results
         ]
-        said = {"where": self.where, "left_out": self.left_out, "results": results}
-        return json.dumps(said, indent=1)
+        written = {"where": self.where, "left_out": self.left_out, "results": results}
+        return json.dumps(written, indent=1)
 
 
 def read(paths: Sequence[str]) -> Run:
@@ -127,13 +127,13 @@ def read(paths: Sequence[str]) -> Run:
     return Run(first, results, [line for run in runs for line in run.left_out])
 
 
-def from_dict(said: dict[str, Any]) -> Run:
+def from_dict(written: dict[str, Any]) -> Run:
     names = Result.__dataclass_fields__
     results = [
         Result(**{k: v for k, v in r.items() if k in names} | {"case": Case(**r["case"])})
-        for r in said["results"]
+        for r in written["results"]
     ]
-    return Run(said["where"], results, said["left_out"])
+    return Run(written["where"], results, written["left_out"])
 
 
 def over(part: float | None, whole: float | None) -> float | None:

@@ -74,8 +74,8 @@ def or_absent() -> Iterator[None]:
     except Absent:
         raise
     except Exception as error:
-        said = str(error).strip().partition("\n")[0]
-        raise Absent(f"{type(error).__name__}: {said}") from error
+        message = str(error).strip().partition("\n")[0]
+        raise Absent(f"{type(error).__name__}: {message}") from error
 
 
 def gram_iteration(steps: int, device: torch.device) -> Iteration:
