@@ -20,6 +20,8 @@ from moonfx.passes.symbolic.expressions import (
 )
 from moonfx.passes.symbolic.pointwise_rules import choose_for
 
+aten = torch.ops.aten
+
 
 def fill(position: int, name: str = "fill_value") -> Rule:
     def rule(reader: Reader, node: fx.Node, index: Index) -> Expr:
@@ -33,9 +35,8 @@ def filled_with(value: int) -> Rule:
 
 
 def arange(reader: Reader, node: fx.Node, index: Index) -> Expr | None:
-    name = node.target._overloadname  # type: ignore[union-attr]
-    start = argument(node, 0, "start") if name != "default" else 0
-    step = argument(node, 2, "step", 1) if name == "start_step" else 1
+    start = 0 if node.target is aten.arange.default else argument(node, 0, "start")
+    step = argument(node, 2, "step", 1) if node.target is aten.arange.start_step else 1
     start, step = reader.read(start, ()), reader.read(step, ())
     if not (start.is_integer and step.is_integer):
         return None
