@@ -16,6 +16,9 @@ Nk keys, D head dim, Dv value dim, n blocks. "1" in a shape stands for an axis t
 from dataclasses import dataclass
 from typing import Any
 
+from moonfx.kernels.common.arguments import MobaArguments
+from moonfx.ops.moba import parse
+
 # A value of the ONNX graph under construction; onnxscript has no public name for it.
 Value = Any
 
@@ -48,22 +51,7 @@ class Keys:
     by_key: Value | None
 
 
-def moba_attention(  # type: ignore[no-untyped-def]
-    query,
-    key,
-    value,
-    block,
-    topk,
-    sinks=0,
-    scale=None,
-    key_mask=None,
-    causal=True,
-    softcap=0.0,
-    key_bias=None,
-    segments=None,
-    block_means=None,
-    recompute=False,
-):
+def moba_attention(query, key, value, *rest, **named):  # type: ignore[no-untyped-def]
     """The translation: arguments and results are those of torch.ops.moonfx.moba_attention.
 
     But for the routes, which only a backward reads, as it does `recompute`: a file has neither.
@@ -71,11 +59,13 @@ def moba_attention(  # type: ignore[no-untyped-def]
     """
     from onnxscript import opset18 as op
 
+    arguments, _ = parse(rest, named)
+    key_mask, segments, key_bias = arguments.key_mask, arguments.segments, arguments.key_bias
     ops = _Ops(op)
     queries, length = ops.size(query, 2), ops.size(key, 2)
     dtype_like = query
     query, key, value = (op.Cast(x, to=FLOAT) for x in (query, key, value))
-    keys = _keys(ops, length, block, key_mask, segments)
+    keys = _keys(ops, length, arguments.block, key_mask, segments)
     if keys.real is not None:
         # Not even a NaN under the padding may count.
         outside = op.Unsqueeze(op.Not(keys.real), ops.vector(1, 3))
@@ -85,16 +75,15 @@ def moba_attention(  # type: ignore[no-untyped-def]
         if keys.real is not None:
             hidden = op.Unsqueeze(op.Not(keys.real), ops.vector(1))
             key_bias = op.Where(hidden, ops.scalar(0.0), key_bias)
-    scale = _scale(ops, scale, query)
-    gate = _gate(ops, query, key, key_bias, keys, scale, block_means)
-    seen, chosen = _choose(ops, gate, keys, length, queries, segments, block, topk, sinks, causal)
-    visible = _visible(ops, chosen, keys, length, queries, causal)
+    scale = _scale(ops, arguments.scale, query)
+    gate = _gate(ops, query, key, key_bias, keys, scale, arguments.block_means)
+    seen, chosen = _choose(ops, gate, keys, length, queries, arguments)
+    visible = _visible(ops, chosen, keys, length, queries, arguments.causal)
 
     score = _by_group(ops, op.Mul(query, scale), op.Transpose(key, perm=[0, 1, 3, 2]))
-    if softcap:
-        score = op.Mul(
-            op.Tanh(op.Div(score, ops.scalar(float(softcap)))), ops.scalar(float(softcap))
-        )
+    if arguments.softcap:
+        softcap = ops.scalar(float(arguments.softcap))
+        score = op.Mul(op.Tanh(op.Div(score, softcap)), softcap)
     if key_bias is not None:
         score = op.Add(score, op.Unsqueeze(key_bias, ops.vector(2)))
     score = op.Where(visible, score, ops.scalar(LOWEST))
@@ -281,15 +270,13 @@ def _choose(
     keys: Keys,
     length: Value,
     queries: Value,
-    segments: Value | None,
-    block: int,
-    topk: int,
-    sinks: int,
-    causal: bool,
+    arguments: MobaArguments,
 ) -> tuple[Value | None, Value]:
     """Which queries see a key, [B or 1, 1, Nq] or None for all; which blocks, [B, Hq, Nq, n] or
     what broadcasts to it."""
     op = ops.op
+    block, topk, sinks = arguments.block, arguments.topk, arguments.sinks
+    segments, causal = arguments.segments, arguments.causal
     rank = _at_queries(ops, keys.rank, length, queries)
     own = op.Div(op.Max(rank, ops.scalar(0)), ops.scalar(block))
     index = op.Unsqueeze(keys.index, ops.vector(1))  # [B or 1, 1, 1, n]
