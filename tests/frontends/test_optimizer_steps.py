@@ -15,7 +15,7 @@ import moonfx
 from moonfx.backend.on_miss import NothingRewritten
 from moonfx.backend.records import records_of
 from moonfx.backend.rewriter import Backend
-from tests.support.newton_schulz.cases import always
+from tests.support.newton_schulz.cases import always, as_written
 
 SHAPES = ((6, 4), (4, 6), (4, 6), (5, 5))
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -31,15 +31,6 @@ def fresh() -> Iterator[None]:
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES]
-
-
-def as_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has each iteration become an operator that multiplies what was written.
-
-    It equals what torch computes bit for bit on any processor, as no other form does.
-    """
-    always(monkeypatch, "plain")
-    monkeypatch.setattr("moonfx.passes.newton_schulz.batching.is_as_written", lambda *call: False)
 
 
 def compiled(optimizer: torch.optim.Optimizer, **options: Any) -> Callable[[], Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import moonfx
 from moonfx.backend.rewriter import Backend
 from tests.support import muon_steps as written
-from tests.support.newton_schulz.cases import always
+from tests.support.newton_schulz.cases import always, as_written
 
 Make = Callable[..., torch.optim.Optimizer]
 Rows = list[tuple[tuple[int, ...], int, int]]
@@ -26,13 +26,6 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operator multiplies what was written, one product after another: equal bit for bit."""
-    always(monkeypatch, "plain")
-    monkeypatch.setattr("moonfx.passes.newton_schulz.batching.is_as_written", lambda *call: False)
 
 
 @pytest.fixture
@@ -87,8 +80,14 @@ CASES: list[tuple[str, Make, Rows, int]] = [
 
 @pytest.mark.parametrize(("name", "make", "rows", "count"), CASES, ids=[c[0] for c in CASES])
 def test_everyone_s_step_is_found_whole_and_computes_the_same(
-    exact: None, graphs: list[None], name: str, make: Make, rows: Rows, count: int
+    monkeypatch: pytest.MonkeyPatch,
+    graphs: list[None],
+    name: str,
+    make: Make,
+    rows: Rows,
+    count: int,
 ) -> None:
+    as_written(monkeypatch)
     with torch.compiler.set_stance("force_eager"):  # what has a torch.compile of its own, too
         eager, _ = three_steps(make, 0.02, compile_it=False)
     ours, optimizer = three_steps(make, 0.02, compile_it=True)

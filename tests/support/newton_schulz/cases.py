@@ -22,6 +22,15 @@ def always(monkeypatch: pytest.MonkeyPatch, form: str = "symmetric") -> None:
     monkeypatch.setattr(operator, "newton_schulz_form", lambda *size: (form, "asked for"))
 
 
+def as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has each iteration become an operator that multiplies what was written.
+
+    It equals what torch computes bit for bit on any processor, as no other form does.
+    """
+    always(monkeypatch, "plain")
+    monkeypatch.setattr("moonfx.passes.newton_schulz.batching.is_as_written", lambda *call: False)
+
+
 def matrix(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
