@@ -4,9 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import moonfx
+from moonfx.kernels.common.arguments import MobaArguments
+from moonfx.kernels.reference.moba import moba_attention
+from moonfx.passes.context import Context
+from moonfx.passes.pass_manager import run_passes
+from moonfx.policy import LayerPolicy
 from moonfx.report.report import Report
 
 B, H, N, D = 2, 4, 24, 8
@@ -98,3 +104,43 @@ def check_form(
     sparse, _ = run(Model(body, **buffers), q, k, v, block=4, topk=2)
     torch.testing.assert_close(sparse, expected(q, k, v), atol=2e-6, rtol=1e-5)
     assert not torch.allclose(sparse, results[0][0], atol=1e-3)
+
+
+SINK = torch.tensor([0.3, -1.0, 2.0, 0.0]).view(H, 1, 1)
+
+
+def sunk(q: Tensor, k: Tensor, v: Tensor, cap: float = 0.0) -> Tensor:
+    """The reference of block 4, topk 2 with sink logits SINK."""
+    out, lse = moba_attention(q, k, v, MobaArguments(4, 2, softcap=cap))
+    return out * torch.sigmoid(lse - SINK[None, :, 0])[..., None]
+
+
+def hidden(s: Tensor) -> Tensor:
+    """Scores without those of later keys."""
+    return s.masked_fill(~causal(), -torch.inf)
+
+
+def captured(
+    body: Callable[..., Any], given: tuple[Tensor, ...] | None = None, mode: str = "fake"
+) -> fx.GraphModule:
+    """A function of query, key and value in pre-dispatch ATen."""
+    given = inputs() if given is None else given
+    return make_fx(body, pre_dispatch=True, tracing_mode=mode)(*given)
+
+
+def result(gm: fx.GraphModule) -> fx.Node:
+    """The one node that a graph returns."""
+    (node,) = gm.graph.output_node().all_input_nodes
+    return node
+
+
+def rewritten(
+    body: Callable[..., Any],
+    given: tuple[Tensor, ...] | None = None,
+    policy: Callable[..., Any] = lambda *site: LayerPolicy(4, 2, 0),
+    **settings: Any,
+) -> fx.GraphModule:
+    """The captured graph of a function, after the passes."""
+    gm = captured(body, given)
+    run_passes(Context(gm, policy, **settings), check=True)
+    return gm

@@ -7,12 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from moonfx.passes.attention import canonicalize
 from moonfx.passes.context import Context
 from moonfx.passes.graph.nodes import operator_name
-from tests.passes.attention.forms import NEG, SCALE, B, H, N, causal, inputs
+from tests.passes.attention.forms import NEG, SCALE, B, H, N, captured, causal, inputs
 
 Body = Callable[..., Any]
 OPERATORS = (
@@ -88,11 +87,6 @@ ROWS: list[tuple[str, Body, list[str]]] = [
     ("in place after a reader", in_place_after_the_maximum, ["matmul", "amax", "mul", "matmul"]),
     ("a dead reader", with_a_dead_reader, ["matmul", "matmul"]),
 ]
-
-
-def captured(body: Body) -> fx.GraphModule:
-    """The body in pre-dispatch ATen."""
-    return make_fx(body, pre_dispatch=True, tracing_mode="fake")(*inputs())
 
 
 def canonical(gm: fx.GraphModule) -> int:

@@ -53,17 +53,6 @@ def grouped_expanded(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights(q @ k.transpose(-2, -1)) @ v).flatten(1, 2)
 
 
-def grouped_einsum(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    p = weights(torch.einsum("bghid,bgjd->bghij", q.view(B, X, G, N, D), k))
-    return torch.einsum("bghij,bgjd->bghid", p, v).reshape(B, H, N, D)
-
-
-def group_first(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q = q.view(B, X, G, N, D).transpose(1, 2)
-    p = weights(torch.einsum("b g h n d, b h s d -> b g h n s", q, k))
-    return torch.einsum("bghns,bhsd->bhgnd", p, v).reshape(B, H, N, D)
-
-
 GROUPED = [
     ("repeat", repeated(lambda x: x[:, :, None].repeat(1, 1, G, 1, 1).flatten(1, 2)), "matmul"),
     ("stack", repeated(lambda x: torch.stack([x] * G, 2).reshape(B, H, N, D)), "matmul"),
@@ -77,8 +66,6 @@ GROUPED = [
     ("sdpa, enable_gqa", sdpa_gqa, "sdpa"),
     ("5-D", grouped, "matmul"),
     ("5-D, expanded", grouped_expanded, "matmul"),
-    ("5-D einsum", grouped_einsum, "einsum"),
-    ("5-D einsum, group first", group_first, "einsum"),
 ]
 
 
@@ -138,16 +125,6 @@ def test_one_key_head_serves_all(body: Callable[..., Any]) -> None:
     check_form(body, expected, form=form, heads=(H, 1), kv_heads=1)
 
 
-def in_the_batch(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).view(B, H, N, D)
-
-
-def in_the_batch_by_hand(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return (weights(q @ k.transpose(1, 2)) @ v).unflatten(0, (B, H))
-
-
 def keys_of_one_row(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Keys [1, H, N, D] for every row of the batch."""
     return F.scaled_dot_product_attention(q, k[:1], v[:1], is_causal=True)
@@ -158,12 +135,6 @@ def two_halves(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = torch.cat([q, q], -1)
     k = torch.cat([k, k], -1)
     return weights(q @ k.transpose(-2, -1)) @ v
-
-
-def test_heads_in_the_batch_are_counted() -> None:
-    expected = lambda q, k, v: moba_attention(q, k, v, MobaArguments(4, 2))[0]  # noqa: E731
-    check_form(in_the_batch, expected, form="sdpa")
-    check_form(in_the_batch_by_hand, expected, form="matmul + softmax")
 
 
 def test_keys_of_one_row_serve_every_row() -> None:

@@ -7,24 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import moonfx
-from tests.passes.attention.forms import NEG, SCALE, B, D, H, Model, N, causal, inputs, outcome, run
+from tests.passes.attention.forms import NEG, B, D, H, Model, N, causal, inputs, outcome, run
 from tests.passes.attention.lookalikes import Body, Row, attend, check_lookalike, scores
-
-
-def heads_in_the_batch_and_shared(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = q[0], k[0, ::2], v[0, ::2]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
-def six_dimensions(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.unflatten(1, (2, 2, 1)) for x in (q, k, v))
-    return attend(scores(q, k), v).flatten(1, 3)
-
-
-def five_dimensions_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.unflatten(1, (2, 2)) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).flatten(1, 2)
 
 
 def keys_by_one_group_values_by_another(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -55,17 +39,6 @@ def query_changed_through_a_view(self: Model, q: Tensor, k: Tensor, v: Tensor) -
     return attend(s, v)
 
 
-def batch_made_by_the_mask(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = q[:1], k[:1], v[:1]
-    s = scores(q, k).masked_fill(~causal().expand(B, 1, N, N), NEG)
-    return s.softmax(-1) @ v
-
-
-def rows_made_by_the_mask(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    s = (scores(q[:, :, :1], k) + torch.where(causal(), 0.0, NEG)).softmax(-1)
-    return s @ v
-
-
 def linear_attention(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.softmax(-1) @ (k.transpose(2, 3).softmax(-1) @ v)
 
@@ -89,19 +62,6 @@ def own_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @own_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.empty_like(q)
-
-
-def mapped_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    def attend(*x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*x, is_causal=True)
-
-    return torch.vmap(attend)(q, k, v)
-
-
-def mapped_by_hand(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Rows and heads are mapped over: the scores are [N, N] there."""
-    one_head = lambda q, k, v: attend(q @ k.mT * SCALE, v)  # noqa: E731
-    return torch.vmap(torch.vmap(one_head))(q, k, v)
 
 
 def unknown_operator(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -128,17 +88,10 @@ def log_likelihood(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 LOOKALIKES: list[Row] = [
-    ("heads in the batch, shared", heads_in_the_batch_and_shared, "key has fewer heads than query"),
-    ("6-D", six_dimensions, "query has 6 dimensions"),
-    ("5-D sdpa", five_dimensions_sdpa, "query has 5 dimensions"),
     ("two groupings", keys_by_one_group_values_by_another, "shared by different groups of heads"),
     ("mask by half a head", mask_by_half_of_the_head, "cut in two differs by head"),
     ("keys changed", keys_changed, "key is written to in place"),
     ("query changed", query_changed_through_a_view, "query is written to in place"),
-    ("batch made by the mask", batch_made_by_the_mask, "broadcast the query"),
-    ("rows made by the mask", rows_made_by_the_mask, "broadcast the query"),
-    ("vmap, sdpa", mapped_sdpa, "attention inside torch.vmap or torch.func"),
-    ("vmap, by hand", mapped_by_hand, "attention inside torch.vmap or torch.func"),
     ("an operator of its own", unknown_operator, "the operator moonfx_test::own_attention is not"),
     ("flash and its sums", flash_for_cpu(lse=True), "more than the output of the operator"),
     ("flash, negative scale", flash_for_cpu(scale=-1.0), "the scores are scaled by -1.0"),
@@ -155,19 +108,6 @@ LOOKALIKES: list[Row] = [
 )
 def test_a_lookalike_is_declined_by_name_and_runs_as_it_was(body: Body, reason: str | None) -> None:
     check_lookalike(body, reason)
-
-
-def test_attention_beside_one_under_vmap_is_rewritten_and_both_are_right() -> None:
-    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return mapped_sdpa(self, y, y, y)
-
-    model = Model(body)
-    moonfx.sparsify(model, N, 1, sinks=0, compiler="eager")
-    for scale in (1.0, 2.0):  # values of the first call must not live on in the graph
-        given = [x * scale for x in inputs()]
-        torch.testing.assert_close(model(*given), body(model, *given), atol=2e-6, rtol=1e-5)
-    assert [r.action for r in moonfx.report(model).rows] == ["sparse", "declined"]
 
 
 def test_a_router_beside_attention_is_passed_over() -> None:

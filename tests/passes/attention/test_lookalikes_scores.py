@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.passes.attention.forms import NEG, SCALE, B, H, Model, N, causal
+from tests.passes.attention.forms import NEG, SCALE, H, Model, N, causal
 from tests.passes.attention.lookalikes import (
     Body,
     Row,
@@ -16,16 +16,6 @@ from tests.passes.attention.lookalikes import (
     masked,
     scores,
 )
-
-
-def keys_as_they_are(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q = torch.cat([q, q, q], -1)  # head_dim == N: the product exists without a transpose
-    return attend(q @ torch.cat([k, k, k], -1) * SCALE, v)
-
-
-def keys_transposed_twice(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q = torch.cat([q, q, q], -1)
-    return attend(q @ torch.cat([k, k, k], -1).transpose(2, 3).transpose(2, 3) * SCALE, v)
 
 
 def times_the_mask_alone(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -52,11 +42,6 @@ def less_max_then_times(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     s = (s - s.amax(-1, keepdim=True)) * causal().float().roll(1, 0)
     return attend(s, v)
-
-
-def scores_reused(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    s = scores(q, k)
-    return attend(s, v) + s.mean(-1, keepdim=True)
 
 
 def learned_bias(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -149,44 +134,6 @@ def capped_by_another_function(function: Callable[[Tensor], Tensor]) -> Body:
     return body
 
 
-def capped_and_reused(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    capped = torch.tanh(scores(q, k))
-    return attend(capped * 5, v) + capped.mean(-1, keepdim=True)
-
-
-def sunk(
-    sink: Callable[[Model, Tensor, Tensor], Tensor],
-    cut: Callable[[Tensor], Tensor] = lambda p: p[..., :-1],
-    after: Callable[[Tensor], Tensor] = lambda s: s,
-    before: Callable[[Tensor], Tensor] = lambda s: s,
-) -> Body:
-    """Attention with a column of scores beside the keys that is cut off the probabilities."""
-
-    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        s = torch.cat([before(masked(q, k)), sink(self, q, k)], -1)
-        return cut(after(s).softmax(-1)) @ v
-
-    return body
-
-
-def by_head(self: Model, q: Tensor, k: Tensor) -> Tensor:
-    return self.sink.expand(B, H, N, 1)
-
-
-def sink_with_a_value(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    s = torch.cat([masked(q, k), by_head(self, q, k)], -1)
-    return s.softmax(-1) @ torch.cat([v, v[:, :, :1]], 2)
-
-
-def another_row_of_scores(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    s = torch.cat([masked(q, k), self.bias[:, :, :1].expand(B, H, 1, N)], -2)
-    return (s.softmax(-1) @ v)[:, :, :-1]
-
-
-def talking_heads(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attend(torch.einsum("bhij,hg->bgij", scores(q, k), self.mix), v)
-
-
 def by_distance(distance: Callable[[Tensor, Tensor], Tensor]) -> Body:
     def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(-distance(q, k) * SCALE, v)
@@ -204,19 +151,6 @@ def negative_scale_sdpa(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def scale_by_head(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(scores(q, k) * self.mix[0][:, None, None], v)
-
-
-def less(peak: Callable[[Tensor], Tensor]) -> Body:
-    def body(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        s = masked(q, k)
-        return (s - peak(s)).softmax(-1) @ v
-
-    return body
-
-
-def less_max_of_others(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    s = scores(q, k)
-    return attend(s - scores(k, q).amax(-1, keepdim=True), v)
 
 
 def minus_twice_the_mask(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -241,9 +175,6 @@ def no_less_than_zero(self: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 BIAS = "additive bias"
 
 LOOKALIKES: list[Row] = [
-    ("keys not transposed", keys_as_they_are, "the keys are not transposed"),
-    ("keys transposed twice", keys_transposed_twice, "the keys are not transposed"),
-    ("scores reused", scores_reused, "the scores are used more than once"),
     ("learned bias", learned_bias, BIAS),
     ("learned bias, sdpa", learned_bias_sdpa, BIAS),
     ("T5 bias", t5_bias, BIAS),
@@ -273,50 +204,11 @@ LOOKALIKES: list[Row] = [
     ("sigmoid", capped_by_another_function(torch.sigmoid), "'sigmoid' stands between"),
     ("sin", capped_by_another_function(torch.sin), "'sin' stands between"),
     ("hardtanh", capped_by_another_function(F.hardtanh), "'hardtanh' stands between"),
-    ("softcap reused", capped_and_reused, "the scores are used more than once"),
-    ("sink, not cut off", sink_with_a_value, "and not cut off again"),
-    ("sink, a key cut off", sunk(by_head, lambda p: p[..., 1:]), "come last, and another part"),
-    ("sink by query", sunk(lambda m, q, k: q[..., :1]), "not proved to be one number per head"),
-    ("sink by key", sunk(lambda m, q, k: m.bias[..., :1].expand(B, H, N, 1)), "not proved"),
-    ("sink by row", sunk(lambda m, q, k: q[:, :, :1, :1].expand(B, H, N, 1)), "not proved"),
-    (
-        "two sinks",
-        sunk(lambda m, q, k: m.sink.expand(B, H, N, 2), lambda p: p[..., :-2]),
-        "more than one column",
-    ),
-    ("sink, then scaled", sunk(by_head, after=lambda s: s * 0.5), "before they are all done"),
-    (
-        "sink, then masked",
-        sunk(by_head, after=lambda s: s.masked_fill(torch.arange(N + 1) > N, NEG)),
-        "before they are all done",
-    ),
-    (
-        "sink, then softcap",
-        sunk(by_head, after=lambda s: 5 * torch.tanh(s / 5)),
-        "before they are all done",
-    ),
-    (
-        "max subtracted, then sink",
-        sunk(by_head, before=lambda s: s - s.amax(-1, keepdim=True)),
-        "the maximum is subtracted before attention sink logits",
-    ),
-    (
-        "constant added, then sink",
-        sunk(by_head, before=lambda s: s + 1.0),
-        "a constant is added before attention sink logits",
-    ),
-    ("a row more", another_row_of_scores, "not along the keys"),
-    ("max over queries", less(lambda s: s.amax(-2, keepdim=True)), "is not one number per query"),
-    ("max over heads", less(lambda s: s.amax(1, keepdim=True)), "is not one number per query"),
-    ("max, dim lost", less(lambda s: s.amax((0, 1, 3))), "is not one number per query"),
-    ("max, dim misplaced", less(lambda s: s.amax(-1)[:, :, None]), "is not one number per query"),
-    ("max of others", less_max_of_others, "additive bias"),
     ("mask subtracted", minus_twice_the_mask, "additive bias"),
     ("subtracted from", subtracted_from, "the scores are subtracted from something"),
     ("clamped below", clamped(min=-50.0), "the scores are clamped at -50.0"),
     ("clamped above", clamped(max=2.0), "the scores are clamped at 2.0"),
     ("no less than 0", no_less_than_zero, "the scores are clamped at zeros"),
-    ("talking heads", talking_heads, "einsum 'bhij,hg->bgij' is not query @ key^T"),
     ("cdist", by_distance(torch.cdist), "the scores are a distance (cdist)"),
     (
         "cdist squared",
