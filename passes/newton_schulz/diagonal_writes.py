@@ -29,9 +29,14 @@ class _Call(NamedTuple):
 
 class _Sum(NamedTuple):
     node: fx.Node
-    matrix: fx.Node
     view: _Call
     write: _Call
+
+    @property
+    def matrix(self) -> fx.Node:
+        """What is added to, as it stands now: a row of a list may have come in its place."""
+        matrix: Any = self.node.args[0]
+        return matrix
 
 
 class Diagonals:
@@ -54,8 +59,8 @@ class Diagonals:
         """Makes writes again of the sums that are not kept; the order of nodes must not differ."""
         for each in self._sums:
             if each.node not in kept:
-                _as_write(each)
                 self._current[each.node] = each.matrix
+                _as_write(each)
         self._sums = [each for each in self._sums if each.node in kept]
 
     def current(self, node: fx.Node) -> fx.Node:
@@ -102,15 +107,15 @@ def _as_sum(write: fx.Node, memory: Memory) -> _Sum:
     calls = [_Call(n.target, n.args[1:], dict(n.kwargs), n.meta) for n in (view, write)]
     for each in (write, view):
         write.graph.erase_node(each)
-    return _Sum(node, matrix, *calls)
+    return _Sum(node, *calls)
 
 
 def _as_write(each: _Sum) -> None:
-    written = each.matrix
+    matrix = written = each.matrix
     for call in (each.view, each.write):
         args = (written, *call.rest)
         written = insert_with_meta(call.target, args, each.node, call.meta, call.kwargs)
     eye: Any = each.node.args[1]
-    each.node.replace_all_uses_with(each.matrix)
+    each.node.replace_all_uses_with(matrix)
     for node in (each.node, eye):
         node.graph.erase_node(node)
