@@ -304,7 +304,7 @@ def test_a_failing_pass_for_attentions_leaves_the_iterations_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And says so; that a failing newton_schulz leaves the attentions is in
-    tests/passes/newton_schulz/test_lookalikes.py."""
+    tests/passes/newton_schulz/test_operator_call.py."""
     monkeypatch.delenv("MOONFX_VERIFY", raising=False)
 
     def fail(*_: object) -> int:

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.newton_schulz.cases import Rewritten, always, matrix
 from tests.support.newton_schulz.forms import CHANGING, FORMS, QUINTIC, Form, normalized
+from tests.support.newton_schulz.lookalikes import check_lookalike
 from tests.support.newton_schulz.spellings import SPELLINGS, Spelling
 
 aten = torch.ops.aten
@@ -85,3 +86,18 @@ def test_an_x_that_is_normalized_again_in_each_step_becomes_one_call_for_each() 
     assert [(r.count, r.calls, r.steps) for r in rewritten.rows] == [(1, 1, 1)] * 3
     assert [r.coefficients for r in rewritten.rows] == [(numbers,) for numbers in CHANGING]
     torch.testing.assert_close(rewritten(G), form(G), atol=2e-5, rtol=0)  # see above
+
+
+def autocast_between_steps(G: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of the autocast and of the operator's call cannot both be kept."""
+    a, b, c = QUINTIC
+    X = normalized(G)
+    A = X @ X.mT
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = G.sum()
+    return a * X + (b * A + c * A @ A) @ X, seen
+
+
+def test_an_iteration_around_what_keeps_its_place_stays_as_it_was_written() -> None:
+    reason = "_enter_autocast keeps its place"
+    check_lookalike(autocast_between_steps, (matrix(4, 6),), reason)

@@ -123,60 +123,6 @@ def test_what_keeps_one_iteration_as_written_keeps_no_other(
         assert_computes_the_same(body, rewritten, given)
 
 
-@torch.no_grad()
-def made(*given: Tensor) -> list[Tensor]:
-    return [iterate(normalized(x)) for x in given]
-
-
-def written_to(G: Tensor, H: Tensor) -> list[Tensor]:
-    """The results are scaled in place by a number that learns."""
-    found, rate = made(G, H), G.sum()
-    return [x.mul_(rate) * 2 for x in found]
-
-
-def written_to_by_a_view(G: Tensor, H: Tensor) -> list[Tensor]:
-    found, rate = made(G, H), G.sum()
-    for x in found:
-        x.view(-1)[2:].mul_(rate)
-    return [x * 2 for x in found]
-
-
-def detached_in_place(G: Tensor, H: Tensor) -> list[Tensor]:
-    return [x.detach_() * 2 for x in made(G, H)]
-
-
-def returned_batches(G: Tensor, H: Tensor) -> list[Tensor]:
-    return made(G.reshape(1, 2, 2, 6), H.reshape(1, 2, 2, 6))
-
-
-SEEN: list[tuple[str, Body, int]] = [
-    ("written to", written_to, 1),
-    ("written to by a view", written_to_by_a_view, 1),
-    ("detached in place", detached_in_place, 1),
-    ("returned", returned_batches, 2),
-]
-
-
-@pytest.mark.parametrize(("name", "body", "calls"), SEEN, ids=[r[0] for r in SEEN])
-def test_no_result_is_seen_to_be_a_view(name: str, body: Body, calls: int) -> None:
-    """Autograd lets no view be written to that was made without it, or together with others."""
-    given = [matrix(4, 6, seed=1), matrix(4, 6, seed=2)]
-    rewritten = Rewritten(body, *given, gradients=True)
-    assert (rewritten.count, len(rewritten.calls)) == (2, calls)
-    assert_computes_the_same(body, rewritten, given, gradients=True)
-    with torch.no_grad():
-        assert not any(x._is_view() for x in rewritten(*given))
-
-
-def test_results_written_to_without_gradients_are_not_copied() -> None:
-    def body(G: Tensor, H: Tensor) -> list[Tensor]:
-        return [iterate(normalized(x)).mul_(0.5) * 2 for x in (G, H)]
-
-    rewritten = Rewritten(body, matrix(4, 6, seed=1), matrix(4, 6, seed=2))
-    assert rewritten.count == 2
-    assert aten.clone.default not in rewritten.targets
-
-
 def test_a_graph_stays_whole_where_an_iteration_is_not_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
