@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from tabulate import tabulate
 from torch import Tensor
 
@@ -51,12 +50,10 @@ def state_memory(optimizer: Muon) -> StateMemory:
             if kind != MUON:
                 continue
             local = p.to_local() if is_sharded(p) else p
-            with torch.device("meta"):
-                coded = low_bit.zeros(torch.empty(local.shape, dtype=local.dtype), "int8")
             numbers += local.numel()
             adamw += 2 * local.nbytes + 4
             muon += local.nbytes + 4
-            int8 += size_of(coded) + 4
+            int8 += low_bit.size(local, "int8") + 4
             held += sum(size_of(x) for x in optimizer.state.get(p, {}).values())
     return StateMemory(numbers, adamw, held, muon, int8)
 

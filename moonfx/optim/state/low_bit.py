@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # ended where floats do (tests/optim/state/test_low_bit.py's problem), and fp8 cannot be pickled.
 BLOCKS = {"int8": 2048}
 SMALLEST = 4096
+MAP = 256  # numbers that a code may stand for, in float32
 
 
 def zeros(p: Tensor, kind: str | None) -> Tensor:
@@ -54,6 +55,13 @@ def why_not(p: Tensor, kind: str) -> str | None:
     if numbers % block:
         return f"its momentum stays in floats: {numbers} numbers are no whole blocks of {block}"
     return None
+
+
+def size(p: Tensor, kind: str) -> int:
+    """The bytes of a momentum of a parameter: a code each, a scale a block, the map; or floats."""
+    if why_not(p, kind):
+        return p.nbytes
+    return p.numel() + 4 * (p.numel() // BLOCKS[kind]) + 4 * MAP
 
 
 def has_codes(buffer: Tensor) -> bool:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from moonfx.optim.memory import state_memory
 from moonfx.optim.muon import Muon
 from moonfx.optim.state import low_bit
 from tests.support.optim.by_hand import muon
@@ -106,22 +105,6 @@ def test_a_state_dict_in_a_file_resumes_bit_for_bit(tmp_path) -> None:
     train(other, resumed, 2, 2)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_the_state_is_half_of_adamws_and_an_eighth_with_int8() -> None:
-    p = nn.Parameter(torch.zeros(512, 512))
-    for kind, share in ((None, 0.5), ("int8", 0.125)):
-        optimizer = muon(torch.optim.AdamW([p]), momentum_dtype=kind)
-        p.grad = torch.ones_like(p)
-        optimizer.step()
-        found = state_memory(optimizer)
-        adamw = torch.optim.AdamW([p])
-        adamw.step()
-        assert found.adamw == sum(x.nbytes for x in adamw.state[p].values())
-        # A scale per 2048 codes is 0.0002 of AdamW's state, the map of 1 KB nothing in the large.
-        assert abs(found.held / found.adamw - share) < 1e-3
-        assert found.held == (found.muon if kind is None else found.int8)
-        assert f"{found.held:,}" in str(found)
 
 
 def test_codes_are_the_nearest_entries_of_torchaos_map() -> None:
