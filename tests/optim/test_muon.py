@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moonfx.optim.muon import Muon
 from tests.support.optim.by_hand import Row, muon
+from tests.support.optim.counting import Counting
 
 LRScheduler = torch.optim.lr_scheduler
 
@@ -47,48 +48,6 @@ def weights(model: nn.Module) -> list[torch.Tensor]:
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-class Counting(torch.optim.AdamW):
-    """Somebody's own: it counts in its groups and in itself, and knows nothing of Muon."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.calls = 0
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.calls += 1
-        for group in self.param_groups:
-            group["seen"] = group.get("seen", 0) + 1
-        super().step()
-
-
-OTHERS = [
-    ("AdamW", torch.optim.AdamW, {}),
-    ("AdamW foreach", torch.optim.AdamW, dict(foreach=True)),
-    ("AdamW fused", torch.optim.AdamW, dict(fused=True)),
-    ("AdamW, tensor lr", torch.optim.AdamW, dict(lr=torch.tensor(1e-2))),
-    ("Adam", torch.optim.Adam, dict(weight_decay=0.1)),
-    ("somebody's own", Counting, {}),
-]
-
-
-@pytest.mark.parametrize(("kind", "how"), [x[1:] for x in OTHERS], ids=[x[0] for x in OTHERS])
-def test_what_is_not_muons_steps_as_its_own_class_bit_for_bit(kind, how) -> None:
-    model, alone = model_of(), model_of()
-    how = {"lr": 1e-2, **how}
-    optimizer = muon(kind(model.parameters(), **how))
-    biases = kind([p for p in alone.parameters() if p.ndim == 1], **how)
-    for i in range(3):
-        train(model, optimizer, 1, i)
-        for mine, its in zip(model.parameters(), alone.parameters(), strict=True):
-            its.grad = mine.grad.clone()
-        biases.step()
-    for mine, its in zip(model.parameters(), alone.parameters(), strict=True):
-        assert torch.equal(mine, its) == (mine.ndim == 1)
-    if kind is Counting:
-        assert optimizer.param_groups[0]["seen"] == 3
-        assert optimizer.rest.attributes["calls"] == 3
 
 
 def test_the_groups_are_the_very_dicts_and_until_the_first_step_the_old_one_is_as_it_was() -> None:

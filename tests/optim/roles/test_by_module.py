@@ -1,17 +1,14 @@
 """Roles by module types: heads, tied weights, wrappers."""
 
 import copy
-from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from moonfx.optim.roles.table import ROLES
 from tests.support.optim.roles import (
     FUSED,
     HIDDEN,
-    AroundIt,
     Named,
     nameless,
     roles,
@@ -203,28 +200,3 @@ def test_two_linears_of_one_weight_are_no_tied_head() -> None:
     a, b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     b.weight = a.weight
     assert roles(Named(a=a, b=b)) == {"a.weight": HIDDEN}
-
-
-@pytest.mark.parametrize(
-    ("wrap", "prefix"),
-    [
-        (torch.compile, ""),
-        (nn.DataParallel, ""),
-        (lambda m: nn.DataParallel(torch.compile(m)), ""),
-        (AroundIt, "module."),
-    ],
-    ids=["compile", "DataParallel", "both", "the user's own"],
-)
-def test_a_wrapped_model_has_the_roles_of_the_model(wrap: Any, prefix: str) -> None:
-    def model() -> nn.Module:
-        return Named(embed=nn.Embedding(9, 4), mlp=nn.Linear(4, 6), lm_head=nn.Linear(4, 9))
-
-    plain, wrapped = roles(model()), roles(wrap(model()))
-    assert wrapped == {prefix + name: role for name, role in plain.items()}
-
-
-def test_a_compiled_layer_has_the_name_it_has_without() -> None:
-    layers = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
-    plain = roles(layers)
-    layers[0] = torch.compile(layers[0])
-    assert roles(layers) == plain
