@@ -54,7 +54,8 @@ def axes_of(tensor: Tensor, batch: int, length: int) -> dict[int, str]:
     if tensor.dim() == 1:
         return {0: "sequence"} if tensor.shape[0] == length else {}
     axes = {0: "batch"} if tensor.dim() and tensor.shape[0] == batch else {}
-    if tensor.dim() >= 2 and tensor.shape[1] == length:
+    is_mask = tensor.dim() == 4 and tensor.shape[2] == tensor.shape[3] == length
+    if tensor.dim() >= 2 and tensor.shape[1] == length and not is_mask:
         axes[1] = "sequence"
     elif tensor.dim() == 4:
         axes.update({axis: "sequence" for axis in (2, 3) if tensor.shape[axis] == length})
