@@ -86,3 +86,31 @@ def assert_as_reference(case: Case) -> None:
     assert got.dtype == torch.int32
     assert got.shape == (case.batch, case.kv_heads, case.queries * case.group, of.topk)
     torch.testing.assert_close(got.long(), expected(inputs, arguments, of), rtol=0, atol=0)
+
+
+# More blocks than a tile has, so that there is something to split.
+LONG = Case(batch=1, block=2, length=150, queries=30, topk=7, sinks=1)
+
+
+MANY = [
+    ("causal", LONG),
+    ("all queries", LONG.but(queries=150, kv_heads=1, group=1)),
+    ("a query", LONG.but(batch=2, queries=1, group=4)),
+    ("a query, a block", LONG.but(queries=1, topk=2)),
+    ("bfloat16", LONG.but(dtype=torch.bfloat16)),
+    ("float16", LONG.but(dtype=torch.float16)),
+    ("head dim not a power of two", LONG.but(dim=12)),
+    ("bias", LONG.but(bias="all", scale=0.25)),
+    ("left padding", LONG.but(batch=2, padding="left")),
+    ("bidirectional", LONG.but(causal=False, queries=150, kv_heads=1, group=1)),
+    ("packed", LONG.but(packing="runs", block=1)),
+    ("by token", LONG.but(layout="by token")),
+    ("every slot in use", LONG.but(topk=20, sinks=0, queries=10)),
+]
+
+
+def random_call(dtype: torch.dtype) -> tuple[Tensor, Tensor, Layout]:
+    """Off the grid: scores are rounded, and another order of summation shows."""
+    query, key = torch.randn(1, 4, 30, 64), torch.randn(1, 2, 600, 64)
+    query, key = query.to(dtype), key.to(dtype)
+    return query, key, layout(query, key, MobaArguments(8, 9, 1))

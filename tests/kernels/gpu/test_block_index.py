@@ -7,76 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton")
-from moonfx.kernels.gpu import counting_sort as gpu_sort
-from moonfx.kernels.gpu.block_index import BUDGET, build, passes, rows_of, tiles
+from moonfx.kernels.gpu.block_index import build, passes, rows_of, tiles
 from tests.support.no_waits import NoWaits
-
-Shape = tuple[int, int, int, int]
-
-
-def drawn(shape: Shape, n: int, absent: float = 0.2, seed: int = 0) -> Tensor:
-    """A table of routes, of which some are absent; a row may choose a block more than once."""
-    generator = torch.Generator().manual_seed(seed)
-    routes = torch.randint(0, n, shape, generator=generator, dtype=torch.int32)
-    return routes.masked_fill(torch.rand(shape, generator=generator) < absent, -1)
-
-
-def popular(shape: Shape, n: int) -> Tensor:
-    """Column 0 rises slowly, as own blocks do; every row chooses block 0, and the last one."""
-    rows = torch.arange(shape[2]) * n // shape[2]
-    routes = torch.stack([rows, torch.zeros_like(rows), torch.full_like(rows, n - 1)], -1)
-    return routes.int().expand(shape)
-
-
-TABLES = [
-    ("one row", drawn((1, 1, 1, 3), 4), 4),
-    ("one block", drawn((2, 1, 40, 1), 1), 1),
-    ("fewer routes than a step", drawn((1, 2, 9, 3), 5), 5),
-    ("a step", drawn((1, 1, 32, 2), 5, absent=0.0), 5),
-    ("a step and one more row", drawn((1, 1, 33, 2), 5, absent=0.0), 5),
-    ("many steps", drawn((1, 2, 200, 3), 7), 7),
-    ("more blocks than routes", drawn((2, 1, 20, 2), 1000), 1000),
-    ("more columns than a step", drawn((1, 1, 3, 100), 100), 100),
-    ("nothing chosen", drawn((1, 2, 50, 2), 6, absent=1.0), 6),
-    ("popular blocks", popular((1, 2, 100, 3), 9), 9),
-    ("one block for all", torch.zeros(1, 1, 70, 3, dtype=torch.int32), 2),
-    ("no row", torch.zeros(2, 2, 0, 3, dtype=torch.int32), 4),
-    ("no batch", torch.zeros(0, 2, 5, 3, dtype=torch.int32), 4),
-]
-NAMES = [name for name, *_ in TABLES]
-
-
-# Programs at most, and how many are few.
-WALKS = {"wide steps": (2, 3000), "narrow steps": (2, 0), "a step each": (4096, 0)}
-
-
-@pytest.fixture(params=WALKS)
-def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    programs, few = WALKS[request.param]
-    monkeypatch.setattr(gpu_sort, "PROGRAMS", programs)
-    monkeypatch.setattr(gpu_sort, "FEW", few)
-
-
-def check_index(routes: Tensor, n: int) -> None:
-    with NoWaits():
-        index = build(routes, n)
-    bhs, rows, columns = routes.shape[0] * routes.shape[1], *routes.shape[2:]
-    assert (index.chunks - 1) * index.chunk_rows < max(rows, 1) <= index.chunks * index.chunk_rows
-
-    route = torch.arange(rows * columns).repeat(bhs)
-    bh = torch.arange(bhs).repeat_interleave(rows * columns)
-    block, there = routes.flatten().long(), routes.flatten() >= 0
-    key = ((bh * n + block) * index.chunks + route // (index.chunk_rows * columns))[there]
-    order = key.sort(stable=True).indices
-    assert index.entries[: len(key)].tolist() == route[there][order].tolist()
-    counts = key.bincount(minlength=bhs * n * index.chunks)
-    assert index.starts.tolist() == [0, *counts.cumsum(0).tolist()]
-
-
-@pytest.mark.usefixtures("programs")
-@pytest.mark.parametrize(("name", "routes", "n"), TABLES, ids=NAMES)
-def test_entries_are_a_stable_sort_by_block(name: str, routes: Tensor, n: int) -> None:
-    check_index(routes, n)
+from tests.support.route_tables import NAMES, TABLES, check_index, drawn
 
 
 def check_tiles(routes: Tensor, n: int, block_m: int, bytes_per_route: int, budget: int) -> int:
@@ -149,32 +82,3 @@ def tables(draw: st.DrawFn) -> tuple[Tensor, int]:
 def test_any_table_is_sorted_and_cut(table: tuple[Tensor, int], block_m: int, budget: int) -> None:
     check_index(*table)
     check_tiles(*table, block_m, 50, budget)
-
-
-SHAPES = [
-    # name, bhs, rows, columns, n
-    ("64K tokens, 128/8", 32, 1 << 16, 8, 512),
-    ("512K tokens, 128/8", 32, 1 << 19, 8, 4096),
-    ("1M tokens, 4096/12, a group of 4", 8, 1 << 22, 12, 256),
-    ("1M tokens, 128/8, one head", 1, 1 << 20, 8, 8192),
-    ("64K packed tokens", 32, 1 << 16, 8, 1 << 16),
-    ("2K tokens", 32, 1 << 11, 8, 16),
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "bhs", "rows", "columns", "n"), SHAPES, ids=[x[0] for x in SHAPES]
-)
-def test_counts_stay_small_and_a_chunk_fits_the_budget(
-    name: str, bhs: int, rows: int, columns: int, n: int
-) -> None:
-    chunks, chunk_rows = gpu_sort.cut(bhs, rows, columns, n)
-    assert (chunks - 1) * chunk_rows < rows <= chunks * chunk_rows
-    assert bhs * chunks >= 128
-    assert bhs * n * chunks <= bhs * rows * columns // 2
-    assert chunk_rows * columns * 2048 <= BUDGET
-
-
-def test_more_routes_than_32_bits_number_are_refused() -> None:
-    with pytest.raises(ValueError, match="below 2"):
-        build(torch.empty(1, 1, 1 << 25, 64, dtype=torch.int32, device="meta"), 256)

@@ -1,6 +1,6 @@
 """The Triton kernels' forward against the reference; without a GPU by Triton's interpreter."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -171,29 +171,6 @@ def test_offsets_beyond_32_bits_are_read(
     assert torch.equal(lse.cpu(), expected_lse)
 
 
-BULK = [
-    ("adjacent rows", lambda x: x, True),
-    ("by token", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), True),
-    ("a head seen by all", lambda x: x[:, :1].expand_as(x), False),
-    ("rows of 20 bytes", lambda x: x[..., :5].contiguous(), False),
-    ("every other element", lambda x: x[..., ::2], False),
-    ("from an odd address", lambda x: x.flatten()[1:-7].unflatten(0, (3, 1, 1, 8)), False),
-    ("one row, of any stride", lambda x: x[:1, :1, :1, :4], True),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("view", "expected"), [row[1:] for row in BULK], ids=[row[0] for row in BULK]
-)
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_the_copy_engine_reads_aligned_tensors_of_chips_that_have_one(
-    view: Callable[[Tensor], Tensor], expected: bool, chip: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_configs, "architecture", lambda device: chip)
-    tensor = view(torch.zeros(1, 2, 2, 8))
-    assert gpu_tile.bulk(tensor) == (expected and chip in ("sm_90", "sm_100"))
-
-
 def test_the_largest_and_the_smallest_scores_are_exact() -> None:
     query = torch.full((1, 1, 80, 4), 100.0, device=DEVICE)
     key = torch.zeros(1, 1, 80, 4, device=DEVICE)
@@ -254,24 +231,6 @@ def test_kernels_launch_on_the_device_of_their_tensors(
         forward = len(launched)
         gpu.backward(out, lse, *inputs, out, lse, arguments)
     assert 0 < forward < len(launched)
-
-
-@pytest.mark.parametrize(
-    ("setting", "expected"), [("tf32", "tf32"), ("ieee", "tf32x3"), ("none", "tf32x3")]
-)
-def test_float32_products_follow_either_of_torchs_settings(setting: str, expected: str) -> None:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = setting
-        assert gpu_tile.precision(torch.float32) == expected
-    finally:
-        matmul.fp32_precision = before
-    torch.set_float32_matmul_precision("high")  # conftest.py sets it back
-    assert gpu_tile.precision(torch.float32) == "tf32"
-    torch.set_float32_matmul_precision("highest")
-    assert gpu_tile.precision(torch.float32) == "tf32x3"
-    assert gpu_tile.precision(torch.bfloat16) == "ieee"
 
 
 def test_heads_that_no_tile_holds_are_refused() -> None:
