@@ -1,4 +1,4 @@
-"""Masks that come into a graph from outside it: proved from their values, checked at each call."""
+"""What a proof rests on is checked at each call: masks from outside the graph, and buffers."""
 
 import warnings
 
@@ -9,65 +9,10 @@ from torch import Tensor, nn
 import moonfx
 from moonfx.kernels.common.arguments import MobaArguments
 from moonfx.kernels.reference.moba import moba_attention
-from moonfx.passes.symbolic.input_masks import Given, values_of
+from tests.support.given_masks import ONE_OFF, B, H, N, additive, causal, padded, with_padding
 
-B, H, N, D = 2, 2, 24, 8
+D = 8
 BLOCK, TOPK = 4, 2
-HIDDEN = torch.finfo(torch.float32).min
-
-
-def causal(queries: int = N, keys: int = N) -> Tensor:
-    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-
-
-def additive(keep: Tensor) -> Tensor:
-    return torch.zeros(keep.shape).masked_fill(~keep, HIDDEN)
-
-
-def padded(side: str) -> Tensor:
-    """bool [B, N], the second row with 5 tokens of padding."""
-    real = torch.ones(B, N, dtype=torch.bool)
-    real[1, slice(0, 5) if side == "left" else slice(N - 5, N)] = False
-    return real
-
-
-def with_padding(side: str) -> Tensor:
-    return causal() & padded(side)[:, None, None, :]
-
-
-FLIPPED = causal().flip(1)
-ONE_OFF = causal().clone()
-ONE_OFF[3, 7] = True
-SPECK = additive(causal())
-SPECK[0, 5] = -1e9
-
-# name, mask, what its values are
-READ = [
-    ("bool", causal(), Given(True, False)),
-    ("inverted", ~causal(), Given(False, True)),
-    ("additive", additive(causal()), Given(0.0, HIDDEN)),
-    ("chunk", causal(10, N), Given(True, False)),
-    ("left padding", with_padding("left"), Given(True, False)),
-    ("right padding", additive(with_padding("right")), Given(0.0, HIDDEN)),
-    ("anti-causal", causal().T.contiguous(), None),
-    ("flipped", FLIPPED, None),
-    ("one key too many", ONE_OFF, None),
-    ("window", causal() & ~causal().tril(-4), None),
-    ("all", torch.ones(N, N, dtype=torch.bool), None),
-    ("per head", causal().expand(B, H, N, N), None),
-    (
-        "two values of hidden",
-        SPECK,
-        None,
-    ),
-    ("one query", causal(1, N), None),
-    ("trained", additive(causal()).requires_grad_(), None),
-]
-
-
-@pytest.mark.parametrize(("mask", "expected"), [r[1:] for r in READ], ids=[r[0] for r in READ])
-def test_a_mask_is_read_from_its_values(mask: Tensor, expected: Given | None) -> None:
-    assert values_of(mask) == expected
 
 
 class Model(nn.Module):

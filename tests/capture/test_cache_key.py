@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from moonfx.capture import cache_key
+from moonfx.capture.cache_key import Stamp
+
 pytestmark = pytest.mark.xdist_group("cache")  # one process compiles the first artifact
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,3 +130,11 @@ def test_an_edit_or_a_new_policy_in_a_second_process_is_obeyed_and_else_the_cach
         path.write_text(text)
         assert edited[2] == 0, f"{name}: answered by a stale artifact"
         assert tuple(a != b for a, b in zip(edited[:2], first[:2], strict=True)) == changes, name
+
+
+def test_the_stamp_follows_the_sources_and_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Stamp("16/2/1").uuid()
+    assert Stamp("16/2/1").uuid() == first
+    assert Stamp("16/3/1").uuid() != first
+    monkeypatch.setattr(cache_key, "source_hash", lambda: "edited")
+    assert Stamp("16/2/1").uuid() != first

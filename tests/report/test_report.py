@@ -6,33 +6,10 @@ from dataclasses import asdict
 import pytest
 from torch import fx
 
-from moonfx.policy import LayerPolicy
-from moonfx.report.attention import Row, row_of
+from moonfx.report.attention import row_of
 from moonfx.report.report import Report
-from moonfx.site import AttentionSite, Declined, Mask
-
-SPARSE = Row(
-    layer="layers.0.attn",
-    line="model.py:12",
-    form="sdpa",
-    mask="causal",
-    modifiers="",
-    heads=8,
-    kv_heads=2,
-    head_dim=64,
-    action="sparse",
-    block=128,
-    topk=3,
-    sinks=1,
-    reason="",
-    queries=1024,
-    keys=1024,
-)
-
-
-def changed(**fields: object) -> Row:
-    return Row(**{**asdict(SPARSE), **fields})
-
+from moonfx.site import Declined
+from tests.support.attention_sites import SPARSE, changed, site, sparse_site
 
 DECLINED = changed(
     layer="layers.1.attn",
@@ -53,21 +30,6 @@ KEPT = changed(
 )
 
 
-def site(layer: str, keys: int = 1024, **fields: object) -> AttentionSite:
-    node = fx.Graph().placeholder("q")
-    made = AttentionSite(node, node, node, node, "sdpa", layer, "model.py:12")
-    made.heads, made.kv_heads, made.head_dim = 8, 2, 64
-    made.query_length = made.key_length = keys
-    for name, value in fields.items():
-        setattr(made, name, value)
-    return made
-
-
-def sparse_site(layer: str, keys: int = 1024) -> AttentionSite:
-    policy = LayerPolicy(128, 3, 1)
-    return site(layer, keys, mask=Mask("causal"), action="sparse", policy=policy)
-
-
 def keys_seen(length: int, block: int, topk: int) -> int:
     """Key tokens that all queries attend, by counting them."""
     seen = 0
@@ -76,34 +38,6 @@ def keys_seen(length: int, block: int, topk: int) -> int:
         earlier = own * block if own < topk else (topk - 1) * block
         seen += earlier + position % block + 1
     return seen
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"mask": Mask("causal"), "action": "sparse"}, ("sparse", "causal", "", None)),
-        (
-            {"action": "by the policy"},
-            ("kept dense", "", "by the policy", None),
-        ),
-    ],
-    ids=["sparse", "kept dense"],
-)
-def test_a_row_says_what_became_of_a_site(fields: dict[str, object], expected: tuple) -> None:
-    row = row_of(site("layers.0.attn", **fields))
-    assert (row.action, row.mask, row.reason, row.policy) == expected
-
-
-def test_a_declined_row_gives_reason_and_node_and_no_policy() -> None:
-    node = fx.Graph().placeholder("bias")
-    declined = site("", reject=Declined("additive bias", node), policy=LayerPolicy())
-    row = row_of(declined)
-    assert (row.layer, row.action, row.reason) == (
-        "(root)",
-        "declined",
-        "additive bias (node bias)",
-    )
-    assert row.policy is None
 
 
 def test_rows_keep_their_order_and_are_counted_by_action() -> None:

@@ -58,6 +58,17 @@ class Plain(nn.Module):
         return self.line(x).relu()
 
 
+class Outer(nn.Module):
+    """A model around another."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * 2
+
+
 def tokens(length: int = 96, batch: int = 2) -> Tensor:
     return torch.randint(0, 50, (batch, length))
 
