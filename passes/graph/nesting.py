@@ -65,15 +65,19 @@ class Nesting:
         alike = [c for c in self._calls.values() if c.target is call.target]
         first = next(c for c in alike if c.args[1] == call.args[1])
         before, now = (self._around(c) for c in (first, call))
-        return now + layer[len(before) :] if before and layer.startswith(before) else layer
+        while before and now and before[-1] == now[-1]:  # what the layers have in common
+            before, now = before[:-1], now[:-1]
+        parts = layer.split(".")
+        inside = before and parts[: len(before)] == before
+        return ".".join([*now, *parts[len(before) :]]) if inside else layer
 
-    def _around(self, call: fx.Node) -> str:
-        """The module that holds all parameters that a nested body is called with, "" if none."""
+    def _around(self, call: fx.Node) -> list[str]:
+        """The parts of the name that all parameters share that a nested body is called with."""
         operands = (self.outermost(n) for n in operands_of(call) if isinstance(n, fx.Node))
         known = [self.name_of(n).split(".") for n in operands if input_name(n) is not None]
         columns = zip(*(parts for parts in known if len(parts) > 1), strict=False)
         shared = itertools.takewhile(lambda names: len(set(names)) == 1, columns)
-        return ".".join(names[0] for names in shared)
+        return [names[0] for names in shared]
 
     def changed(self, graph: fx.Graph) -> None:
         """Says that the graph may have other inputs than before."""
