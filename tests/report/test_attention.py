@@ -4,9 +4,9 @@ import pytest
 from torch import fx
 
 from moonfx.policy import LayerPolicy
-from moonfx.report.attention import row_of
+from moonfx.report.attention import heads_of, outcome, row_of
 from moonfx.site import Declined, Mask
-from tests.support.attention_sites import site
+from tests.support.attention_sites import SPARSE, changed, site
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,31 @@ def test_a_declined_row_gives_reason_and_node_and_no_policy() -> None:
         "additive bias (node bias)",
     )
     assert row.policy is None
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "expected"), [(8, 8, "8"), (8, 2, "8/2"), (8, 1, "8/1"), (None, None, "")]
+)
+def test_heads_are_counted_apart_where_they_differ(
+    heads: int | None, kv_heads: int | None, expected: str
+) -> None:
+    assert heads_of(changed(heads=heads, kv_heads=kv_heads)) == expected
+
+
+def test_a_row_has_a_policy_only_where_it_is_sparse() -> None:
+    assert SPARSE.policy == LayerPolicy(128, 3, 1)
+    assert row_of(site("a", action="by the policy", policy=LayerPolicy())).policy is None
+    assert row_of(site("a", action="sparse", policy=LayerPolicy(16, 2, 0))).policy == LayerPolicy(
+        16, 2, 0
+    )
+
+
+def test_lengths_and_nodes_make_no_other_row_and_all_else_does() -> None:
+    same = [changed(queries=1, keys=5), changed(reason=" (node a)"), changed(heads=None)]
+    assert {outcome(row) for row in same} == {outcome(SPARSE)}
+    first, again = (changed(reason=f"dropout (node {n})") for n in "ab")
+    assert outcome(first) == outcome(again)
+    others = ["layer", "line", "form", "mask", "modifiers", "action", "reason"]
+    for name in others:
+        assert outcome(changed(**{name: "other"})) != outcome(SPARSE), name
+    assert outcome(changed(topk=4)) != outcome(SPARSE)
