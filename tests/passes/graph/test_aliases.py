@@ -72,7 +72,14 @@ def a_zero_is_kept_and_written(x: Tensor, y: Tensor) -> Tensor:
     return z * y
 
 
+def an_unmarked_view_is_written(x: Tensor, y: Tensor) -> Tensor:
+    torch.ops.aten._unsafe_view(x, [12]).add_(1)
+    torch.unsafe_chunk(y, 3)[0].mul_(2)
+    return x * y
+
+
 PROGRAMS: list[Run] = [
+    an_unmarked_view_is_written,
     a_view_is_written,
     a_slice_is_set,
     an_operand_goes_out,

@@ -25,6 +25,7 @@ def test_a_name_stands_for_what_was_last_written_to_it() -> None:
     n, memory = named(gm), Memory(gm.graph)
     before, after = memory.read(n["mul"], n["x_1"]), memory.read(n["add"], n["x_1"])
     assert before == TensorVersion(n["x_1"], 0)
+    assert memory.read(n["mul_"], n["x_1"]) == before, "a write reads what was there before"
     assert after == TensorVersion(n["mul_"], 1) == memory.result(n["mul_"])
 
 
