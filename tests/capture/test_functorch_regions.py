@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._higher_order_ops.map import map as mapped_over
 from torch.compiler import nested_compile_region
 from torch.utils.checkpoint import checkpoint
@@ -123,6 +123,26 @@ def test_regions_compiled_once_take_policies_of_their_own_and_share_code_where_a
     calls = [n.args[1] for n in graphs[0].graph.nodes if str(n.target) == "invoke_subgraph"]
     assert calls[0] == calls[2], "alike, and still compiled once"
     assert len(set(calls)) == 3
+
+
+class OneParameter(nn.Module):
+    """An attention in a region that holds a single parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48, bias=False)
+
+    @nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unsqueeze(1) for t in self.qkv(x).chunk(3, -1))
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
+
+
+def test_regions_with_one_parameter_each_take_the_policies_of_their_own_layers() -> None:
+    model = nn.Sequential(*(OneParameter() for _ in range(3)))
+    moonfx.sparsify(model, 8, 2, layers={"1": None}, compiler="eager")(torch.randn(1, 64, 16))
+    rows = [(r.layer, r.action) for r in moonfx.report(model).rows]
+    assert rows == [("0", "sparse"), ("1", "kept dense"), ("2", "sparse")]
 
 
 def attend(x: Tensor) -> Tensor:
