@@ -111,7 +111,9 @@ def test_a_later_call_that_turns_dense_is_not_silent() -> None:
     model, x = Dropping().eval(), tokens()
     moonfx.sparsify(model, 16, 2, **EAGER)
     model(x)
-    with pytest.warns(UserWarning, match="layers.0 was sparse in a call of 96 .* is dense in .*p=0.1"):
+    with pytest.warns(
+        UserWarning, match="layers.0 was sparse in a call of 96 .* is dense in .*p=0.1"
+    ):
         model.train()(x)
 
 
