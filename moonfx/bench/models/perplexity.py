@@ -30,7 +30,7 @@ from moonfx.bench.models.options import add_numbers, add_policy, check_policy, p
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 TOPICS = "help topics"
-TEXTS = ("typing.py", "subprocess.py", TOPICS)
+TEXTS = ("typing.py", "pickle.py+pickletools.py+imaplib.py", TOPICS)
 HEADERS = ("text", "tokens", "dense perplexity", "sparse perplexity", "over dense")
 
 
@@ -89,7 +89,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=TEXTS,
         metavar="TEXT",
-        help=f"'{TOPICS}', files of the standard library, or your own ({', '.join(TEXTS)})",
+        help=f"'{TOPICS}', files of the standard library, or your own, several joined by + into one "
+        f"text ({', '.join(TEXTS)})",
     )
     add_numbers(
         parser,
@@ -119,6 +120,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def source_of(name: str) -> str:
     """Python's help topics, or the text of a file of the standard library, or of any other.
 
+    Of several files, joined by "+", the texts one after the other.
+
     Raises:
         ValueError: if there is no such file.
     """
@@ -127,6 +130,8 @@ def source_of(name: str) -> str:
     for path in (LIBRARY / name, Path(name)):
         if path.is_file():
             return path.read_text(encoding="utf-8")
+    if "+" in name:
+        return "\n".join(map(source_of, name.split("+")))
     raise ValueError(f"--texts: {name} is no file, here or in the standard library")
 
 
