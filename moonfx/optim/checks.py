@@ -5,10 +5,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
+from torch import nn
 
+from moonfx.optim.roles.steppable import check_dense, check_initialized
 from moonfx.optim.roles.table import RoleRow
-from moonfx.optim.settings import GROUP_KEYS, MUON, PARAMETER_KEYS
+from moonfx.optim.settings import GROUP_KEYS, MUON
 from moonfx.optim.state.adamw import FIRST, SECOND, Source, moment
 from moonfx.optim.state.floats import is_finite
 from moonfx.optim.state.low_bit import BLOCKS
@@ -80,7 +81,7 @@ def check_groups(source: Source) -> None:
         ValueError: naming the key.
     """
     for i, group in enumerate(source.groups):
-        for key in (*GROUP_KEYS, *PARAMETER_KEYS):
+        for key in GROUP_KEYS:
             if key not in group:
                 continue
             advice = f"rename it, as in group['my_{key}'] = group.pop('{key}')"
@@ -92,26 +93,18 @@ def check_groups(source: Source) -> None:
             )
 
 
-def check_parameters(source: Source, names: Sequence[str]) -> None:
-    """Parameters and gradients must be real and dense.
+def check_parameters(source: Source, names: Sequence[str], model: object) -> None:
+    """Parameters must have numbers, all of the model's too, and be dense.
 
     Raises:
         ValueError: naming the parameter.
     """
     for name, (_, p) in zip(names, source.members(), strict=True):
-        for word, tensor in (("", p), ("'s gradient", p.grad)):
-            if tensor is None:
-                continue
-            if tensor.is_complex():
-                raise ValueError(
-                    f"{name}{word} is complex ({tensor.dtype}): neither Newton-Schulz nor the "
-                    "update RMS is defined for it here; use its real view (torch.view_as_real)"
-                )
-            if tensor.layout is not torch.strided:
-                raise ValueError(
-                    f"{name}{word} is sparse ({tensor.layout}): Muon needs whole matrices; an "
-                    "nn.Embedding made with sparse=False has dense gradients"
-                )
+        check_initialized(name, p)
+        check_dense(name, p)
+    if isinstance(model, nn.Module):
+        for name, p in model.named_parameters():
+            check_initialized(name, p)
 
 
 def check_states(source: Source, names: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from moonfx.optim import checks
 from moonfx.optim.coefficients import per_step
+from moonfx.optim.facts import Fact
 from moonfx.optim.muon import Classify, Muon
 from moonfx.optim.roles.by_name import unwrapped
 from moonfx.optim.roles.classify import Classifier, classify
@@ -115,7 +116,7 @@ def convert_optimizer(
     triples = per_step(coefficients, steps)
     checks.check_rms(source, rms)
     names = _names(source, model)
-    checks.check_parameters(source, names)
+    checks.check_parameters(source, names, model)
     checks.check_states(source, names)
     parameters: list[Any] = [p for _, p in source.members()]
     rows = classify(parameters, source.names(), model, example, roles)
@@ -153,24 +154,16 @@ def _made(
 ) -> Muon:
     """The Muon. From here on nothing is refused."""
     states: dict[Tensor, dict[str, Any]] = {}
-    ratios: list[float | None] = []
-    for row, (group, p) in zip(rows, source.members(), strict=True):
+    facts: dict[Tensor, Fact] = {}
+    for row, target, (group, p) in zip(rows, target_rms, source.members(), strict=True):
         state, ratio = source.state(p), None
         if state and row.optimizer == MUON:
             ratio = second_moment(state, group, settings.momentum)
             state = muon_state(p, state, group, settings.momentum_dtype)
         if state:
             states[p] = state
-        ratios.append(ratio)
-    muon = Muon(
-        source.optimizer,
-        rows,
-        settings,
-        target_rms=target_rms,
-        second_moment=ratios,
-        state=states,
-        classify=classify_later,
-    )
+        facts[p] = Fact(row, target, ratio)
+    muon = Muon(source.optimizer, facts, settings, state=states, classify=classify_later)
     for group, decay in zip(muon.param_groups, decays, strict=True):
         group["decay"] = decay
     return muon

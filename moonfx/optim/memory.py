@@ -6,7 +6,6 @@ from tabulate import tabulate
 from torch import Tensor
 
 from moonfx.optim.muon import Muon
-from moonfx.optim.settings import MUON
 from moonfx.optim.sharding import is_sharded
 from moonfx.optim.state import low_bit
 
@@ -46,15 +45,16 @@ def state_memory(optimizer: Muon) -> StateMemory:
     """
     numbers = adamw = muon = int8 = held = 0
     for group in optimizer.param_groups:
-        for p, kind in zip(group["params"], group["optimizers"], strict=True):
-            if kind != MUON:
+        for p in group["params"]:
+            if not optimizer.on_muon(p):
                 continue
             local = p.to_local() if is_sharded(p) else p
             numbers += local.numel()
             adamw += 2 * local.nbytes + 4
             muon += local.nbytes + 4
             int8 += low_bit.size(local, "int8") + 4
-            held += sum(size_of(x) for x in optimizer.state.get(p, {}).values())
+            values = optimizer.state.get(p, {}).values()
+            held += sum(size_of(x) for x in values if isinstance(x, Tensor))
     return StateMemory(numbers, adamw, held, muon, int8)
 
 

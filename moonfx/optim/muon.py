@@ -13,10 +13,10 @@ state_dict carries all of it.
 """
 
 import copy
-import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,9 +29,10 @@ from moonfx.capture.optimizers import (
     stands_for_step,
     without_hooks,
 )
+from moonfx.optim.facts import Fact, saved
 from moonfx.optim.matrices import Layout
 from moonfx.optim.roles.table import RoleRow
-from moonfx.optim.settings import MUON, Settings
+from moonfx.optim.settings import FOLLOWED, MUON, Settings
 from moonfx.optim.sharding import is_sharded
 from moonfx.optim.state import low_bit
 from moonfx.optim.state.checkpoint import load
@@ -40,9 +41,14 @@ from moonfx.optim.step.compiled import Graphs, compiled_or_eager
 from moonfx.optim.step.distributed import update_sharded
 from moonfx.optim.step.update import Matrix, UpdateRule, count, scales_of, update
 
-# Rows for the parameters of a group that is added: the group, its own word on roles, which goes
-# before the conversion's, and "muon", "adamw" or None, the optimizer of all of them.
-Classify = Callable[[dict[str, Any], Mapping[Any, Any], str | None], list[RoleRow]]
+
+class Classify(Protocol):
+    """Gives rows to parameters that are added, as roles.classify.Classifier does."""
+
+    def names(self, group: dict[str, Any]) -> list[str]: ...
+    def __call__(
+        self, group: dict[str, Any], overrides: Mapping[Any, Any], optimizer: str | None
+    ) -> list[RoleRow]: ...
 
 
 class Muon(Optimizer):
@@ -52,16 +58,14 @@ class Muon(Optimizer):
     converted optimizer is as it was; that step frees its state and retires it.
 
     Attributes:
-        table: one row per parameter, in the order of the groups.
+        facts: what is known of each parameter, also of those that have left the groups.
         source: the converted optimizer until it is retired, then None.
+        spent: whether it has gone back to AdamW, and lets the groups be.
 
     Args:
         source: the optimizer to convert.
-        table: a row per parameter, in the order of its groups.
+        facts: what is known of each of its parameters.
         settings: how to step.
-        target_rms: of each parameter's update at lr 1; None where AdamW steps it.
-        second_moment: of each the ratio of mean g^2 to mean momentum^2 to be expected, for the
-            way back; None if unknown.
         state: the state to start from, per parameter; without, a parameter's starts at zero.
         classify: gives the rows of parameters that are added later.
     """
@@ -69,70 +73,128 @@ class Muon(Optimizer):
     def __init__(
         self,
         source: Optimizer,
-        table: Sequence[RoleRow],
+        facts: Mapping[Tensor, Fact],
         settings: Settings,
         *,
-        target_rms: Sequence[float | None],
         classify: Classify,
-        second_moment: Sequence[float | None] | None = None,
         state: Mapping[Tensor, dict[str, Any]] | None = None,
     ) -> None:
         self.settings = settings
         self.rest = Rest(source)
-        self.table: list[RoleRow] = []
         self.source: Optimizer | None = None
+        self.spent = False
         self._classify = classify
         self._graphs = Graphs()
-        self._joining = True  # the parameters that __init__ adds have their rows
+        self._joining = True  # the parameters that __init__ adds have their facts
         super().__init__(source.param_groups, {**source.defaults, **settings.of_group()})
         del self._joining
         self.source = source
-        self.param_groups = source.param_groups
+        vars(self)["param_groups"] = source.param_groups
         share_hooks(source, self)
-        moments = second_moment or [None] * len(table)
-        rows = iter(zip(table, target_rms, moments, strict=True))
-        for group in self.param_groups:
-            _join(group, [next(rows) for _ in group["params"]], settings)
-        parameters = (p for group in self.param_groups for p in group["params"])
         kept_in = settings.momentum_dtype
-        self.table = [_with_note(x, p, kept_in) for x, p in zip(table, parameters, strict=True)]
+        self.facts = {p: _with_note(fact, p, kept_in) for p, fact in facts.items()}
         self.state = defaultdict(dict, state or {})
+        for p, values in self.state.items():
+            if self.on_muon(p):
+                values.update(saved(self.facts[p]))
+        self._settle()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Groups that are put in the place of these go into the list that schedulers hold."""
+        held = vars(self).get(name) if name == "param_groups" else None
+        if held is None:
+            super().__setattr__(name, value)
+        elif value is not held:
+            held[:] = value
+
+    @property
+    def table(self) -> list[RoleRow]:
+        """A row per parameter, in the order of the groups."""
+        self._settle()
+        return [self.facts[p].row for group in self.param_groups for p in group["params"]]
+
+    def on_muon(self, p: Tensor) -> bool:
+        """Whether Muon steps a parameter, and not AdamW."""
+        optimizer: str = self.facts[p].row.optimizer
+        return optimizer == MUON
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its parameters are classified as those before were.
 
         Those that are not the model's are classified by their names and shapes, with a warning
-        where no key "optimizer" decides.
+        where no key "optimizer" decides. So is what else joins the groups, by the AdamW's own
+        add_param_group or by hand, at the next step.
 
         Args:
             param_group: as torch takes it; a key "roles" overrides roles as convert_optimizer's
                 argument does, and a key "optimizer", "muon" or "adamw", decides for all of them.
 
         Raises:
-            TypeError, ValueError: as torch does, or for a bad override; nothing was added.
+            TypeError, ValueError: as torch does, or for a bad override or a parameter that cannot
+                be stepped; nothing was added.
         """
         if vars(self).get("_joining"):
             super().add_param_group(param_group)
             return
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        group = {k: v for k, v in param_group.items() if k not in ("roles", "optimizer")}
-        overrides, optimizer = param_group.get("roles", {}), param_group.get("optimizer")
-        super().add_param_group(group)
+        super().add_param_group(dict(param_group))
         try:
-            rows = self._classify(group, overrides, optimizer)
+            self._settle()
         except BaseException:
             self.param_groups.pop()
             raise
-        first = self.param_groups[0]["lr"]
-        if isinstance(first, Tensor) and not isinstance(group["lr"], Tensor):
-            group["lr"] = torch.full_like(first, group["lr"])  # torchao's classes take no float
-        target = self.settings.rms
-        entries = [(row, target if row.optimizer == MUON else None, None) for row in rows]
-        _join(group, entries, self.settings)
-        kept_in = self.settings.momentum_dtype
-        pairs = zip(rows, group["params"], strict=True)
-        self.table.extend(_with_note(row, p, kept_in) for row, p in pairs)
+
+    def _settle(self) -> None:
+        """Brings what is known in line with the groups, which anyone may have edited.
+
+        Raises:
+            TypeError, ValueError: if a parameter that joined cannot be stepped.
+        """
+        for group in self.param_groups if not self.spent else ():
+            strangers = [p for p in group["params"] if p not in self.facts]
+            if strangers:
+                self.facts.update(self._facts_of(group, strangers))
+                group.pop("roles", None), group.pop("optimizer", None)
+            first = self.param_groups[0].get("lr")
+            if isinstance(first, Tensor) and not isinstance(group.get("lr", first), Tensor):
+                group["lr"] = torch.full_like(first, group["lr"])  # torchao's take no float
+            for key, value in {**self.defaults, **self.settings.of_group()}.items():
+                group.setdefault(key, value)
+            follow(group)
+
+    def _facts_of(self, group: dict[str, Any], strangers: list[Tensor]) -> dict[Tensor, Fact]:
+        """What is known of parameters that joined a group."""
+        names = dict(zip(group["params"], group.get("param_names") or (), strict=False))
+        joined = {"params": strangers}
+        if names:
+            joined["param_names"] = [names[p] for p in strangers]
+        if (heirs := self._heirs(joined)) is not None:
+            return heirs
+        rows = self._classify(joined, group.get("roles", {}), group.get("optimizer"))
+        kept_in, target = self.settings.momentum_dtype, self.settings.rms
+        facts = [Fact(row, target if row.optimizer == MUON else None) for row in rows]
+        return {p: _with_note(x, p, kept_in) for p, x in zip(strangers, facts, strict=True)}
+
+    def _heirs(self, joined: dict[str, Any]) -> dict[Tensor, Fact] | None:
+        """The facts of parameters that took the place of those they are called as in the model.
+
+        Whoever shards a model after the conversion puts other tensors into its modules and groups.
+        None if one of them took nobody's place.
+        """
+        here = {p for group in self.param_groups for p in group["params"]}
+        gone = {fact.row.name: (p, fact) for p, fact in self.facts.items() if p not in here}
+        names = self._classify.names(joined)
+        alike = [
+            name in gone and gone[name][0].shape == p.shape
+            for name, p in zip(names, joined["params"], strict=True)
+        ]
+        if not all(alike):
+            return None
+        return {
+            p: self.facts.pop(gone[name][0], gone[name][1])
+            for name, p in zip(names, joined["params"], strict=True)
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -147,10 +209,12 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._settle()
         self._check_gradients()
+        buckets = self._buckets()  # before AdamW's half moves: whatever is at fault shows here
         self.retire_source()
-        self.rest.step(self.param_groups, self.state)
-        for (rule, *_), matrices in self._buckets().items():
+        self.rest.step(self.param_groups, self.state, lambda p: not self.on_muon(p))
+        for (rule, *_), matrices in buckets.items():
             if compiled_or_eager(self.settings.compile, matrices).compiled:
                 self._graphs.update(matrices, rule)
             else:
@@ -161,6 +225,7 @@ class Muon(Optimizer):
     def plan(self) -> str:
         """How the next step will run: a line per bucket of equal device, dtypes and settings."""
         lines = []
+        self._settle()
         for (_, device, dtype, *_), matrices in self._buckets().items():
             choice = compiled_or_eager(self.settings.compile, matrices)
             numbers = sum(x.weight.numel() for x in matrices)
@@ -170,36 +235,39 @@ class Muon(Optimizer):
         return "\n".join(lines) or "nothing to step: no Muon parameter has a gradient"
 
     def _check_gradients(self) -> None:
-        rows = iter(self.table)
         for group in self.param_groups:
             for p in group["params"]:
-                row, grad = next(rows), p.grad
-                if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
-                    kind = "complex" if grad.is_complex() else "sparse"
+                grad = p.grad
+                if grad is None:
+                    continue
+                refused = grad.is_complex() and self.on_muon(p)
+                if refused or grad.layout != torch.strided:
+                    kind = "complex" if refused else "sparse"
                     raise ValueError(
-                        f"the gradient of '{row.name}' is {kind} ({grad.dtype}, {grad.layout}); "
-                        "Muon steps dense, real gradients only. Nothing was changed"
+                        f"the gradient of '{self.facts[p].row.name}' is {kind} ({grad.dtype}, "
+                        f"{grad.layout}); Muon steps dense, real gradients only. Nothing was "
+                        "changed"
                     )
 
     def _buckets(self) -> dict[tuple[Any, ...], list[Matrix]]:
         """The matrices to step, by what one call of `update` can have in common."""
         buckets: dict[tuple[Any, ...], list[Matrix]] = defaultdict(list)
-        rows = iter(self.table)
         for number, group in enumerate(self.param_groups):
             rule = UpdateRule.of_group(group)
-            kinds, targets = group["optimizers"], group["target_rms"]
             scaling = rule.exact_rms, rule.coefficients
-            for p, kind, target in zip(group["params"], kinds, targets, strict=True):
-                layout: Layout = next(rows).layout
-                if kind != MUON or p.grad is None or not p.numel():
+            for p in group["params"]:
+                if not self.on_muon(p) or p.grad is None or not p.numel():
                     continue
-                state = self.state[p] or self._start(p, group)
+                fact = self.facts[p]
+                layout: Layout = fact.row.layout
+                assert fact.target_rms is not None  # it has none where AdamW steps
+                scales = scales_of(p.shape, layout, fact.target_rms, *scaling)
+                state = self.state[p] if self.state.get(p) else self._start(p, group)
                 buffer = state["momentum_buffer"]
                 key = (rule, p.device, p.dtype, p.grad.dtype, type(buffer), buffer.dtype)
                 buckets[key].append(
                     Matrix(
-                        *(p, p.grad, buffer, state["step"]),
-                        *(layout, scales_of(p.shape, layout, target, *scaling), number),
+                        *(p, p.grad, buffer, state["step"], layout, scales, number),
                         *(group["lr"], group["weight_decay"]),
                     )
                 )
@@ -212,8 +280,20 @@ class Muon(Optimizer):
         self.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=device),
             "momentum_buffer": low_bit.zeros(p, self.settings.momentum_dtype),
+            **saved(self.facts[p]),
         }
         return self.state[p]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; a Muon parameter that has had no gradient has its facts in it."""
+        self._settle()
+        state, members = self.state, [p for g in self.param_groups for p in g["params"]]
+        facts = {p: saved(self.facts[p]) for p in members if self.on_muon(p) and not state.get(p)}
+        self.state = defaultdict(dict, {**state, **facts})
+        try:
+            return super().state_dict()
+        finally:
+            self.state = state
 
     def retire_source(self) -> None:
         """Frees the converted optimizer's state; its schedulers hold it, and drive the groups."""
@@ -249,32 +329,26 @@ class Muon(Optimizer):
         state_dict = dict(state_dict)
         for hook in before:
             state_dict = hook(self, state_dict) or state_dict
+        self._settle()
         load(self, state_dict)
         for hook in after:
             hook(self)
 
 
-def _join(
-    group: dict[str, Any],
-    entries: Sequence[tuple[RoleRow, float | None, float | None]],
-    settings: Settings,
-) -> None:
-    """Writes into a group how Muon steps it and which of its parameters."""
-    group.update(settings.of_group())
-    group["optimizers"] = [row.optimizer for row, _, _ in entries]
-    group["target_rms"] = [target for _, target, _ in entries]
-    group["second_moment"] = [moment for _, _, moment in entries]
-    # Plain lists: what a checkpoint carries must not need moonfx to be read.
-    group["layouts"] = [
-        [row.layout.kind, row.layout.dim, row.layout.outer, list(row.layout.sizes)]
-        for row, _, _ in entries
-    ]
+def follow(group: dict[str, Any]) -> None:
+    """Gives Muon the momentum of a scheduler that cycles AdamW's first beta, as OneCycleLR does."""
+    beta1 = group["betas"][0]
+    if isinstance(beta1, Tensor):  # may lie on a device, which the host does not wait for
+        return
+    if group.setdefault(FOLLOWED, beta1) != beta1:
+        group["momentum"] = group[FOLLOWED] = beta1
 
 
-def _with_note(row: RoleRow, p: Tensor, kept_in: str | None) -> RoleRow:
-    """The row, which says so if the parameter is too small for a momentum in few bits."""
+def _with_note(fact: Fact, p: Tensor, kept_in: str | None) -> Fact:
+    """The fact, whose row says so if the parameter is too small for a momentum in few bits."""
+    row: RoleRow = fact.row
     note = low_bit.why_not(p, kept_in) if kept_in and row.optimizer == MUON else None
-    return dataclasses.replace(row, why=f"{row.why}; {note}") if note else row
+    return fact._replace(row=replace(row, why=f"{row.why}; {note}")) if note else fact
 
 
 @stands_for_step

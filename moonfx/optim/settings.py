@@ -1,5 +1,6 @@
 """How Muon steps, and the words under which an optimizer's groups hold it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,9 +9,15 @@ from moonfx.kernels.reference.newton_schulz import JORDAN
 # Which optimizer steps a parameter.
 MUON, ADAMW = "muon", "adamw"
 
-# What a group holds beside AdamW's own: how Muon steps, and a list with an entry per parameter.
-GROUP_KEYS = ("momentum", "nesterov", "coefficients", "exact_rms", "decay")
-PARAMETER_KEYS = ("optimizers", "target_rms", "second_moment", "layouts")
+# What a group holds beside AdamW's own: how Muon steps, and the beta1 that its momentum goes with.
+SETTINGS = ("momentum", "nesterov", "coefficients", "exact_rms", "decay")
+FOLLOWED = "followed_beta1"
+GROUP_KEYS = (*SETTINGS, FOLLOWED)
+
+
+def is_muons(group: Mapping[str, Any]) -> bool:
+    """Whether a group is a moonfx.Muon's."""
+    return all(key in group for key in GROUP_KEYS)
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,6 @@ class Settings:
     compile: bool | None = None
 
     def of_group(self) -> dict[str, Any]:
-        """What every group holds."""
-        values = {name: getattr(self, name) for name in GROUP_KEYS}
+        """What every group holds of them."""
+        values = {name: getattr(self, name) for name in SETTINGS}
         return {**values, "coefficients": [list(row) for row in self.coefficients]}

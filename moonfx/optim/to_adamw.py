@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from moonfx.capture.optimizers import count_as_stepped, replace_step, share_hooks
 from moonfx.optim.muon import Muon
-from moonfx.optim.settings import GROUP_KEYS, MUON, PARAMETER_KEYS
+from moonfx.optim.settings import GROUP_KEYS
 from moonfx.optim.state.adamw import Group, is_low_bit, quantize
 from moonfx.optim.state.floats import dequantized, is_finite
 from moonfx.optim.state.handover import State, moments_of
@@ -43,7 +43,7 @@ def to_adamw(optimizer: Muon) -> Optimizer:
     """
     if not isinstance(optimizer, Muon):
         raise TypeError(f"optimizer must be a moonfx.Muon, got {type(optimizer).__name__}")
-    if "optimizers" not in optimizer.param_groups[0]:
+    if optimizer.spent:
         raise ValueError("this moonfx.Muon has gone back to AdamW already")
     source = optimizer.source
     if source is None:
@@ -53,9 +53,9 @@ def to_adamw(optimizer: Muon) -> Optimizer:
         source.state = type(optimizer.state)(dict, _adamw_states(optimizer, source, moments))
         share_hooks(optimizer, source)
     for group in source.param_groups:
-        for key in (*GROUP_KEYS, *PARAMETER_KEYS):
+        for key in GROUP_KEYS:
             group.pop(key, None)
-    optimizer.source = None
+    optimizer.source, optimizer.spent = None, True
     optimizer.state.clear()
     count_as_stepped(optimizer)
     replace_step(optimizer, _refuse)
@@ -68,9 +68,9 @@ def _moments(optimizer: Muon) -> dict[Tensor, Moments | None]:
     found: dict[Tensor, Moments | None] = {}
     rows = iter(optimizer.table)
     for group in optimizer.param_groups:
-        for i, p in enumerate(group["params"]):
+        for p in group["params"]:
             row, state = next(rows), optimizer.state.get(p)
-            if group["optimizers"][i] != MUON or not state:
+            if not optimizer.on_muon(p) or not state:
                 continue
             buffer = state["momentum_buffer"]
             momentum = dequantized(buffer)
@@ -80,7 +80,7 @@ def _moments(optimizer: Muon) -> dict[Tensor, Moments | None]:
                 raise ValueError(
                     f"the momentum of {row.name} holds NaN or infinity: AdamW cannot go on from it"
                 )
-            mu, ratio = group["momentum"], group["second_moment"][i]
+            mu, ratio = group["momentum"], optimizer.facts[p].second_moment
             found[p] = moments_of(momentum, float(state["step"]), group, row.layout, mu, ratio)
     return found
 

@@ -63,15 +63,15 @@ def update_rms(opt: Muon) -> UpdateRMS:
     Raises:
         TypeError: if opt is not a moonfx.Muon.
     """
-    if not hasattr(opt, "table") or not all("target_rms" in g for g in opt.param_groups):
+    if not isinstance(opt, Muon) or opt.spent:
         raise TypeError(f"opt must be a moonfx.Muon, got {type(opt).__name__}")
     rows: list[UpdateRow] = []
-    named = iter(opt.table)
+    rest = iter(opt.table)
     for group in opt.param_groups:
-        for p, target in zip(group["params"], group["target_rms"], strict=True):
-            row = next(named)
-            update = _next(opt, group, p) if target is not None else None
-            if update is None:
+        for p in group["params"]:
+            row, target = next(rest), opt.facts[p].target_rms
+            update = None if target is None else _next(opt, group, p)
+            if target is None or update is None:
                 continue
             blocks = pieces(update, row.layout)
             for i, (view, shape) in enumerate(blocks):

@@ -84,7 +84,8 @@ def test_muons_state_is_half_of_adamws() -> None:
     train(model, optimizer, 1)
     for p in model.parameters():
         names = {"step", "momentum_buffer"} if p.ndim == 2 else {"step", "exp_avg", "exp_avg_sq"}
-        assert optimizer.state[p].keys() == names
+        tensors = {k for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
+        assert tensors == names
 
 
 SCHEDULERS = [
@@ -115,7 +116,7 @@ def test_a_scheduler_made_before_drives_muon_without_a_warning(make, steps_befor
             train(other, reference, 1)
             expected.step()
             assert optimizer.param_groups[0]["lr"] == reference.param_groups[0]["lr"]
-            assert optimizer.param_groups[0]["momentum"] == 0.95
+            assert optimizer.param_groups[0]["betas"] == reference.param_groups[0]["betas"]
 
 
 def test_a_scheduler_made_after_drives_it_too() -> None:
@@ -313,13 +314,15 @@ def test_an_empty_matrix_is_passed_over() -> None:
 
 
 REFUSED = [
-    ("sparse", lambda: torch.eye(4).to_sparse(), "sparse"),
-    ("complex", lambda: torch.eye(4, dtype=torch.complex64), "complex"),
+    ("sparse", lambda: torch.eye(4).to_sparse(), "sparse", True),
+    ("sparse, on AdamW", lambda: torch.eye(4).to_sparse(), "sparse", False),
+    ("complex", lambda: torch.eye(4, dtype=torch.complex64), "complex", True),
 ]
 
 
-@pytest.mark.parametrize("muons", [True, False])
-@pytest.mark.parametrize(("grad", "says"), [x[1:] for x in REFUSED], ids=[x[0] for x in REFUSED])
+@pytest.mark.parametrize(
+    ("grad", "says", "muons"), [x[1:] for x in REFUSED], ids=[x[0] for x in REFUSED]
+)
 def test_a_gradient_that_cannot_be_stepped_is_named_before_anything_changes(
     grad, says, muons
 ) -> None:

@@ -41,8 +41,9 @@ def test_a_group_that_is_added_is_classified_as_those_before(name, extra, kinds,
     optimizer.add_param_group({"params": added.parameters(), "lr": 0.5, "mine": "kept", **extra})
     assert optimizer.param_groups is source.param_groups
     group = optimizer.param_groups[1]
-    assert group["optimizers"] == kinds
-    assert group["target_rms"] == [0.2 if x == "muon" else None for x in kinds]
+    facts = [optimizer.facts[p] for p in group["params"]]
+    assert [fact.row.optimizer for fact in facts] == kinds
+    assert [fact.target_rms for fact in facts] == [0.2 if x == "muon" else None for x in kinds]
     assert (float(group["lr"]), group["mine"], group["momentum"]) == (0.5, "kept", 0.95)
     names = [f"{name}.{n}" for n, _ in added.named_parameters()]
     assert [row.name for row in optimizer.table[2:]] == names
@@ -78,7 +79,7 @@ def test_parameters_that_the_model_does_not_own_are_added_by_their_names_and_sha
         warnings.simplefilter("always")
         given = list(zip(names, params, strict=True)) if names else params
         optimizer.add_param_group({"params": given, **extra})
-    assert optimizer.param_groups[1]["optimizers"][:2] == kinds
+    assert [row.optimizer for row in optimizer.table[2:4]] == kinds
     assert ["2 added parameters" in str(w.message) for w in caught] == [True] * warned
     if not extra:  # the model's own keeps the model's word
         assert optimizer.table[-1].rule == "module"

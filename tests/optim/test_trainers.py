@@ -77,7 +77,8 @@ def test_schedulers_drive_on_to_muon_and_back_as_if_nothing_had_happened(
         for group, wanted in zip(optimizer.param_groups, reference.param_groups, strict=True):
             assert group["lr"] == wanted["lr"]
             assert group["betas"] == wanted["betas"]
-            assert group.get("momentum", 0.95) == 0.95
+            cycled = isinstance(s, lr_scheduler.OneCycleLR | lr_scheduler.CyclicLR)
+            assert cycled or group.get("momentum", 0.95) == 0.95
 
 
 def test_a_group_added_to_the_muon_is_driven_and_comes_back() -> None:
@@ -87,7 +88,7 @@ def test_a_group_added_to_the_muon_is_driven_and_comes_back() -> None:
     muon = moonfx.convert_optimizer(adamw, model)
     muon.add_param_group({"params": [model.down.weight], "lr": 0.2, "initial_lr": 0.2})
     assert [row.name for row in muon.table][-1] == "down.weight"
-    assert muon.param_groups[1]["optimizers"] == ["muon"]
+    assert muon.on_muon(model.down.weight)
     train(model, muon, range(2))
     scheduler.step()
     assert [g["lr"] for g in muon.param_groups] == [0.05, 0.1]

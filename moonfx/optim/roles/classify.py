@@ -18,6 +18,7 @@ from moonfx.optim.roles.parameter_sites import (
     is_flattened,
     sites_of,
 )
+from moonfx.optim.roles.steppable import check_dense, check_initialized, judged
 from moonfx.optim.roles.table import ROLES, Finding, RoleRow, row_of
 from moonfx.optim.settings import MUON
 
@@ -86,7 +87,7 @@ def classify(
             finding = Finding("vector", FLATTENED)
         row = row_of(alias[0] if alias else "", p.shape, finding, rule)
         override = users.find(alias, p)
-        rows.append(row if override is None else overridden(row, override))
+        rows.append(judged(row if override is None else overridden(row, override), p))
     return rows
 
 
@@ -118,14 +119,22 @@ class Classifier:
             overrides: the user's word on this group, which goes before the earlier one.
             optimizer: "muon" or "adamw" for all of them, None where roles decide.
         """
-        model = self._model()
-        known = {} if model is None else {id(p): name for name, p in model.named_parameters()}
-        given = group.get("param_names") or [""] * len(group["params"])
-        names = [known.get(id(p), n) for p, n in zip(group["params"], given, strict=True)]
+        model, names = self._model(), self.names(group)
+        for p, name in zip(group["params"], names, strict=True):
+            check_initialized(name or "a parameter", p)
+            check_dense(name or "a parameter", p)
         overrides, strangers = {**self._overrides, **overrides}, "warn"
         if optimizer is not None:
             overrides, strangers = {lambda name, parameter: True: optimizer}, "take"
         return classify(group["params"], names, model, self._example, overrides, strangers)
+
+    def names(self, group: dict[str, Any]) -> list[str]:
+        """What each parameter of a group is called, the model's own name first; "" if nothing."""
+        model = self._model()
+        known = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+        given = group.get("param_names") or [""] * len(group["params"])
+        found = [known.get(id(p), n) for p, n in zip(group["params"], given, strict=True)]
+        return [unwrapped(name) for name in found]
 
     def __reduce__(self) -> tuple[type["Classifier"], tuple[()]]:
         return Classifier, ()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from moonfx.optim.settings import is_muons
 from moonfx.optim.state.floats import dequantized, has_codes
 
 Group = dict[str, Any]
@@ -253,7 +254,7 @@ def _refuse_wrappers(optimizer: object) -> None:
 
 def _check_group(source: Source, index: int, group: Group) -> None:
     where = f"param_groups[{index}] of adamw ({source.word})"
-    if "optimizers" in group and "target_rms" in group:
+    if is_muons(group):
         raise ValueError(
             f"{where} belongs to a moonfx.Muon: adamw was converted already, and training goes on "
             "with what convert_optimizer returned, or goes back first (moonfx.to_adamw); or a "

@@ -10,14 +10,16 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-from moonfx.optim.matrices import Layout
-from moonfx.optim.settings import ADAMW, GROUP_KEYS, MUON, PARAMETER_KEYS, Settings
+from moonfx.optim import facts
+from moonfx.optim.facts import Fact
+from moonfx.optim.matrices import shapes
+from moonfx.optim.settings import ADAMW, FOLLOWED, GROUP_KEYS, MUON, Settings, is_muons
 from moonfx.optim.state.adamw import FIRST, Group, moment, steps_of
 from moonfx.optim.state.handover import State, muon_state, second_moment
 
@@ -31,20 +33,32 @@ class StepsAdamW(Protocol):
 
 
 class Converted(Protocol):
-    """As much of a moonfx.Muon as a checkpoint needs; its table's rows have a name and a layout."""
+    """As much of a moonfx.Muon as a checkpoint needs."""
 
     param_groups: list[Group]
     state: defaultdict[Tensor, Any]
     settings: Settings
-    table: list[Any]
+    facts: dict[Tensor, Fact]
 
     @property
     def rest(self) -> StepsAdamW: ...
+    def on_muon(self, p: Tensor) -> bool: ...
     def retire_source(self) -> None: ...
 
 
 BUFFER = "momentum_buffer"
-_ADVICE = "; give the optimizer that is loaded into the same model, groups and roles="
+_ADVICE = (
+    "; give the optimizer that is loaded into the same model, groups and roles=, or use "
+    "torch.distributed.checkpoint, which goes by names"
+)
+
+
+class Loaded(NamedTuple):
+    """What a state_dict makes of an optimizer."""
+
+    groups: list[Group]
+    states: dict[Tensor, State]
+    facts: dict[Tensor, Fact]
 
 
 def load(optimizer: Converted, state_dict: StateDict) -> None:
@@ -64,52 +78,67 @@ def load(optimizer: Converted, state_dict: StateDict) -> None:
             "state_dict must be an optimizer's, with 'state' and 'param_groups', got "
             f"{', '.join(map(str, state_dict)) or 'none'}"
         )
-    saved: list[Group] = state_dict["param_groups"]
-    _check_sizes(optimizer, saved)
-    own = ["optimizers" in group for group in saved]
+    _check_sizes(optimizer, state_dict["param_groups"])
+    saved = _with_settings(state_dict["param_groups"])
+    own = [is_muons(group) for group in saved]
     if all(own):
-        groups, states = _own(optimizer, saved, state_dict["state"])
+        found = _own(optimizer, saved, state_dict["state"])
     elif not any(own):
-        groups, states = _adamws(optimizer, saved, state_dict["state"])
+        found = _adamws(optimizer, saved, state_dict["state"])
     else:
         raise ValueError("state_dict has groups of a moonfx.Muon beside groups that are none")
     optimizer.retire_source()  # the state that it kept for the way back is not the one loaded
-    for group, new in zip(optimizer.param_groups, groups, strict=True):
+    for group, new in zip(optimizer.param_groups, found.groups, strict=True):
         _replace(group, new)
-    saved_layouts = [layout for group in optimizer.param_groups for layout in group["layouts"]]
-    for i, (kind, dim, outer, sizes) in enumerate(saved_layouts):
-        row, layout = optimizer.table[i], Layout(kind, dim, outer, tuple(sizes))
-        if row.layout != layout:  # found by another rule than when the checkpoint was written
-            optimizer.table[i] = row.with_layout(layout)
-    optimizer.state = defaultdict(dict, states)
+    optimizer.facts.update(found.facts)
+    optimizer.state = defaultdict(dict, found.states)
 
 
 def _check_sizes(optimizer: Converted, saved: list[Group]) -> None:
     here = optimizer.param_groups
     if len(saved) != len(here):
         raise ValueError(f"state_dict has {len(saved)} groups, the optimizer {len(here)}{_ADVICE}")
-    first = 0
     for i, (group, new) in enumerate(zip(here, saved, strict=True)):
-        names = [row.name for row in optimizer.table[first : first + len(group["params"])]]
+        names = [optimizer.facts[p].row.name for p in group["params"]]
         if len(names) != len(new["params"]):
             raise ValueError(
                 f"state_dict has {len(new['params'])} parameters in group {i}, the optimizer "
                 f"{len(names)} ({', '.join(names[:3]) or 'none'}, ...){_ADVICE}"
             )
-        first += len(names)
 
 
-Member = tuple[str, Tensor, State, Group, int]
+def _with_settings(saved: list[Group]) -> list[Group]:
+    """The groups, each with its settings.
+
+    Where a group was saved that is several here, torch.distributed.checkpoint gives its settings to
+    the last of them alone; those of the only group are known.
+
+    Raises:
+        ValueError: if it is not known whose settings a group had.
+    """
+    bare = [i for i, group in enumerate(saved) if group.keys() <= {"params"}]
+    if not bare:
+        return saved
+    whole = [group for group in saved if group.keys() > {"params"}]
+    if len(whole) != 1:
+        raise ValueError(
+            f"state_dict has no settings of group {bare[0]}: one that was saved is several here, "
+            "and torch.distributed.checkpoint gave its settings to the last; use "
+            "StateDictOptions(flatten_optimizer_state_dict=True), or the groups that were saved"
+        )
+    return [{**whole[0], "params": group["params"]} for group in saved]
+
+
+Member = tuple[Tensor, State, Group]
 
 
 def _members(
     optimizer: Converted, saved: list[Group], states: Mapping[Any, State]
 ) -> Iterator[Member]:
-    """Each parameter's name, itself, saved state and saved group, and its place there."""
-    names = iter(optimizer.table)
+    """Each parameter with its saved state and saved group."""
     for group, new in zip(optimizer.param_groups, saved, strict=True):
-        for i, (p, key) in enumerate(zip(group["params"], new["params"], strict=True)):
-            yield next(names).name, p, _flat(states.get(key) or {}), new, i
+        for p, key in zip(group["params"], new["params"], strict=True):
+            yield p, _flat(states.get(key) or {}), new
 
 
 def _flat(state: Mapping[str, Any]) -> State:
@@ -120,66 +149,80 @@ def _flat(state: Mapping[str, Any]) -> State:
     return flat
 
 
-def _own(
-    optimizer: Converted, saved: list[Group], states: Mapping[Any, State]
-) -> tuple[list[Group], dict[Tensor, State]]:
-    """The groups and states of a Muon's state_dict."""
-    loaded: dict[Tensor, State] = {}
-    kinds = (kind for group in optimizer.param_groups for kind in group["optimizers"])
-    for (name, p, state, group, i), kind in zip(
-        _members(optimizer, saved, states), kinds, strict=True
-    ):
-        if group["optimizers"][i] != kind:
-            raise ValueError(
-                f"{name} is on {kind!r} here and on {group['optimizers'][i]!r} in state_dict: "
-                "convert with the same model, example and roles= as when it was saved"
-            )
-        if state:
-            _check_shape(name, p, state, (BUFFER,) if kind == MUON else FIRST)
-            loaded[p] = _placed(optimizer, p, state, group, kind)
-    return saved, loaded
-
-
-def _adamws(
-    optimizer: Converted, saved: list[Group], states: Mapping[Any, State]
-) -> tuple[list[Group], dict[Tensor, State]]:
-    """The groups and states that an AdamW's state_dict becomes."""
-    loaded: dict[Tensor, State] = {}
-    groups = [
-        {**new, **_muon_keys(g)} for g, new in zip(optimizer.param_groups, saved, strict=True)
-    ]
-    for group in groups:
-        group["second_moment"] = list(group["second_moment"])
-    places = [(group, i) for group in groups for i in range(len(group["params"]))]
-    converted = kept = 0
-    for (name, p, state, new, _), (group, i) in zip(
-        _members(optimizer, saved, states), places, strict=True
-    ):
+def _own(optimizer: Converted, saved: list[Group], states: Mapping[Any, State]) -> Loaded:
+    """What a Muon's state_dict is."""
+    found = Loaded(saved, {}, {})
+    codes = {facts.name_code(fact.row.name): fact.row.name for fact in optimizer.facts.values()}
+    for p, state, group in _members(optimizer, saved, states):
         if not state:
             continue
+        name, kind = optimizer.facts[p].row.name, MUON if optimizer.on_muon(p) else ADAMW
+        there = MUON if BUFFER in state or facts.KEYS[0] in state else ADAMW
+        if there != kind:
+            raise ValueError(
+                f"{name} is on {kind!r} here and on {there!r} in state_dict: convert with the "
+                "same model, example and roles= as when it was saved"
+            )
+        if kind == MUON:
+            _check_facts(name, p, state, codes)
+            found.facts[p] = facts.loaded(optimizer.facts[p], state)
+        if kind == ADAMW or BUFFER in state:  # else it had had no gradient
+            _check_shape(name, p, state, (BUFFER,) if kind == MUON else FIRST)
+            found.states[p] = _placed(optimizer, p, state, group, kind)
+    return found
+
+
+def _check_facts(name: str, p: Tensor, state: State, codes: Mapping[int, str]) -> None:
+    """That a Muon parameter's state has its facts, and that they are this parameter's."""
+    missing = [key for key in facts.KEYS if key not in state]
+    if missing:
+        raise ValueError(
+            f"state_dict holds {', '.join(map(str, state))} of {name}, and no "
+            f"{' and no '.join(missing)}: it is of another Muon than moonfx's"
+        )
+    code, own = int(state[facts.KEYS[0]]), facts.name_code(name)
+    if code and own and code != own and code in codes:
+        raise ValueError(
+            f"state_dict holds {codes[code]} where the optimizer has {name}"
+            f": its parameters were in another order{_ADVICE}"
+        )
+    try:
+        shapes(tuple(p.shape), facts.layout_of(state["layout"]))
+    except ValueError as error:
+        raise ValueError(f"state_dict holds a layout of {name} that cannot be: {error}") from None
+
+
+def _adamws(optimizer: Converted, saved: list[Group], states: Mapping[Any, State]) -> Loaded:
+    """What an AdamW's state_dict becomes."""
+    groups = [
+        {**new, **{key: group[key] for key in GROUP_KEYS}, FOLLOWED: new.get("betas", (0.0,))[0]}
+        for group, new in zip(optimizer.param_groups, saved, strict=True)
+    ]
+    found, kept = Loaded(groups, {}, {}), 0
+    for p, state, new in _members(optimizer, saved, states):
+        if not state:
+            continue
+        fact = optimizer.facts[p]
         if moment(state, FIRST) is None:
             raise ValueError(
-                f"state_dict holds {', '.join(map(str, state))} of {name}, which is neither a "
-                "moonfx.Muon's nor an AdamW's state"
+                f"state_dict holds {', '.join(map(str, state))} of {fact.row.name}, which is "
+                "neither a moonfx.Muon's nor an AdamW's state"
             )
-        _check_shape(name, p, state, FIRST)
-        if group["optimizers"][i] == MUON:
-            group["second_moment"][i] = second_moment(state, new, group["momentum"])
-            low_bit = optimizer.settings.momentum_dtype
-            loaded[p], converted = muon_state(p, state, new, low_bit), converted + 1
+        _check_shape(fact.row.name, p, state, FIRST)
+        if optimizer.on_muon(p):
+            ratio = second_moment(state, new, optimizer.settings.momentum)
+            fact = fact._replace(second_moment=ratio)
+            made = muon_state(p, state, new, optimizer.settings.momentum_dtype)
+            found.facts[p], found.states[p] = fact, {**made, **facts.saved(fact)}
         else:
-            loaded[p], kept = _placed(optimizer, p, state, new, ADAMW), kept + 1
+            found.states[p], kept = _placed(optimizer, p, state, new, ADAMW), kept + 1
     warnings.warn(
         "moonfx: an AdamW state_dict was loaded into a moonfx.Muon: the first moments of "
-        f"{converted} parameters became their momentum and their second moments were dropped; "
-        f"{kept} stay AdamW's as they are",
+        f"{len(found.facts)} parameters became their momentum and their second moments were "
+        f"dropped; {kept} stay AdamW's as they are",
         stacklevel=4,
     )
-    return groups, loaded
-
-
-def _muon_keys(group: Group) -> Group:
-    return {key: group[key] for key in (*GROUP_KEYS, *PARAMETER_KEYS)}
+    return found
 
 
 def _check_shape(name: str, p: Tensor, state: State, keys: tuple[str, ...]) -> None:

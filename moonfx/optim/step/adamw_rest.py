@@ -6,7 +6,7 @@ for each step it is given the groups, each with the parameters that are not Muon
 class does is done, whether it is torch's AdamW in any of its forms, torchao's or somebody's own.
 """
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from moonfx.capture.marks import never_traced
 from moonfx.capture.optimizers import bare_step, no_hooks, without_hooks
-from moonfx.optim.settings import ADAMW
+
+Stays = Callable[[Tensor], bool]  # whether AdamW steps a parameter
 
 # What belongs to the object that was converted, or to those who drive it, and not to its class.
 _ITS_OWN = ("state", "param_groups", "grad_scale", "found_inf")
@@ -36,33 +37,34 @@ class Rest:
         }
 
     def optimizer(
-        self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        stays: Stays = lambda p: False,
     ) -> Optimizer:
-        """The user's optimizer over the AdamW parameters of the groups, at the groups' settings."""
+        """The user's optimizer over the parameters of the groups that stay, at their settings."""
         made = self.kind.__new__(self.kind)
         made.__dict__.update(self.attributes, **no_hooks())
         made.__dict__["state"] = state
         made.__dict__["param_groups"] = [
-            {**group, "params": adamw_parameters(group)} for group in groups
+            {**group, "params": [p for p in group["params"] if stays(p)]} for group in groups
         ]
         return made
 
-    def step(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
-        """One step of the AdamW parameters."""
-        if any(ADAMW in group["optimizers"] for group in groups):
-            self._step(groups, state)
+    def step(
+        self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], stays: Stays
+    ) -> None:
+        """One step of the parameters that stay on AdamW."""
+        if any(stays(p) for group in groups for p in group["params"]):
+            self._step(groups, state, stays)
 
     @never_traced  # torch traces its own optimizers only where the user made them
-    def _step(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
-        made = self.optimizer(groups, state)
+    def _step(
+        self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], stays: Stays
+    ) -> None:
+        made = self.optimizer(groups, state, stays)
         bare_step(self.kind)(made)
         # Some classes count in their groups, or in themselves.
         for group, stepped in zip(groups, made.param_groups, strict=True):
             group.update({k: v for k, v in stepped.items() if k != "params"})
         self.attributes.update({k: v for k, v in vars(made).items() if k in self.attributes})
-
-
-def adamw_parameters(group: dict[str, Any]) -> list[Tensor]:
-    """The parameters of a group that AdamW steps."""
-    kinds = group["optimizers"]
-    return [p for p, kind in zip(group["params"], kinds, strict=True) if kind == ADAMW]

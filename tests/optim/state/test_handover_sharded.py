@@ -32,7 +32,7 @@ def handed_over(mesh: Any = None) -> dict[str, Any]:
     adamw = AdamW(model.parameters(), lr=1e-3)
     train(model, adamw, range(3))
     muon = moonfx.convert_optimizer(adamw, model)
-    ratios = muon.param_groups[0]["second_moment"]
+    ratios = [muon.facts[p].second_moment for p in hidden]
     momenta = [whole(muon.state[p]["momentum_buffer"]).clone() for p in hidden]
     train(model, muon, range(3, 4))
     set_optimizer_state_dict(model, muon, get_optimizer_state_dict(model, muon))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moonfx.optim.facts import KEYS
 from moonfx.optim.matrices import Layout, single
 from moonfx.optim.step import cpu_passes as passes
 from moonfx.optim.step import update as step
@@ -72,7 +73,7 @@ def test_three_steps_are_those_of_the_equations(how, monkeypatch) -> None:
         assert off(p.detach(), W, weights[i].double()) < EXACT
         buffer = optimizer.state[p]["momentum_buffer"]
         assert float((buffer.double() - M).abs().max()) < 1e-6
-        assert optimizer.state[p].keys() == {"step", "momentum_buffer"}
+        assert optimizer.state[p].keys() == {"step", "momentum_buffer", *KEYS}
         assert optimizer.state[p]["step"] == 3
 
 

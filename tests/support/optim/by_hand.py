@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moonfx.optim.facts import Fact
 from moonfx.optim.matrices import Layout
 from moonfx.optim.muon import Muon
 from moonfx.optim.roles.classify import Classifier
@@ -49,7 +50,10 @@ def muon(source: torch.optim.Optimizer, *rows: RoleRow, **settings: Any) -> Muon
     table = list(rows) or [
         Row(f"p{i}", "muon" if p.ndim == 2 else "adamw") for i, p in enumerate(parameters)
     ]
-    targets = [0.2 if row.optimizer == "muon" else None for row in table]
+    facts = {
+        p: Fact(row, 0.2 if row.optimizer == "muon" else None)
+        for p, row in zip(parameters, table, strict=True)
+    }
     state = {
         p: source.state[p]
         for p, row in zip(parameters, table, strict=True)
@@ -57,9 +61,8 @@ def muon(source: torch.optim.Optimizer, *rows: RoleRow, **settings: Any) -> Muon
     }
     return Muon(
         source,
-        table,
+        facts,
         Settings(**settings),
-        target_rms=targets,
         classify=Classifier(),
         state=state,
     )
