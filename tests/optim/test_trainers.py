@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, lr_scheduler
 
 import moonfx
+from tests.optim.state.test_adamw import SAM
 from tests.support.optim.nets import VOCABULARY, Net, loss, net, tokens, train
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -79,6 +80,49 @@ def test_schedulers_drive_on_to_muon_and_back_as_if_nothing_had_happened(
             assert group["betas"] == wanted["betas"]
             cycled = isinstance(s, lr_scheduler.OneCycleLR | lr_scheduler.CyclicLR)
             assert cycled or group.get("momentum", 0.95) == 0.95
+
+
+CYCLES: list[tuple[str, Callable[[Optimizer], Scheduler], bool]] = [
+    # name, the scheduler, whether it cycles momentum
+    *((name, make, True) for name, make in SCHEDULERS if name in ("OneCycleLR", "CyclicLR")),
+    ("OneCycleLR of rates alone",
+     lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=12, cycle_momentum=False), False),
+    ("StepLR", lambda o: lr_scheduler.StepLR(o, 2), False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("on_muon", [False, True], ids=["of the AdamW", "of the Muon"])
+@pytest.mark.parametrize(("make", "cycles"), [c[1:] for c in CYCLES], ids=[c[0] for c in CYCLES])
+def test_muons_momentum_follows_the_beta1_that_a_scheduler_cycles(make, cycles, on_muon) -> None:
+    model = net()
+    optimizer: Any = AdamW(model.parameters(), lr=0.1)
+    if not on_muon:
+        scheduler = make(optimizer)
+    optimizer = moonfx.convert_optimizer(optimizer, model, momentum=0.97)
+    if on_muon:
+        scheduler = make(optimizer)
+    seen, wanted = [], []
+    for step in range(4):
+        train(model, optimizer, range(step, step + 1))
+        seen.append(optimizer.param_groups[0]["momentum"])
+        wanted.append(optimizer.param_groups[0]["betas"][0])
+        if step == 2:  # also one that was saved between a scheduler and a step
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        advance(scheduler)
+    # It is as it was given until the scheduler changes beta1.
+    assert seen[1:] == (wanted[1:] if cycles else [0.97] * 3)
+
+
+def test_a_wrapper_steps_the_muon_that_is_put_in_its_optimizers_place() -> None:
+    model, plain = net(), net()
+    sam = SAM(model.parameters(), AdamW, lr=0.01)
+    sam.base_optimizer = moonfx.convert_optimizer(sam.base_optimizer, model)
+    muon = moonfx.convert_optimizer(AdamW(plain.parameters(), lr=0.01), plain)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    sam.base_optimizer.step()
+    muon.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters()))
 
 
 def test_a_group_added_to_the_muon_is_driven_and_comes_back() -> None:

@@ -38,8 +38,6 @@ _OTHERS = {
     "AdEMAMix": "it has a third moment",
     "AdaBelief": "its second moment is of the gradient's surprise",
     "Adafactor": "it keeps no first moment",
-    "AdamWScheduleFree": "its weights are averages that only it can continue",
-    "AdamScheduleFree": "its weights are averages that only it can continue",
     "Adamax": "its second moment is a maximum",
     "Adan": "it has a third moment",
     "LAMB": "it scales its update by the weight's norm, so its learning rate is not AdamW's",
@@ -54,6 +52,10 @@ _OTHERS = {
     "SGD": "it has no second moment, and its learning rate is not one for updates of RMS 0.2",
     "SparseAdam": "its gradients are sparse, and Muon needs whole matrices",
 }
+_SCHEDULE_FREE = (
+    "it steps averages of weights, which its train() and eval() exchange with the model's and only "
+    "it can continue"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,12 +222,14 @@ def read_adamw(optimizer: object) -> Source:
     source = Source(optimizer)
     if not any(True for _ in source.members()):
         raise ValueError(f"adamw has no parameters: {source.word}.param_groups is empty")
-    for kind in type(optimizer).__mro__:
-        if kind.__name__ in _OTHERS:
-            raise TypeError(
-                f"adamw is of class {source.word}, which is not converted: "
-                f"{_OTHERS[kind.__name__]}; it may be {_WHAT_MAY_BE}"
-            )
+    reasons = [_OTHERS[x.__name__] for x in type(optimizer).__mro__ if x.__name__ in _OTHERS]
+    if source.is_named("schedulefree"):
+        reasons.insert(0, _SCHEDULE_FREE)
+    if reasons:
+        raise TypeError(
+            f"adamw is of class {source.word}, which is not converted: {reasons[0]}; it may be "
+            f"{_WHAT_MAY_BE}"
+        )
     for i, group in enumerate(source.groups):
         _check_group(source, i, group)
     return source
@@ -238,7 +242,7 @@ def _has_moments(source: Source) -> bool:
 
 def _refuse_wrappers(optimizer: object) -> None:
     """Wrappers hold the optimizer that must be converted, and go on stepping it."""
-    for attribute in ("optimizer", "optim", "_optimizer"):
+    for attribute in ("optimizer", "optim", "_optimizer", "base_optimizer"):
         # vars: a property of a wrapper may fail before training begins.
         inner = getattr(optimizer, "__dict__", {}).get(attribute)
         if not isinstance(inner, Optimizer) or hasattr(optimizer, "get_last_lr"):

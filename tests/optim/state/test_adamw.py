@@ -109,6 +109,27 @@ class Lamb(AdamW):
     """A class by a name that says that its update is not AdamW's."""
 
 
+class AdamWScheduleFree(AdamW):
+    """As the package schedulefree has it."""
+
+
+class ScheduleFreeAdamW(AdamW):
+    """As the package pytorch-optimizer has it."""
+
+
+class OfTheirs(AdamWScheduleFree):
+    """Somebody's own, made from it."""
+
+
+class SAM(Optimizer):
+    """As sharpness-aware minimization is spread: it makes its base, and shares its groups."""
+
+    def __init__(self, params: Any, base: Any, **how: Any) -> None:
+        super().__init__(params, {"rho": 0.05, **how})
+        self.base_optimizer = base(self.param_groups, **how)
+        self.param_groups = self.base_optimizer.param_groups
+
+
 class Unknown(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
@@ -166,6 +187,10 @@ REFUSED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("NAdam", lambda: torch.optim.NAdam(W()), TypeError, "weighted by a schedule"),
     ("torch's Muon", lambda: torch.optim.Muon(W()), TypeError, "it is a Muon already"),
     ("a subclass by another name", lambda: Lamb(W()), TypeError, "class Lamb, which is not"),
+    ("schedule-free", lambda: AdamWScheduleFree(W()), TypeError, "averages of w"),
+    ("schedule-free, by another name", lambda: ScheduleFreeAdamW(W()), TypeError, "averages of w"),
+    ("made from a schedule-free one", lambda: OfTheirs(W()), TypeError, "class OfTheirs, which is"),
+    ("SAM", lambda: SAM(W(), AdamW, lr=0.1), TypeError, "wrapper.base_optimizer = moonfx.convert"),
     ("nothing says AdamW", lambda: Unknown(W(), ADAM), TypeError, "it has no states yet"),
     ("a wrapper", lambda: Wrapper(AdamW(W())), TypeError, "convert before wrapping"),
     ("a holder", lambda: Holder(AdamW(W())), TypeError, "wrapper._optimizer ="),

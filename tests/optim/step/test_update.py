@@ -125,6 +125,21 @@ def _rows(matrix: Tensor, layout: Layout) -> int:
     return len(matrix) if first else matrix[..., 0].numel()
 
 
+@pytest.mark.parametrize("by", ["torch", "the CPU's own passes", "a graph"])
+def test_gradients_far_below_what_others_add_to_a_norm_do_not_stall(by, monkeypatch) -> None:
+    """Clipped and late gradients are below 1e-7; zeros are no direction, and give none."""
+    if by == "torch":
+        monkeypatch.setattr(passes, "supports", lambda *_: False)
+    moved = []
+    for size in (1.0, 1e-8, 1e-20, 1e-37, 0.0):
+        grads = [[gaussian(8, 24, seed=1) * size]]
+        how = {"exact_rms": True, "compile": by == "a graph"}
+        before = torch.zeros(8, 24)
+        _, (p,) = stepped([before], grads, [Row("w")], **how)
+        moved.append(float(p.detach().square().mean().sqrt()))
+    assert moved == pytest.approx([0.2 * LR] * 4 + [0.0], rel=1e-3)
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
