@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from moonfx.capture.compiled_calls import compile_call, plain_call
 from moonfx.capture.dynamo_frames import break_reasons, empty_results
 from moonfx.capture.retrace import CaptureError, capture
+from moonfx.capture.unsharded import unsharded
 from moonfx.environment import verifying
 from moonfx.model_state import records_of_model
 from moonfx.passes.parameters.dataflow import DataFlow, GraphCall
@@ -47,6 +48,12 @@ class Uses:
     ) -> None:
         self.found, self.complete = found, complete
         self.failures, self.reason = list(failures), reason
+
+
+_SHARDED = (
+    "; it is sharded, and traced as the model that it was: where sizes were divided by hand, as "
+    "heads by processes, no example fits: convert without one"
+)
 
 
 class _Recorder:
@@ -86,7 +93,8 @@ class _Recorder:
 def uses_of_call(model: nn.Module, example: tuple[Any, ...] | dict[str, Any]) -> Uses:
     """What one call of a model uses its parameters for.
 
-    The random state, buffers and mutable inputs (a KV cache) stay as they were.
+    The random state, buffers and mutable inputs (a KV cache) stay as they were. A model that is
+    sharded over processes is traced as the one that it was before.
 
     Args:
         model: inside its wrappers.
@@ -94,6 +102,18 @@ def uses_of_call(model: nn.Module, example: tuple[Any, ...] | dict[str, Any]) ->
     Raises:
         ValueError: if the model cannot be called with them.
     """
+    with unsharded(model) as meant:
+        try:
+            uses = _uses_of_call(model, example)
+        except ValueError as error:
+            raise ValueError(f"{error}{_SHARDED}") if meant else error from error.__cause__
+    # What was found of a stand-in holds for the shards that it stood for.
+    uses.found = {id(meant[key]) if key in meant else key: x for key, x in uses.found.items()}
+    return uses
+
+
+def _uses_of_call(model: nn.Module, example: tuple[Any, ...] | dict[str, Any]) -> Uses:
+    """As `uses_of_call`, of a model without shards."""
     earlier = break_reasons()
     args, kwargs = (example, {}) if isinstance(example, tuple) else ((), example)
     try:
