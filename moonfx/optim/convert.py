@@ -73,7 +73,8 @@ def convert_optimizer(
         rms: root mean square of an update at learning rate 1: a number (Moonlight's is 0.2);
             "betas", that of AdamW on pure noise, sqrt((1 - beta1)/(1 + beta1)); or "measured",
             each parameter's own by its AdamW state, which must then exist.
-        momentum: mu of the average of gradients, in [0, 1).
+        momentum: mu of the average of gradients, in [0, 1). A scheduler that cycles AdamW's first
+            beta, as OneCycleLR does, cycles it too.
         nesterov: whether the newest gradient counts twice, mu * average + (1 - mu) * gradient.
         steps: of the Newton-Schulz iteration, at least 1.
         coefficients: a name in moonfx.optim.coefficients.COEFFICIENTS ("muon", "quintic",
@@ -100,9 +101,10 @@ def convert_optimizer(
         TypeError: if adamw is no optimizer, a wrapper, a moonfx.Muon already, or of another kind
             (SGD, LBFGS, Lion, ...); if an argument is of the wrong type.
         ValueError: if adamw has no parameters, amsgrad or differentiable; if a group has a key
-            that a Muon's groups need; if a state holds NaN; if a parameter or gradient is complex
-            or sparse, or not the model's; if no parameter goes to Muon; if an argument is out of
-            range. adamw is untouched after any error.
+            that a Muon's groups need; if a state holds NaN; if a parameter is sparse, has a sparse
+            gradient, is a lazy module's or not the model's, or is complex and would go to Muon; if
+            no parameter goes to Muon; if an argument is out of range. adamw is untouched after any
+            error.
     """
     if isinstance(adamw, Muon):
         raise TypeError(

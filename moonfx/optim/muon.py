@@ -13,6 +13,7 @@ state_dict carries all of it.
 """
 
 import copy
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -89,6 +90,7 @@ class Muon(Optimizer):
         super().__init__(source.param_groups, {**source.defaults, **settings.of_group()})
         del self._joining
         self.source = source
+        self._driven: Any = weakref.ref(source)
         vars(self)["param_groups"] = source.param_groups
         share_hooks(source, self)
         kept_in = settings.momentum_dtype
@@ -151,17 +153,36 @@ class Muon(Optimizer):
         Raises:
             TypeError, ValueError: if a parameter that joined cannot be stepped.
         """
-        for group in self.param_groups if not self.spent else ():
+        if self.spent:
+            return
+        self._check_shared()
+        known = {**self.defaults, **self.settings.of_group()}
+        first = self.param_groups[0].get("lr") if self.param_groups else None
+        for group in self.param_groups:
             strangers = [p for p in group["params"] if p not in self.facts]
             if strangers:
                 self.facts.update(self._facts_of(group, strangers))
                 group.pop("roles", None), group.pop("optimizer", None)
-            first = self.param_groups[0].get("lr")
-            if isinstance(first, Tensor) and not isinstance(group.get("lr", first), Tensor):
+            for key, value in known.items():
+                if key not in group:
+                    group[key] = copy.deepcopy(value)
+            if isinstance(first, Tensor) and not isinstance(group["lr"], Tensor):
                 group["lr"] = torch.full_like(first, group["lr"])  # torchao's take no float
-            for key, value in {**self.defaults, **self.settings.of_group()}.items():
-                group.setdefault(key, value)
             follow(group)
+
+    def _check_shared(self) -> None:
+        """That the schedulers of the AdamW still drive the groups that are stepped.
+
+        Raises:
+            ValueError: if somebody gave the AdamW other groups.
+        """
+        source = self._driven and self._driven()
+        if source is not None and source.param_groups is not self.param_groups:
+            raise ValueError(
+                f"the {type(source).__name__} that was converted was given other groups, by its "
+                "load_state_dict or by hand, and its schedulers drive those: load into the "
+                "moonfx.Muon, or set adamw.param_groups = muon.param_groups"
+            )
 
     def _facts_of(self, group: dict[str, Any], strangers: list[Tensor]) -> dict[Tensor, Fact]:
         """What is known of parameters that joined a group."""
@@ -169,9 +190,11 @@ class Muon(Optimizer):
         joined = {"params": strangers}
         if names:
             joined["param_names"] = [names[p] for p in strangers]
-        if (heirs := self._heirs(joined)) is not None:
+        overrides, optimizer = group.get("roles", {}), group.get("optimizer")
+        heirs = None if overrides or optimizer else self._heirs(joined)
+        if heirs is not None:
             return heirs
-        rows = self._classify(joined, group.get("roles", {}), group.get("optimizer"))
+        rows = self._classify(joined, overrides, optimizer)
         kept_in, target = self.settings.momentum_dtype, self.settings.rms
         facts = [Fact(row, target if row.optimizer == MUON else None) for row in rows]
         return {p: _with_note(x, p, kept_in) for p, x in zip(strangers, facts, strict=True)}
@@ -184,17 +207,13 @@ class Muon(Optimizer):
         """
         here = {p for group in self.param_groups for p in group["params"]}
         gone = {fact.row.name: (p, fact) for p, fact in self.facts.items() if p not in here}
-        names = self._classify.names(joined)
-        alike = [
-            name in gone and gone[name][0].shape == p.shape
-            for name, p in zip(names, joined["params"], strict=True)
-        ]
+        named = list(zip(self._classify.names(joined), joined["params"], strict=True))
+        alike = (x and x in gone and gone[x][0].shape == p.shape for x, p in named)
         if not all(alike):
             return None
-        return {
-            p: self.facts.pop(gone[name][0], gone[name][1])
-            for name, p in zip(names, joined["params"], strict=True)
-        }
+        for name, _ in named:
+            self.facts.pop(gone[name][0], None)
+        return {p: gone[name][1] for name, p in named}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -214,7 +233,8 @@ class Muon(Optimizer):
         buckets = self._buckets()  # before AdamW's half moves: whatever is at fault shows here
         self.retire_source()
         self.rest.step(self.param_groups, self.state, lambda p: not self.on_muon(p))
-        for (rule, *_), matrices in buckets.items():
+        for (rule, *_), found in buckets.items():
+            matrices = [self._at_rates(x) for x in found]
             if compiled_or_eager(self.settings.compile, matrices).compiled:
                 self._graphs.update(matrices, rule)
             else:
@@ -273,6 +293,11 @@ class Muon(Optimizer):
                 )
         return buckets
 
+    def _at_rates(self, matrix: Matrix) -> Matrix:
+        """A matrix at its group's rates, which the user's class may set as it steps."""
+        group = self.param_groups[matrix.group]
+        return matrix._replace(lr=group["lr"], weight_decay=group["weight_decay"])
+
     def _start(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state of a parameter that has none: the step lies where torch's AdamW has it."""
         on_device = group.get("capturable") or group.get("fused")
@@ -315,7 +340,7 @@ class Muon(Optimizer):
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**without_hooks(vars(self)), "source": None, "_graphs": Graphs()}
+        return {**without_hooks(vars(self)), "source": None, "_driven": None, "_graphs": Graphs()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of a moonfx.Muon, or converts that of an AdamW and says so.

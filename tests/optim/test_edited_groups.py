@@ -243,3 +243,50 @@ def test_finetuning_under_lightning_resumes_with_the_groups_that_its_callback_ad
     assert resumed.optimizers().optimizer.on_muon(resumed.model.qkv.weight)
     for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_an_adamw_that_is_given_other_groups_is_said_before_anything_changes() -> None:
+    """Its schedulers would drive them, and the Muon's learning rate would stand still."""
+    model = net()
+    adamw = AdamW(model.parameters(), lr=0.1)
+    muon = moonfx.convert_optimizer(adamw, model)
+    train(model, muon, range(1))
+    before = [p.detach().clone() for p in model.parameters()]
+    adamw.load_state_dict(AdamW(net().parameters()).state_dict())
+    with pytest.raises(ValueError, match="AdamW that was converted was given other groups"):
+        train(model, muon, range(1))
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    adamw.param_groups = muon.param_groups
+    train(model, muon, range(1))
+
+
+def test_parameters_without_names_inherit_nothing_from_one_another() -> None:
+    torch.manual_seed(0)
+    body, first, second = (nn.Parameter(torch.randn(16, 16)) for _ in range(3))
+    with pytest.warns(UserWarning, match="no model was given"):
+        muon = moonfx.convert_optimizer(AdamW([body]))
+    muon.add_param_group({"params": first, "optimizer": "adamw"})
+    muon.param_groups.pop()
+    with pytest.warns(UserWarning, match="by their names and shapes"):
+        muon.add_param_group({"params": second})
+    assert (muon.on_muon(first), muon.on_muon(second)) == (False, True)
+
+
+class SetsItsRate(AdamW):
+    """A schedule of its own, in its step."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["lr"] = group["lr"] / 2
+        super().step()
+
+
+def test_a_rate_that_the_users_class_sets_as_it_steps_is_muons_too() -> None:
+    model = net()
+    muon = moonfx.convert_optimizer(
+        SetsItsRate(model.parameters(), lr=0.2, weight_decay=0.0), model
+    )
+    before = model.up.weight.detach().clone()
+    train(model, muon, range(1))
+    moved = (model.up.weight.detach() - before).square().mean().sqrt()
+    assert float(moved) == pytest.approx(0.1 * 0.2, rel=0.02)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, lr_scheduler
 
 import moonfx
-from tests.optim.state.test_adamw import SAM
 from tests.support.optim.nets import VOCABULARY, Net, loss, net, tokens, train
+from tests.support.optim.sources import SAM
 
 pytestmark = pytest.mark.filterwarnings("error")
 

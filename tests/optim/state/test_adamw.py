@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from moonfx.optim.state.adamw import Source, read_adamw
-from tests.support.optim.sources import BitsandbytesAdamW, FusedAdam, stepped
+from tests.support.optim.sources import SAM, BitsandbytesAdamW, FusedAdam, stepped
 
 torchao = pytest.importorskip("torchao.optim", reason="needs torchao")
 
@@ -119,15 +119,6 @@ class ScheduleFreeAdamW(AdamW):
 
 class OfTheirs(AdamWScheduleFree):
     """Somebody's own, made from it."""
-
-
-class SAM(Optimizer):
-    """As sharpness-aware minimization is spread: it makes its base, and shares its groups."""
-
-    def __init__(self, params: Any, base: Any, **how: Any) -> None:
-        super().__init__(params, {"rho": 0.05, **how})
-        self.base_optimizer = base(self.param_groups, **how)
-        self.param_groups = self.base_optimizer.param_groups
 
 
 class Unknown(torch.optim.Optimizer):

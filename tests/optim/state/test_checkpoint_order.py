@@ -142,6 +142,35 @@ def test_layouts_that_were_saved_go_on_in_another_order_where_nothing_else_shows
     assert layouts == {name: layout.sizes if name == "qkv.weight" else () for name in layouts}
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_files_give_each_parameter_its_layout_where_the_resumed_run_knows_none(
+    flat, tmp_path
+) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():  # also, that there is one process only
+        warnings.simplefilter("ignore")
+        run, other = Run(AS_SAVED), Run([AS_SAVED[0][::-1], AS_SAVED[1]], example=None)
+        run.train(0)
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        saved, into = (get_state_dict(r.model, r.optimizer, options=options) for r in (run, other))
+        dcp.save({"optimizer": saved[1]}, checkpoint_id=tmp_path, no_dist=True)
+        loaded = {"optimizer": into[1]}
+        dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(
+        other.model,
+        other.optimizer,
+        model_state_dict=saved[0],
+        optim_state_dict=loaded["optimizer"],
+        options=options,
+    )
+    run.train(1)
+    other.train(1)
+    for p, q in zip(run.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert run.optimizer.facts[p].row.layout == other.optimizer.facts[q].row.layout
+
+
 def swapped(run: Run) -> Run:
     return Run([AS_SAVED[0][::-1], AS_SAVED[1]])
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 BLOCK = 256
 
@@ -130,3 +131,12 @@ def stepped(
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
     return (p for group in optimizer.param_groups for p in group["params"])
+
+
+class SAM(Optimizer):
+    """As sharpness-aware minimization is spread: it makes its base, and shares its groups."""
+
+    def __init__(self, params: Any, base: Any, **how: Any) -> None:
+        super().__init__(params, {"rho": 0.05, **how})
+        self.base_optimizer = base(self.param_groups, **how)
+        self.param_groups = self.base_optimizer.param_groups
