@@ -168,3 +168,18 @@ def test_a_lazy_module_must_see_a_batch_first(module, given) -> None:
 def test_a_row_of_adamws_is_not_judged() -> None:
     row = Row("w", "adamw", Layout("batch"))
     assert judged(row, nn.Parameter(torch.zeros(3, dtype=torch.complex64))) is row
+
+
+def test_a_parameter_that_outgrew_its_layout_is_said_before_adamws_half_moves() -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8))
+    layout = Layout(sizes=(4, 8))
+    muon = moonfx.convert_optimizer(
+        AdamW(model.parameters(), lr=0.1), model, roles={"0.weight": layout}
+    )
+    model[0].weight.data = torch.zeros(11, 8)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"blocks of \(4, 8\) are not the 11 numbers"):
+        muon.step()
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
