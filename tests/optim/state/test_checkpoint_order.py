@@ -171,6 +171,21 @@ def test_files_give_each_parameter_its_layout_where_the_resumed_run_knows_none(
         assert run.optimizer.facts[p].row.layout == other.optimizer.facts[q].row.layout
 
 
+@pytest.mark.parametrize(
+    "places", [x[1] for x in OTHERS if x[2]], ids=[x[0] for x in OTHERS if x[2]]
+)
+def test_an_adamws_checkpoint_becomes_the_conversion_in_any_order(places) -> None:
+    run, other = Run(AS_SAVED, convert=False), Run(places)
+    run.train(0, 1)
+    with pytest.warns(UserWarning, match="first moments of 3 parameters"):
+        resume(run, other, flat=False)
+    example = (torch.randn(2, 6, 16),)
+    run.optimizer = moonfx.convert_optimizer(run.optimizer, run.model, example=example)
+    run.train(2, 3)
+    other.train(2, 3)
+    assert_same(run, other)
+
+
 def swapped(run: Run) -> Run:
     return Run([AS_SAVED[0][::-1], AS_SAVED[1]])
 
