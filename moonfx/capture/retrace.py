@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch._functorch._aot_autograd.frontend_utils import construct_fake_mode, process_inputs
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
@@ -73,7 +74,9 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         # Python's own dispatch keeps sizes symbolic; where there are none it only takes time.
         symbolic = shape_env is not None and bool(shape_env.var_to_range)
         dispatcher = enable_python_dispatcher() if symbolic else contextlib.nullcontext()
-        with fx.traceback.preserve_node_meta(), fake_mode, dispatcher:
+        # A caller's hooks on what autograd saves (checkpoint, save_on_cpu) are for the run alone.
+        no_hooks = _disable_saved_tensors_hooks_during_tracing()
+        with fx.traceback.preserve_node_meta(), fake_mode, dispatcher, no_hooks:
             captured = _retrace(gm, fakes, {}, list(held), isinstance(owner(), Optimizer))
     except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {error}") from error

@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import moonfx
 from moonfx.backend.on_miss import NothingRewritten
@@ -143,6 +148,66 @@ def test_attention_is_found_and_right_whatever_the_call_is_in(make, tolerance) -
             return [t.clone() for t in outputs(model(X))]
 
     assert outcome(sparsified(TinyLM(), call, tolerance)) == BOTH
+
+
+# --- hooks on what autograd saves, around the first call ------------------------------------------
+
+
+def counted(model: nn.Module, saved: list[type]) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(type(tensor))
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        return model(X)
+
+
+def checkpointed_twice(model: nn.Module) -> Tensor:
+    return checkpoint(partial(checkpoint, model, use_reentrant=False), X, use_reentrant=False)
+
+
+def after_no_grad(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        model(X)
+    return checkpoint(model, X, use_reentrant=False)
+
+
+def kept_on_cpu(model: nn.Module) -> Tensor:
+    with save_on_cpu():
+        return model(X)
+
+
+def selectively(model: nn.Module) -> Tensor:
+    def recompute(*_: Any, **__: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, recompute)
+    return checkpoint(model, X, use_reentrant=False, context_fn=contexts)
+
+
+HOOKED = [
+    ("checkpoint", partial(checkpoint, tokens=X, use_reentrant=False)),
+    ("reentrant checkpoint", lambda model: checkpoint(model, X, use_reentrant=True)),
+    ("checkpoint in checkpoint", checkpointed_twice),
+    ("selective checkpoint", selectively),
+    ("checkpoint after no_grad", after_no_grad),
+    ("save_on_cpu", kept_on_cpu),
+]
+
+
+@pytest.mark.parametrize("call", [r[1] for r in HOOKED], ids=[r[0] for r in HOOKED])
+# TinyLM's input is tokens, which no reentrant checkpoint can see gradients through.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_the_first_call_may_be_under_hooks_on_saved_tensors(call) -> None:
+    assert outcome(sparsified(TinyLM(), call)) == BOTH
+
+
+def test_hooks_on_saved_tensors_see_only_what_the_run_saves() -> None:
+    model, first, second = TinyLM(), list[type](), list[type]()
+    moonfx.sparsify(model, BLOCK, FEW, compiler="eager")
+    counted(model, first)
+    counted(model, second)
+    assert first == second
 
 
 # --- modules and compilations inside modules ------------------------------------------------------
