@@ -223,6 +223,8 @@ class Writer:
             elif at == BATCH * self.heads + HEAD and self.heads > 1:
                 leaf = call(aten.unflatten.int, leaf, dim, [-1, self.heads])
                 index[dim : dim + 1] = [BATCH, HEAD]
+            elif at == BATCH and not same_size(leaf.meta["val"].shape[dim], self._rows()):
+                leaf = call(aten.slice.Tensor, leaf, dim, 0, self.sizes.of(self._rows()))
             elif at.has(KEY):
                 leaf, index[dim] = self._keys(leaf, dim, sympy.expand(at - KEY)), KEY
         if len(set(index)) < len(index) or not set(index) <= set(dims):

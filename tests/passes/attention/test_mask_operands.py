@@ -150,3 +150,31 @@ def test_layers_with_one_mask_share_what_is_written_of_it() -> None:
     assert len(calls) == 2
     assert calls[0].args[7] is calls[1].args[7]
     assert [operator_name(n) for n in graph.nodes].count("ne") == 1
+
+
+FIRST_ROWS = [
+    # name, which keys a query may see by the rows of its batch, mask, the operator's argument
+    ("padding", lambda own: own.bool()[:, None, None], "causal & padding", "key_mask"),
+    (
+        "segments",
+        lambda own: own[:, None, :, None] == own[:, None, None],
+        "causal & packed",
+        "segments",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("same", "mask", "name"), [r[1:] for r in FIRST_ROWS], ids=[r[0] for r in FIRST_ROWS]
+)
+def test_a_mask_may_be_the_first_rows_of_a_larger_tensor(same, mask, name) -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, causal() & same(table[: len(q)]))
+
+    q, k, v = inputs()
+    table = torch.arange(N).ge(torch.tensor([[0], [7], [9]])).long()
+    out, report = run(Model(body), q, k, v, table, block=4, topk=2)
+    assert outcome(report) == [mask]
+    own = table[:2].bool() if name == "key_mask" else table[:2]
+    expected, _ = moba_attention(q, k, v, MobaArguments(4, 2, **{name: own}))
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
