@@ -66,6 +66,11 @@ class AttentionSite:
         masks: nodes of the masks, as (node, how) with how one of "additive", "keep", "drop", or
             "times" for 0 and 1 that multiply the scores under another mask.
         mask_scales: additive masks that are multiplied after they were added -> by what.
+        fills: "keep" and "drop" masks -> what they put in the place of scores, scaled; not there
+            for an operator's own mask, of which a query gets 0 that sees no key.
+        clears_hidden: whether all that is hidden (or, if False, a part of it) is set to 0 after the
+            softmax; None if nothing is.
+        zeroes_keyless: a query that sees no key gets 0 now, and got something else before.
         causal: the operator itself was told to be causal (is_causal=True, top-left aligned).
         softcap: c where the scores are c * tanh(scaled scores / c) before any mask, 0.0 for none.
         sink_logits: a node with one logit per query head, or one for all (every other dim is 1),
@@ -88,6 +93,9 @@ class AttentionSite:
     factors: list[tuple[fx.Node, str]] = field(default_factory=list)
     masks: list[tuple[fx.Node, str]] = field(default_factory=list)
     mask_scales: dict[fx.Node, float] = field(default_factory=dict)
+    fills: dict[fx.Node, float] = field(default_factory=dict)
+    clears_hidden: bool | None = None
+    zeroes_keyless: bool = False
     causal: bool = False
     softcap: float = 0.0
     sink_logits: fx.Node | None = None
@@ -127,6 +135,8 @@ class AttentionSite:
             found.append("logsumexp")
         if self.mask is not None and self.mask.bias is not None:
             found.append(str(self.mask.bias))
+        if self.zeroes_keyless:
+            found.append("0 for queries without a key")
         return ", ".join(found)
 
 

@@ -120,8 +120,8 @@ def _by_hand(
         raise Declined("logsumexp reads scores that sink logits are joined to", site.lse)
     check_product(product, softmax)
     _check_sink(scores, product, context)
-    for guard in product.proved_guards:
-        check_guard(guard, site, scores, context)
+    cleared = [check_guard(guard, site, scores, context) for guard in product.proved_guards]
+    site.clears_hidden = True if True in cleared else False if False in cleared else None
     private = [softmax.inner, product.path, *(guard.inner for guard in product.proved_guards)]
     results = [product.node, *([site.lse] if site.lse is not None else [])]
     check_users(scores, [*private, results], results)
@@ -133,7 +133,7 @@ def _take_scores(scores: Scores, site: AttentionSite) -> None:
     """Fills in what stands before the softmax."""
     site.query, site.key, site.form = scores.query, scores.key, f"{scores.form} + softmax"
     site.scale, site.masks, site.factors = scores.scale, scores.masks, scores.factors
-    site.mask_scales = scores.mask_scales
+    site.mask_scales, site.fills = scores.mask_scales, scores.fills
     site.softcap = scores.softcap
     site.sink_logits = scores.sink.logits if scores.sink is not None else None
     site.key_transposed = True

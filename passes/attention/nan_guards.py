@@ -3,8 +3,8 @@
     nan_to_num(p)    p.masked_fill(p.isnan(), 0)    p.masked_fill(~keep.any(-1, keepdim=True), 0)
 
 Each is the identity on every query that sees a key: it writes 0 where the probabilities are NaN, or
-where the scores are masked anyway (for good, or as a whole row). Of a query that sees no key,
-attention says nothing; the operator gives it 0.
+where the scores are masked anyway (for good, or as a whole row). What a query that sees no key gets
+then is for passes/masks/keyless.py to say.
 """
 
 from dataclasses import dataclass, field
@@ -78,10 +78,14 @@ def guard_of(node: fx.Node, probabilities: fx.Node, context: Context) -> Guard |
     return Guard(node, condition, keep)
 
 
-def check_guard(guard: Guard, site: AttentionSite, scores: Scores, context: Context) -> None:
-    """Raises Declined unless the guard changes only what the masks of the site hide, or NaN."""
+def check_guard(guard: Guard, site: AttentionSite, scores: Scores, context: Context) -> bool | None:
+    """Whether the guard clears all that the masks of the site hide; None if nothing but NaN.
+
+    Raises:
+        Declined: unless it changes only what they hide, or NaN.
+    """
     if guard.condition is None:
-        return
+        return None
     node: Any = guard.condition
     keep = guard.keep
     while node.target in COPIES | _NOT:
@@ -103,13 +107,14 @@ def check_guard(guard: Guard, site: AttentionSite, scores: Scores, context: Cont
         if tested in scores.path and node.args[1] == -torch.inf and not keep:
             scores.inner.add(node)
             scores.inner |= _between(node, guard.condition)
-            return
+            return None
     condition = _read(node, site, context)
     if condition is not None:
-        visible = _visible(site, context)
+        visible = _visible(site, context) - {sympy.true}
         given = to_bool(condition) if keep else sympy.Not(to_bool(condition))
-        if all(atom == True or atom in visible for atom in _atoms(given)):  # noqa: E712
-            return
+        kept = set(_atoms(given)) - {sympy.true}
+        if kept <= visible:
+            return kept == visible
     raise Declined(
         "the probabilities are set to 0 where the scores are not known to be masked; mask those",
         node,

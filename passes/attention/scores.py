@@ -57,7 +57,7 @@ class Scores:
 
     Args:
         node: query @ key^T.
-        masks, scale, factors, softcap: as in AttentionSite.
+        masks, fills, scale, factors, softcap: as in AttentionSite.
         sink: sink logits joined to the scores, or None.
         path: the nodes from the softmax's operand to `node`, both included.
         inner: other nodes that only the softmax's operand needs, as the maximum of the scores.
@@ -73,6 +73,7 @@ class Scores:
     sink: Sink | None = None
     masks: list[tuple[fx.Node, str]] = field(default_factory=list)
     mask_scales: dict[fx.Node, float] = field(default_factory=dict)
+    fills: dict[fx.Node, float] = field(default_factory=dict)
     factors: list[tuple[fx.Node, str]] = field(default_factory=list)
     path: list[fx.Node] = field(default_factory=list)
     inner: set[fx.Node] = field(default_factory=set)
@@ -92,6 +93,7 @@ class _Walk:
         self.sink: Sink | None = None
         self.masks: list[tuple[fx.Node, str]] = []
         self.mask_scales: dict[fx.Node, float] = {}
+        self.fills: dict[fx.Node, float] = {}
         self.factors: list[tuple[fx.Node, str]] = []
         self.path: list[fx.Node] = []
         self.inner: set[fx.Node] = set()
@@ -103,7 +105,7 @@ class _Walk:
         # softcap * tanh(scale * query @ key^T / softcap)
         scale = self.scale * (self.softcap or 1.0)
         found = (node, query, key, form, scale, self.softcap, self.sink)
-        masks = (self.masks, self.mask_scales)
+        masks = (self.masks, self.mask_scales, self.fills)
         return Scores(*found, *masks, self.factors, self.path, self.inner, self.heads)
 
     def declined(self, node: fx.Node, reason: str) -> Declined:
@@ -113,10 +115,16 @@ class _Walk:
             return Declined("the scores are a distance (cdist), not query @ key^T", near)
         return Declined(reason, node)
 
-    def hides(self, value: object) -> bool:
-        """Whether a fill value makes a score vanish, scaled as it will be."""
+    def fill_mask(self, condition: fx.Node, how: str, value: object) -> bool:
+        """Takes a mask that puts a value in the place of scores; False if it does not hide them."""
         found = constant_of(value, self.context)
-        return found is not None and not self.factors and found * self.scale <= MASKED_BELOW
+        if found is None or self.factors or not found * self.scale <= MASKED_BELOW:
+            return False
+        self.masks.append((condition, how))
+        filled = self.fills.setdefault(condition, found * self.scale)
+        if filled != found * self.scale:  # filled twice, with different values
+            self.fills[condition] = math.nan
+        return True
 
     def add_mask(self, node: fx.Node) -> bool:
         """Takes an additive mask; False if it is scaled by what is not known, or in two ways."""
@@ -282,9 +290,8 @@ def _masked(node: fx.Node, walk: _Walk) -> Step:
     if walk.softcap or walk.times:
         reason = f"the mask is put on before {walk.seen_by()}, which leaves it visible: "
         raise walk.declined(node, reason + "put it on after")
-    if not walk.hides(no):
+    if not walk.fill_mask(condition, how, no):  # type: ignore[arg-type]
         raise walk.declined(node, problem)
-    walk.masks.append((condition, how))  # type: ignore[arg-type]
     return yes  # type: ignore[return-value]
 
 

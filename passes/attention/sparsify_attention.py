@@ -19,6 +19,7 @@ from torch import fx
 
 from moonfx.capture.sizes import fake_values
 from moonfx.passes.attention import output_strides as layout
+from moonfx.passes.attention.keyless_queries import keep_keyless
 from moonfx.passes.attention.logsumexp import give_lse
 from moonfx.passes.attention.mask_operands import CannotWrite, Writer, Written
 from moonfx.passes.context import Context
@@ -79,6 +80,7 @@ def rewrite(site: AttentionSite, policy: LayerPolicy, written: Written, context:
         both = call(OPERATOR, *in_order(OPERATOR, named, least="key_mask"))
         new = call(operator.getitem, both, 0)
         made = [both, new]
+        new = keep_keyless(new, both, named, site, context)
         if site.sink_logits is not None:
             new = _with_sink_logits(new, both, site.sink_logits, dtype)
             made.append(new)
