@@ -37,9 +37,12 @@ def hint(size: Size) -> int:
 
 
 def hint_or_none(size: Size) -> int | None:
-    """A size at the traced shape, None if only the run will know it. Adds no guard."""
+    """A size at the traced shape, None if only the run will know it. Adds no guard.
+
+    The ragged dim of a jagged nested tensor has no number either.
+    """
     known = size if isinstance(size, int) else size.node.hint
-    return None if known is None else int(known)
+    return int(known) if isinstance(known, int) else None
 
 
 def is_plain(value: torch.Tensor) -> bool:

@@ -20,7 +20,7 @@ from moonfx.passes.attention import fused_operators as fused
 from moonfx.passes.attention.external_users import check_users
 from moonfx.passes.attention.key_transpose import check_token_major
 from moonfx.passes.attention.nan_guards import check_guard
-from moonfx.passes.attention.opaque_bodies import attentions_inside
+from moonfx.passes.attention.opaque_bodies import attentions_inside, attentions_on_subclasses
 from moonfx.passes.attention.probabilities import (
     Product,
     check_product,
@@ -38,6 +38,12 @@ from moonfx.site import AttentionSite, Declined
 
 aten = torch.ops.aten
 
+_ON_SUBCLASS = {
+    "NestedTensor": "attention of jagged nested tensors is not read: pack the sequences in one "
+    "row, with position_ids or segment ids, or pad them",
+}
+_ON_OTHERS = "attention of {0}s is not read, whose inside no pass sees: call it on plain tensors"
+
 # Reads the rest of a site; whether it is attention at all, or Declined.
 Parse = Callable[[AttentionSite], bool]
 
@@ -54,6 +60,11 @@ def run(graph: fx.Graph, context: Context) -> int:
             except Declined as reason:
                 context.decline(site, reason)
             context.sites.append(site)
+    assert isinstance(graph.owning_module, fx.GraphModule)
+    for node, kind in attentions_on_subclasses(graph.owning_module):
+        site = _site(node, context, operator_name(node))
+        context.decline(site, Declined(_ON_SUBCLASS.get(kind, _ON_OTHERS.format(kind)), node))
+        context.sites.append(site)
     return found
 
 

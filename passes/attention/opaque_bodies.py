@@ -1,12 +1,18 @@
-"""Sees attention in a body that no pass looks into: a branch of torch.cond, a region under vmap.
+"""Sees attention that no pass looks into: in a branch of torch.cond, under vmap, on subclasses.
 
     before  cond(flag, true_graph, false_graph, x), with softmax(x @ x^T) @ x in true_graph
     after   the nodes in true_graph that look like attention; each becomes a declined site
 
+What is done to tensors of a subclass stands in a captured graph as it was written, not in ATen.
+
 Nothing is proved here: the worst that a wrong guess does is a row in the report.
 """
 
+import torch
 from torch import fx
+
+from moonfx.capture.graph_nodes import is_higher_order
+from moonfx.capture.sizes import is_plain
 
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "mm", "__matmul__")
 _SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp")
@@ -38,6 +44,28 @@ def attentions_inside(gm: fx.GraphModule) -> list[fx.Node]:
         if isinstance(body, fx.GraphModule):
             found += attentions_inside(body)
     return found
+
+
+def attentions_on_subclasses(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
+    """Attention on tensors of a subclass in a captured graph, and the subclass's name."""
+    if not any(map(_is_as_written, gm.graph.nodes)):
+        return []
+    found = [n for n in attentions_inside(gm) if n.graph is gm.graph and _is_as_written(n)]
+    return [(node, _subclass(node)) for node in found]
+
+
+def _is_as_written(node: fx.Node) -> bool:
+    """Whether a node is a call on a tensor of a subclass, which the capture leaves as it is."""
+    if node.op == "call_method":
+        return True
+    ours = hasattr(node.target, "overloadpacket") or is_higher_order(node)
+    return node.op == "call_function" and not ours and _subclass(node) != ""
+
+
+def _subclass(node: fx.Node) -> str:
+    """The name of the class of a node's result, "" if it is a plain tensor's or none."""
+    value = node.meta.get("val")
+    return type(value).__name__ if isinstance(value, torch.Tensor) and not is_plain(value) else ""
 
 
 def _plain_name(node: fx.Node) -> str:
