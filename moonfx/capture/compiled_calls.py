@@ -18,6 +18,7 @@ from torch._dynamo.code_context import code_context
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.external_utils import wrap_inline
 
+from moonfx.capture.said_once import SaidOnce
 from moonfx.capture.symbolic_flags import decide_flags
 
 Call = Callable[..., Any]
@@ -83,13 +84,15 @@ def _as_ours(compiled: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         config = torch._dynamo.config
         limit = max(RECOMPILE_LIMIT, config.recompile_limit)
-        settings = {
+        settings: dict[str, Any] = {
             "specialize_float": True,
             "recompile_limit": limit,
             "fail_on_recompile_limit_hit": True,
             # A deprecation warning inside torch.nn would break the graph where nothing resumes it.
             "reorderable_logging_functions": {*config.reorderable_logging_functions, warnings.warn},
         }
+        if (ignored := getattr(config, "ignore_logging_functions", None)) is not None:
+            settings["ignore_logging_functions"] = SaidOnce(ignored)
         # nn.TransformerEncoder's inference path is one operator that no pass can look into.
         fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
