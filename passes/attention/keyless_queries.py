@@ -39,12 +39,12 @@ def keep_keyless(
     given = keyless(site, context)
     if given is Keyless.ZERO:
         return out
-    trains = given is Keyless.MEAN and context.mode(site.output).gradients
-    if given is Keyless.UNKNOWN or (trains and _is_not_linear(named, site, context)):
+    trains = context.mode(site.output).gradients
+    if given is Keyless.UNKNOWN or (trains and _loses_gradients(given, named, site, context)):
         site.zeroes_keyless = True
         return out
     instead = _for_query_heads(call(aten.mean.dim, named["value"], [2], True), out)
-    if trains:
+    if trains and given is Keyless.MEAN:
         through = _through_scores(named, out)
         nothing = call(aten.sub.Tensor, through, call(aten.detach.default, through))
         instead = call(aten.add.Tensor, instead, call(aten.to.dtype, nothing, _dtype(out)))
@@ -52,11 +52,15 @@ def keep_keyless(
     return call(aten.where.self, call(aten.eq.Scalar, lse, -torch.inf), instead, out)
 
 
-def _is_not_linear(named: dict[str, Any], site: AttentionSite, context: Context) -> bool:
-    """Whether a softcap bends the scores, or something else in them is trained: a bias."""
+def _loses_gradients(
+    given: Keyless, named: dict[str, Any], site: AttentionSite, context: Context
+) -> bool:
+    """Whether a softcap bends scores that are differentiated, or a bias in them is trained."""
+    if given is Keyless.MEAN and site.softcap:
+        return True
     bias = named["key_bias"]
-    if bias is None or site.softcap:
-        return bool(site.softcap)
+    if bias is None:
+        return False
     memory = Memory(bias.graph, context.nesting.call_of(bias.graph) is None)
     return context.gradients.needed(bias, memory)
 

@@ -59,10 +59,13 @@ def keyless(site: AttentionSite, context: Context) -> Keyless:
     ways = {how == "additive" for (_, how), values in zip(site.masks, left, strict=True) if values}
     if len(values) != 1 or len(ways) != 1 or site.clears_hidden is False or site.lse is not None:
         return Keyless.UNKNOWN
-    if ways == {False}:
+    is_filled = ways == {False}
+    biased = any(how == "additive" for _, how in site.masks)  # which may come after what is filled
+    if site.causal or ((biased or not is_filled) and not _absorbs(values.pop(), site)):
+        return Keyless.UNKNOWN
+    if is_filled:
         return Keyless.MEAN_OF_FILLED
-    once = sum(map(bool, left)) == 1 and _absorbs(values.pop(), site)
-    return Keyless.MEAN if once else Keyless.UNKNOWN
+    return Keyless.MEAN if sum(map(bool, left)) == 1 else Keyless.UNKNOWN
 
 
 def _left(node: fx.Node, how: str, site: AttentionSite, context: Context) -> set[Expr]:

@@ -61,6 +61,16 @@ def beside_a_bias(self: Model, q: Tensor, k: Tensor, v: Tensor, padding: Tensor)
     return (s + torch.where(keep(padding), 0.0, NEG)).softmax(-1) @ v
 
 
+def biased_after(self: Model, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    s = scores(q, k).masked_fill(~keep(padding), -1e4)
+    return (s + 0.25 * torch.arange(N)).softmax(-1) @ v
+
+
+def with_a_trained_bias(self: Model, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    s = scores(q, k) + q[:1, :, :1, :1] * torch.arange(N)
+    return (s + torch.where(keep(padding), 0.0, NEG)).softmax(-1) @ v
+
+
 def in_one_dim(self: Model, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
     q, k, v = (x.reshape(-1, N, D) for x in (q, k, v))
     mask = torch.where(keep(padding).expand(-1, H, -1, -1), 0.0, NEG).reshape(-1, N, N)
@@ -198,6 +208,8 @@ ZERO = [
     ("two planes", two_planes),
     ("cleared in part", cleared_in_part),
     ("softcap", capped),
+    ("a bias of a filled score", biased_after),
+    ("a bias that is trained", with_a_trained_bias),
 ]
 
 
