@@ -7,10 +7,12 @@
 A value far below every score hides its key. Everything else is a bias, and is never dropped.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sympy
 
+from moonfx.passes.masks.absorb import is_impossible
 from moonfx.passes.symbolic.expressions import MASKED_BELOW, Expr, describe, to_number
 
 # A mask beside a bias must stay far below scores that the bias moves; float16 can hold -65504.
@@ -78,7 +80,9 @@ def _chosen(value: sympy.Piecewise) -> Added:
     keep, before = sympy.false, sympy.true
     weakest = -sympy.oo
     biases: list[tuple[Expr, Expr]] = []
-    for branch, condition in value.args:
+    for branch, condition in _pieces(value):
+        if is_impossible(sympy.And(before, condition)):
+            continue
         part = split(branch)
         here = sympy.And(before, condition, part.keep)
         keep, weakest = sympy.Or(keep, here), sympy.Max(weakest, part.weakest)
@@ -90,3 +94,12 @@ def _chosen(value: sympy.Piecewise) -> Added:
     else:
         bias = sympy.Piecewise(*biases[:-1], (biases[-1][0], True))
     return Added(keep, bias, weakest)
+
+
+def _pieces(value: Expr) -> Iterator[tuple[Expr, Expr]]:
+    """The values of a choice and their conditions, of which the first that holds counts."""
+    for branch, condition in value.args:
+        if isinstance(branch, sympy.Piecewise):
+            yield from ((v, sympy.And(condition, inner)) for v, inner in _pieces(branch))
+        else:
+            yield branch, condition

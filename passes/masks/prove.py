@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 import sympy
 
-from moonfx.passes.masks import key_bias, packing
+from moonfx.passes.masks import absorb, key_bias, packing
 from moonfx.passes.masks.additive import Added, NotAMask, split
 from moonfx.passes.masks.conditions import (
+    ALWAYS,
     CAUSAL,
     PADDING,
     SHIFTED,
@@ -80,12 +81,12 @@ def prove(
         sees_constants: whether a constant added to all scores of a query would be seen.
     """
     try:
-        hidden, added = _together(given, is_causal=is_causal)
+        hidden, added = _together(given, lengths, is_causal=is_causal)
         segments, rest = _packing(hidden, lengths, reader)
         bias, real = _bias(added, rest, lengths, reader, sees_constants=sees_constants)
     except _NotProved as found:
         return Proof(reason=found.reason, at=found.at)
-    proof = _support(_conjunction([*rest, *real]) if real else rest, lengths)
+    proof = _support(_conjunction([*rest, *real], lengths) if real else rest, lengths)
     return replace(proof, segments=segments, bias=bias)
 
 
@@ -98,7 +99,7 @@ class _NotProved(Exception):
 
 
 def _together(
-    given: tuple[ReadMask, ...], *, is_causal: bool
+    given: tuple[ReadMask, ...], lengths: Lengths, *, is_causal: bool
 ) -> tuple[list[Expr], list[tuple[int, Added]]]:
     """The conditions under which a query sees a key, and what is added to the scores."""
     conditions: list[Expr] = [sympy.Le(KEY, QUERY)] if is_causal else []
@@ -119,9 +120,9 @@ def _together(
         else:
             keep = to_bool(mask.value)
             conditions.append(sympy.Not(keep) if mask.how == "drop" else keep)
-    hidden = _conjunction(conditions)
+    hidden = _conjunction(conditions, lengths)
     for at, keep in times:
-        if not set(_conjunction([keep])) <= set(hidden):
+        if not set(_conjunction([keep], lengths)) <= set(hidden):
             shown = "the scores are multiplied by a mask, which makes them 0 and does not hide them"
             raise _NotProved(shown, at)
     return hidden, added
@@ -150,8 +151,10 @@ def _bias(
         raise _NotProved(f"additive bias: {found}", added[0][0]) from None
 
 
-def _conjunction(conditions: list[Expr]) -> list[Expr]:
-    return list(sympy.And.make_args(sympy.to_nnf(sympy.And(*conditions), simplify=False)))
+def _conjunction(conditions: list[Expr], lengths: Lengths) -> list[Expr]:
+    return absorb.conjunction(
+        conditions, lambda relation: classify_atom(relation, lengths).kind == ALWAYS
+    )
 
 
 def _where_one(value: Expr) -> Expr | None:
@@ -174,7 +177,8 @@ def _packing(atoms: list[Expr], lengths: Lengths, reader: Reader) -> tuple[Expr 
     if not segments:
         return None, rest
     (ids,) = segments
-    return ids, _conjunction([packing.within(a, ids, lengths, reader) for a in rest])
+    inside = [packing.within(a, ids, lengths, reader) for a in rest]
+    return ids, _conjunction(inside, lengths)
 
 
 def _support(atoms: list[Expr], lengths: Lengths) -> Proof:
@@ -182,7 +186,8 @@ def _support(atoms: list[Expr], lengths: Lengths) -> Proof:
     ordered = any(a.kind in (CAUSAL, SHIFTED) for a in kinds)
     for atom in kinds:
         if atom.kind not in SUPPORTED:
-            return Proof(reason=_reason(atom, ordered or lengths.one_query), window=atom.size)
+            reason = _reason(atom, ordered or lengths.one_query)
+            return Proof(reason=reason, window=atom.size if reason == atom.reason else None)
     padding = [a for a, kind in zip(atoms, kinds, strict=True) if kind.kind == PADDING]
     causal = any(a.kind == CAUSAL for a in kinds)
     return Proof(causal, sympy.And(*padding) if padding else None)

@@ -7,7 +7,7 @@ import sympy
 import torch
 from torch import fx
 
-from moonfx.passes.graph.nodes import argument, dtype
+from moonfx.passes.graph.nodes import argument, dtype, shape
 from moonfx.passes.symbolic.expressions import (
     Expr,
     Index,
@@ -23,9 +23,18 @@ from moonfx.passes.symbolic.expressions import (
 
 
 def cast(reader: Reader, node: fx.Node, index: Index) -> Expr | None:
-    source = node.args[0]
+    return _held(reader.read(node.args[0], index), node.args[0], node)
+
+
+def copied(reader: Reader, node: fx.Node, index: Index) -> Expr | None:
+    """x.copy_(y)"""
+    return _held(reader.broadcast(node.args[1], index), node.args[1], node)
+
+
+def _held(value: Expr, source: object, node: fx.Node) -> Expr | None:
+    """A value of a tensor as a node of another dtype holds it."""
     assert isinstance(source, fx.Node)
-    value, old, new = reader.read(source, index), dtype(source), dtype(node)
+    old, new = dtype(source), dtype(node)
     if old == new or new == torch.bool or is_boolean(value) or not loads(value):
         return value
     # Unknown values survive only a cast to a dtype that holds them all.
@@ -92,6 +101,19 @@ def masked_fill(reader: Reader, node: fx.Node, index: Index) -> Expr:
     return choose_for(node, to_bool(mask), value, x)
 
 
+def masked_put(reader: Reader, node: fx.Node, index: Index) -> Expr | None:
+    """x[mask] = value, with a mask of x's shape and one value."""
+    if len(node.all_input_nodes) != 3 or argument(node, 3, "accumulate", False):
+        return None
+    x, mask, value = node.all_input_nodes
+    if list(node.args[:3]) != [x, [mask], value] or any(n != 1 for n in shape(value)):
+        return None
+    if dtype(mask) != torch.bool or shape(mask) != shape(x):
+        return None
+    chosen = reader.broadcast(value, index)
+    return choose_for(node, to_bool(reader.read(mask, index)), chosen, reader.read(x, index))
+
+
 def choose_for(node: fx.Node, condition: Expr, yes: Expr, no: Expr) -> Expr:
     """where(), as the node's dtype promotes: True beside 5 is 1."""
     if dtype(node) != torch.bool:
@@ -106,18 +128,25 @@ def bounded(lower: int | None, low_name: str, upper: int | None, high_name: str)
         value = to_number(reader.broadcast(node.args[0], index))
         low = None if lower is None else argument(node, lower, low_name)
         high = None if upper is None else argument(node, upper, high_name)
-        if loads(value):
-            return None  # NaN is neither above nor below
-        if low is not None:
-            value = extreme(sympy.Max, sympy.Ge, value, to_number(reader.broadcast(low, index)))
-        if high is not None:
-            value = extreme(sympy.Min, sympy.Le, value, to_number(reader.broadcast(high, index)))
+        for bound, function in ((low, sympy.Max), (high, sympy.Min)):
+            if bound is not None:
+                limit = to_number(reader.broadcast(bound, index))
+                if _unknown(value) or _unknown(limit):
+                    return None  # NaN is neither above nor below
+                value = extreme(function, value, limit)
         return value
 
     return rule
 
 
-def extreme(function: Any, first: Any, a: Expr, b: Expr) -> Expr:
+def _unknown(value: Expr) -> bool:
+    """Whether a number is not known, or one of those that it is a choice of."""
+    if isinstance(value, sympy.Piecewise):
+        return any(_unknown(branch) for branch, _ in value.args)
+    return bool(loads(value))
+
+
+def extreme(function: Any, a: Expr, b: Expr) -> Expr:
     """Max or Min; of choices a choice, so that conditions stay in sight."""
     if a.has(sympy.Piecewise) or b.has(sympy.Piecewise):
         return sympy.piecewise_fold(function(a, b))
