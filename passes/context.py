@@ -13,6 +13,7 @@ from moonfx.passes.graph.aliases import last_writes
 from moonfx.passes.graph.gradients import Gradients
 from moonfx.passes.graph.modes import Mode, inside, modes
 from moonfx.passes.graph.nesting import Nesting
+from moonfx.passes.graph.own_tensors import OwnTensors
 from moonfx.passes.symbolic.input_masks import Given, is_frozen
 from moonfx.passes.symbolic.reader import Reader
 from moonfx.passes.symbolic.real_reader import RealReader
@@ -70,7 +71,8 @@ class Context:
         self._start = Mode(torch.is_grad_enabled())  # Dynamo compiles under the mode it guards on
         self.nesting = Nesting(self.gm, self.root)
         self.gradients = Gradients(self.nesting, self.mode, is_frozen)
-        self.reader = Reader(self.nesting.outer, self.mutated, self.nesting.name_of)
+        self._tensors: dict[fx.Graph, OwnTensors] = {}
+        self.reader = Reader(self.nesting.outer, self.mutated, self.nesting.name_of, self.tensors)
         self._real = {
             True: RealReader(self.reader, self.gradients.end_at),
             False: RealReader(self.reader, lambda node: False),
@@ -106,12 +108,19 @@ class Context:
         writes again after each site would take time that grows with the square of the graph.
         """
         self._modes.pop(graph, None)
+        self._tensors.pop(graph, None)
         self.nesting.changed(graph)
         if self._writes.get(graph):
             del self._writes[graph]
 
     def mutated(self, node: fx.Node) -> bool:
         return node in self.writes(node.graph)
+
+    def tensors(self, node: fx.Node) -> OwnTensors:
+        """What the node's graph makes and writes to."""
+        if node.graph not in self._tensors or node not in self._tensors[node.graph].position:
+            self._tensors[node.graph] = OwnTensors(node.graph)
+        return self._tensors[node.graph]
 
     def decline(self, site: AttentionSite, reason: Declined) -> None:
         """Leaves a site as it is, for a reason."""

@@ -125,7 +125,7 @@ class Memory:
 
     def aliases(self, node: fx.Node) -> list[fx.Node]:
         """The operands whose memory a node's result may lie in."""
-        if _copies(node):
+        if copies(node):
             return []
         if is_opaque(node):
             return node.all_input_nodes
@@ -170,7 +170,7 @@ def _renamed(node: fx.Node) -> fx.Node | None:
     return targets[0] if returned and not operator_name(node).startswith(_RESHAPE) else None
 
 
-def _copies(node: fx.Node) -> bool:
+def copies(node: fx.Node) -> bool:
     """Whether a node that may return its operand itself is known to return a copy."""
     if node.target not in _MAY_COPY:
         return False

@@ -83,11 +83,12 @@ def _beside_causal(atom: sympy.Or, parts: list[Atom]) -> Atom | None:
             f"prefix-LM: the keys of a prefix{by} are seen by the queries before them; only causal "
             "and, with causal_only=False, bidirectional attention can be sparse",
         )
-    return Atom(
-        OTHER,
-        f"a choice between masks: causal, or {describe(union)}: tokens of a group{by} see each "
-        "other in both directions, as images in a prompt do (leave token_type_ids out for text)",
+    choice = f"a choice between masks: causal, or {describe(union)}"
+    images = (
+        f": tokens of a group{by} see each other in both directions, as images in a prompt do "
+        "(leave token_type_ids out for text)"
     )
+    return Atom(OTHER, choice + images if names else choice)
 
 
 def _of_values(atom: Expr, lengths: Lengths) -> Atom | None:

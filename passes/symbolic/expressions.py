@@ -12,6 +12,8 @@ import sympy
 import torch
 from torch import fx
 
+from moonfx.passes.graph.nodes import shape
+
 Expr = Any  # sympy.Expr or sympy.logic.boolalg.Boolean
 
 # Below this an additive mask value is a mask: exp(-1e4 + score) is zero in float32 for every score
@@ -163,6 +165,13 @@ def describe(expr: Expr) -> str:
 
 
 Index = tuple[Expr, ...]
+
+
+def aligned(node: fx.Node, index: Sequence[Expr]) -> Index:
+    """The part of an index of equal or higher rank that a node is read at."""
+    sizes = shape(node)
+    own = tuple(index)[len(index) - len(sizes) :]
+    return tuple(sympy.S.Zero if n == 1 else x for n, x in zip(sizes, own, strict=True))
 
 
 class Reader(Protocol):

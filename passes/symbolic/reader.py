@@ -17,10 +17,13 @@ from torch import fx
 
 from moonfx.capture.graph_nodes import buffer_value
 from moonfx.capture.sizes import expression
-from moonfx.passes.graph.nodes import dtype, shape
+from moonfx.passes.graph.nodes import dtype
+from moonfx.passes.graph.own_tensors import OwnTensors
+from moonfx.passes.symbolic import in_place
 from moonfx.passes.symbolic.expressions import (
     Expr,
     Index,
+    aligned,
     choose,
     constant,
     head_symbols,
@@ -28,6 +31,7 @@ from moonfx.passes.symbolic.expressions import (
     name_of,
     stored,
 )
+from moonfx.passes.symbolic.in_place import SeenFrom
 from moonfx.passes.symbolic.indices import BATCH
 from moonfx.passes.symbolic.input_masks import Given, given_of, where_kept
 from moonfx.passes.symbolic.rules import RULES
@@ -40,7 +44,8 @@ class Reader:
         outer: maps a placeholder of a nested body to the node it is called with, or None.
         name: what to call a node in a reason.
         mutated: whether some operator of the graph writes into the node's memory. Its values then
-            depend on when it is read, so it is a leaf.
+            depend on when it is read: it is a leaf, unless `tensors` says what they are.
+        tensors: what the node's graph makes and writes to.
     """
 
     def __init__(
@@ -48,14 +53,17 @@ class Reader:
         outer: Callable[[fx.Node], fx.Node | None],
         mutated: Callable[[fx.Node], bool],
         name: Callable[[fx.Node], str],
+        tensors: Callable[[fx.Node], OwnTensors],
     ) -> None:
         self.outer = outer
         self.name = name
         self.mutated = mutated
+        self.tensors = tensors
         self.leaves: dict[str, fx.Node] = {}
         self.constants: dict[fx.Node, tuple[float, float] | Given] = {}
         self._names: dict[fx.Node, str] = {}
         self._memo: dict[tuple[fx.Node, Index], Expr] = {}
+        self._memo_before: dict[tuple[fx.Node, Index, int], Expr] = {}
 
     def read(self, node: object, index: Sequence[Expr]) -> Expr:
         """The value of `node` at `index` (one expression per dimension)."""
@@ -70,9 +78,17 @@ class Reader:
         """The value of `node` broadcast to an index of equal or higher rank."""
         if not isinstance(node, fx.Node):
             return constant(node)
-        sizes = shape(node)
-        aligned = tuple(index)[len(index) - len(sizes) :]
-        return self.read(node, [0 if n == 1 else x for n, x in zip(sizes, aligned, strict=True)])
+        return self.read(node, aligned(node, index))
+
+    def read_before(self, node: object, index: Index, place: int) -> Expr:
+        """The value of `node` at `index`, as a node at a place in its graph sees it."""
+        if not isinstance(node, fx.Node) or not self.mutated(node):
+            return self.read(node, index)
+        once = node, index, len(self.tensors(node).writers(node, place))
+        if once not in self._memo_before:
+            known = in_place.value(self, self.tensors(node), node, index, place)
+            self._memo_before[once] = self.load(node, index) if known is None else known
+        return self._memo_before[once]
 
     def load(self, node: fx.Node, index: Index) -> Expr:
         """`node` as an unknown tensor, under a name that no node of another graph shares."""
@@ -94,17 +110,41 @@ class Reader:
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt | torch.SymFloat | int | float):
             return expression(value)
-        if not isinstance(value, torch.Tensor) or self.mutated(node):
+        if not isinstance(value, torch.Tensor):
             return self.load(node, index)
+        if self.mutated(node):
+            return self._as_users_see(node, index)
         if node.op == "placeholder" and (source := self.outer(node)) is not None:
             return self.read(source, index)
         if node.op in ("placeholder", "get_attr"):
             return self._read_constant(node, index)
+        return self.value(node, index)
+
+    def value(self, node: fx.Node, index: Index, place: int | None = None) -> Expr:
+        """The value of `node` by its operator's rule.
+
+        Args:
+            place: before which its operands are read, where something writes to one of them.
+        """
         rule = RULES.get(node.target)
-        result = rule(self, node, index) if rule is not None else None
+        result = rule(self.seen_by(node, place), node, index) if rule is not None else None
         if result is not None:
             result = stored(result, dtype(node))
         return self.load(node, index) if result is None else result
+
+    def seen_by(self, node: fx.Node, place: int | None = None) -> "Reader | SeenFrom":
+        """A reader of a node's operands, as they are at its place in the graph or at another."""
+        if not any(map(self.mutated, node.all_input_nodes)):
+            return self
+        return SeenFrom(self, self.tensors(node).position[node] if place is None else place)
+
+    def _as_users_see(self, node: fx.Node, index: Index) -> Expr:
+        """The value of a node that is written to, if it is one for all that read it."""
+        tensors = self.tensors(node)
+        places = {tensors.position[reader] for reader in tensors.readers(node)}
+        if len({len(tensors.writers(node, place)) for place in places}) != 1:
+            return self.load(node, index)
+        return self.read_before(node, index, max(places))
 
     def _read_constant(self, node: fx.Node, index: Index) -> Expr:
         """A buffer or a constant tensor: one repeated value, or a triangle. Or a `Given` mask."""

@@ -57,6 +57,7 @@ _OPERATORS: list[tuple[Rule, Sequence[str]]] = [
     (pointwise.logic(sympy.Not), ["logical_not", "bitwise_not"]),
     (pointwise.where, ["where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar"]),
     (pointwise.masked_fill, ["masked_fill.Scalar", "masked_fill.Tensor"]),
+    (pointwise.masked_put, ["index_put"]),
     (creation.triangular(sympy.Le), ["tril"]),
     (creation.triangular(sympy.Ge), ["triu"]),
     (pointwise.absolute, ["abs", "absolute"]),
@@ -75,10 +76,12 @@ _OPERATORS: list[tuple[Rule, Sequence[str]]] = [
     (creation.cumsum, ["cumsum"]),
     (creation.diff, ["diff"]),
 ]
-# In place, where `aliases.made_in_place` says that nobody read what was there before.
+# In place, where `aliases.made_in_place` says that nobody read what was there before; and where
+# symbolic/in_place.py says who did.
 _IN_PLACE: list[tuple[Rule, Sequence[str]]] = [
     (creation.fill(1, "value"), ["fill_.Scalar", "fill_.Tensor"]),
     (creation.filled_with(0), ["zero_"]),
+    (pointwise.copied, ["copy_"]),
     (pointwise.numbers(operator.add), ["add_.Tensor"]),
     (pointwise.numbers(operator.sub), ["sub_.Tensor"]),
     (pointwise.numbers(operator.mul), ["mul_.Tensor"]),
@@ -87,6 +90,7 @@ _IN_PLACE: list[tuple[Rule, Sequence[str]]] = [
     (pointwise.logic(sympy.Or), ["logical_or_", "bitwise_or_.Tensor", "__ior__.Tensor"]),
     (pointwise.logic(sympy.Not), ["logical_not_", "bitwise_not_"]),
     (pointwise.masked_fill, ["masked_fill_.Scalar", "masked_fill_.Tensor"]),
+    (pointwise.masked_put, ["index_put_"]),
     (creation.triangular(sympy.Le), ["tril_"]),
     (creation.triangular(sympy.Ge), ["triu_"]),
 ]

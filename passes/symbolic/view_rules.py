@@ -32,21 +32,30 @@ def permute(reader: Reader, node: fx.Node, index: Index) -> Expr | None:
 def reshape(reader: Reader, node: fx.Node, index: Index) -> Expr | None:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    sizes_in, sizes_out = shape(source), shape(node)
-    groups = reshape_groups(sizes_in, sizes_out)
+    before = reshaped(shape(source), shape(node), index)
+    return None if before is None else reader.read(source, before)
+
+
+def reshaped(before: Sequence[Expr], after: Sequence[Expr], index: Index) -> Index | None:
+    """Where an element at an index after a reshape was before it; None if that is not known.
+
+    Args:
+        before, after: the sizes.
+    """
+    groups = reshape_groups(before, after)
     if groups is None:
         return None
-    result: list[Expr] = [sympy.Integer(0)] * len(sizes_in)
+    result: list[Expr] = [sympy.Integer(0)] * len(before)
     for ins, outs in groups:
         flat: Expr = sympy.Integer(0)
         for dim in outs:
-            flat = flat * sizes_out[dim] + (0 if sizes_out[dim] == 1 else index[dim])
-        wide = [d for d in ins if sizes_in[d] != 1]
+            flat = flat * after[dim] + (0 if after[dim] == 1 else index[dim])
+        wide = [d for d in ins if before[d] != 1]
         for dim in reversed(wide[1:]):
-            flat, result[dim] = divided(flat, sizes_in[dim])
+            flat, result[dim] = divided(flat, before[dim])
         if wide:
             result[wide[0]] = flat
-    return reader.read(source, result)
+    return tuple(result)
 
 
 def reshape_groups(
