@@ -20,7 +20,7 @@ from moonfx.capture.sizes import Size, expression, same_size
 from moonfx.passes.context import Context
 from moonfx.passes.graph.nodes import body_of, call
 from moonfx.passes.masks.padding import heads_of
-from moonfx.passes.symbolic.expressions import Expr, is_load, loads
+from moonfx.passes.symbolic.expressions import Expr, is_load, loads, rest_of
 from moonfx.passes.symbolic.indices import BATCH, HEAD, KEY
 from moonfx.site import AttentionSite
 
@@ -150,7 +150,8 @@ class Writer:
         if isinstance(expr, sympy.Add | sympy.Mul):
             target = aten.add.Tensor if isinstance(expr, sympy.Add) else aten.mul.Tensor
             distance = expr.coeff(KEY) == 1 and expr - KEY
-            if isinstance(expr, sympy.Add) and distance and not distance.has(KEY, BATCH, HEAD):
+            known = distance and not (distance.has(KEY, BATCH, HEAD) or loads(distance))
+            if isinstance(expr, sympy.Add) and known:
                 return self._shifted(distance, dims)
             tensors = [a for a in expr.args if not a.is_number]
             parts = [self._write(a, dims) for a in tensors]
@@ -159,9 +160,26 @@ class Writer:
             for part in parts[1:]:
                 result = call(target, result, part)
             return result
+        if isinstance(expr, sympy.Piecewise):
+            return self._choice(expr, dims)
         if isinstance(expr, sympy.Pow) and expr.exp.is_Integer:
             return call(aten.pow.Tensor_Scalar, self._write(expr.base, dims), int(expr.exp))
         raise CannotWrite(f"the mask or bias is {expr}, which has no operator form here")
+
+    def _choice(self, expr: sympy.Piecewise, dims: tuple[Expr, ...]) -> Any:
+        """where(condition, first, others)"""
+        value, condition = expr.args[0]
+        if condition == True:  # noqa: E712
+            return self._write(value, dims)
+        keep = self._write(condition, dims)
+        yes, no = self._write(value, dims), self._write(rest_of(expr), dims)
+        target = {
+            (True, True): aten.where.self,
+            (True, False): aten.where.ScalarOther,
+            (False, True): aten.where.ScalarSelf,
+            (False, False): aten.where.Scalar,
+        }[isinstance(yes, fx.Node), isinstance(no, fx.Node)]
+        return call(target, keep, yes, no)
 
     def _logic(self, expr: Expr, dims: tuple[Expr, ...]) -> fx.Node:
         parts = [self._write(a, dims) for a in expr.args]
@@ -175,6 +193,8 @@ class Writer:
 
     def _relation(self, expr: Expr, dims: tuple[Expr, ...]) -> fx.Node:
         relation, (left, right) = expr.func, expr.args
+        if expr.has(KEY) and all(x.is_integer for x in loads(expr)) and _counts_keys(expr):
+            return self._compared(relation, sympy.expand(left - right), dims)
         if left.is_number:
             left, right, relation = right, left, _FLIPPED.get(relation, relation)
         if not right.is_number:
@@ -189,11 +209,28 @@ class Writer:
         number = int(right) if right.is_Integer else float(right)
         return call(_RELATIONS[relation], tensor, number)
 
-    def _arange(self, dims: tuple[Expr, ...]) -> fx.Node:
-        """0, 1, .. Nk - 1 in float32, exact up to 2**24 tokens."""
+    def _compared(self, relation: Any, difference: Expr, dims: tuple[Expr, ...]) -> fx.Node:
+        """A relation of integers and places, j < length[b], each in 64 bits."""
+        result: Any = self._arange(dims, torch.int64)
+        result = call(aten.mul.Tensor, result, int(difference.coeff(KEY)))
+        for term in sympy.Add.make_args(sympy.expand(difference - difference.coeff(KEY) * KEY)):
+            if not loads(term) and not term.is_Integer:
+                raise CannotWrite(f"the padding predicate {difference}")
+            factor, load = term.as_coeff_Mul()
+            if load == 1:
+                result = call(aten.add.Tensor, result, int(factor))
+                continue
+            if not is_load(load):
+                raise CannotWrite(f"the padding predicate {difference}")
+            tensor = call(aten.to.dtype, self._load(load, dims), torch.int64)
+            result = call(aten.add.Tensor, result, call(aten.mul.Tensor, tensor, int(factor)))
+        return call(_RELATIONS[relation], result, 0)
+
+    def _arange(self, dims: tuple[Expr, ...], dtype: torch.dtype = torch.float32) -> fx.Node:
+        """0, 1, .. Nk - 1, by default in float32, exact up to 2**24 tokens."""
         device = self.site.key.meta["val"].device
         length = self.sizes.of(self.length)
-        made = {"dtype": torch.float32, "device": device}
+        made = {"dtype": dtype, "device": device}
         node = call(aten.arange.default, length, graph=self.sizes.graph, **made)
         for _ in dims[:-1]:
             node = call(aten.unsqueeze.default, node, 0)
@@ -248,6 +285,11 @@ class Writer:
         if not isinstance(length, int) and start != 0:
             end = call(operator.add, length, int(start))
         return call(aten.slice.Tensor, leaf, dim, int(start), end)
+
+
+def _counts_keys(relation: Expr) -> bool:
+    """Whether a relation has the place of a key itself, and not just values read there."""
+    return bool(relation.subs({x: sympy.Dummy(integer=True) for x in loads(relation)}).has(KEY))
 
 
 class _Sizes:

@@ -1,6 +1,7 @@
 """Conditions on values that the graph does not know: key padding, or why a mask is not that.
 
 real[b, j] != 0                 padding: which keys of a row are real
+j < length[b]                   the same, by lengths
 real[b, i] != 0                 whole queries are masked
 real[b, i] <= real[b, j]        compared, by values unknown
 """
@@ -28,17 +29,20 @@ def of_values(atom: Expr) -> str:
         return _compared(atom, names)
     if by_query:
         return f"whole queries are masked by '{names}'; mask the keys of padding instead"
-    if not by_key:
+    outside = atom.subs({x: sympy.Dummy(integer=True) for x in unknown})
+    if atom.has(QUERY):
+        if by_key:
+            return f"the mask mixes query positions with '{names}'"
+        if not outside.has(KEY):
+            return f"whole queries are masked by '{names}'; mask the keys of padding instead"
         return (
             f"the mask compares positions with values read from '{names}' (a static cache? a "
             "DynamicCache can be proved)"
         )
-    if atom.has(QUERY):
-        return f"the mask mixes query positions with '{names}'"
     if not all(_is_row_and_key(x) for x in unknown):
         return f"the padding mask '{names}' is not read at (row, key)"
-    if atom.subs({x: sympy.Dummy(integer=True) for x in unknown}).has(KEY, BATCH):
-        return f"the padding mask '{names}' also depends on positions: {describe(atom)}"
+    if outside.has(BATCH) or not (by_key or outside.has(KEY)):
+        return f"the padding mask '{names}' also depends on rows: {describe(atom)}"
     return ""
 
 
@@ -55,12 +59,17 @@ def _compared(atom: Expr, names: str) -> str:
 
 
 def _is_row_and_key(load: Expr) -> bool:
-    """load(b, j + c), load(b // H, j + c), load(0, j + c), load(b, 0, 0, j + c) or load(j + c)."""
-    *rows, key = load.args
-    shift = sympy.expand(key - KEY)
+    """load(b, j + c), load(b // H, j + c), load(0, j + c), load(b, 0, 0, j + c), load(j), load(b)."""
+    rows = [x for x in load.args if not x.has(KEY)]
+    keys = [sympy.expand(x - KEY) for x in load.args if x.has(KEY)]
     batches = [r for r in rows if not r.is_Integer]
     known = len(batches) <= 1 and all(r == BATCH or heads_of(r) for r in batches)
-    return known and shift.is_nonnegative is True and not shift.has(BATCH, HEAD, QUERY, KEY)
+    last = not keys or load.args[-1].has(KEY)
+    return known and last and len(keys) <= 1 and all(map(_is_shift, keys))
+
+
+def _is_shift(shift: Expr) -> bool:
+    return shift.is_nonnegative is True and not shift.has(BATCH, HEAD, QUERY, KEY)
 
 
 def heads_of(row: Expr) -> int | None:

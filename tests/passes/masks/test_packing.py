@@ -98,6 +98,35 @@ def test_segment_ids_in_any_spelling_are_packed_sequences(keep: tuple[Keep, str]
         torch.testing.assert_close(out[:, :, part], alone, atol=2e-6, rtol=1e-5)
 
 
+# Which document a token is in, from the tokens that end one; the first three keep it in its own.
+ENDS: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+    ("counted before it", lambda end: end.cumsum(-1) - end.int()),
+    ("counted before it, of integers", lambda end: end.int().cumsum(-1) - end.int()),
+    ("joined", lambda end: F.pad(end.cumsum(-1)[:, :-1], (1, 0))),
+    ("apart from it", lambda end: 2 * end.cumsum(-1) - end.long()),
+]
+
+
+@pytest.mark.parametrize("make", [e[1] for e in ENDS], ids=[e[0] for e in ENDS])
+def test_documents_are_told_apart_by_the_tokens_that_end_them(make) -> None:
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
+        ids = make(tokens == 0)
+        keep = causal(N) & (ids[:, :, None] == ids[:, None])
+        return F.scaled_dot_product_attention(q, k, v, keep[:, None])
+
+    q, k, v = inputs(1, H, N, D)
+    tokens = torch.ones(1, N, dtype=torch.long)
+    tokens[0, [16, 25]] = 0
+    parts = PARTS
+    if make is ENDS[3][1]:  # the last token of a document is one of its own
+        parts = [slice(0, 16), slice(16, 17), slice(17, 25), slice(25, 26), slice(26, 40)]
+    out, report = run(Model(body), q, k, v, tokens, block=BLOCK, topk=TOPK)
+    assert outcome(report) == ["causal & packed"]
+    for part in parts:
+        alone = moonfx.moba_attention(q[:, :, part], k[:, :, part], v[:, :, part], BLOCK, TOPK)
+        torch.testing.assert_close(out[:, :, part], alone, atol=2e-6, rtol=1e-5)
+
+
 LOOKALIKES: list[tuple[str, Keep, str]] = [
     ("at most", lambda i, j, a, b: (j <= i) & (b <= a), "packed sequences: queries and keys"),
     ("unequal", lambda i, j, a, b: (j <= i) & (a != b), "packed sequences: queries and keys"),
