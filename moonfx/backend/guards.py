@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moonfx.passes.symbolic.input_masks import Given, values_of
+from moonfx.passes.symbolic.input_masks import Given, Packed, packed_values_of, values_of
 from moonfx.passes.symbolic.reader import summary
 
 # A buffer's values, or those of a mask that came into the graph.
@@ -62,12 +62,19 @@ def checked(
 _latest: deque[tuple[weakref.ref[torch.Tensor], int, type, Values | None]] = deque(maxlen=32)
 
 
+_READS: dict[type, Callable[[torch.Tensor], Values | None]] = {
+    Given: values_of,
+    Packed: packed_values_of,
+}
+
+
 def _found(tensor: torch.Tensor, kind: type) -> Values | None:
     """The values of a tensor, read anew only if it may have changed."""
     version = -1 if tensor.is_inference() else tensor._version
     for known, then, of, values in reversed(_latest):
         if known() is tensor and then == version >= 0 and of is kind:
             return values
-    values = values_of(tensor) if kind is Given else summary(tensor)
+    read: Callable[[torch.Tensor], Values | None] = _READS.get(kind, summary)
+    values = read(tensor)
     _latest.append((weakref.ref(tensor), version, kind, values))
     return values

@@ -9,7 +9,7 @@
 Each is legal wherever it stands, whether or not the attention becomes sparse: a product in the
 order that einsum takes it in, all else the same numbers bit for bit. It is done around a softmax
 alone, from query @ key^T to the product with the values. For a mask that the graph is given, whose
-values are known, this also writes which keys are real by it: a proof names that node.
+values are known, this also writes what the keys are by it: a proof names that node.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ from moonfx.passes.graph.operators import (
     SOFTMAX,
 )
 from moonfx.passes.graph.walks import upstream
-from moonfx.passes.symbolic.input_masks import write_real_keys
+from moonfx.passes.symbolic.input_masks import write_keys
 
 aten = torch.ops.aten
 
@@ -53,7 +53,7 @@ def run(graph: fx.Graph, context: Context) -> int:
     written = 0
     for node in list(graph.nodes):
         if node.op == "placeholder":
-            written += write_real_keys(node)
+            written += write_keys(node)
         elif node.op == "call_function" and fused.is_attention(node):
             written += _take_output_once(node)
         elif node.target in SOFTMAX | EXP:

@@ -4,6 +4,10 @@
     after   the same, and real = mask[:, 0, -1] == a, bool [B, Nk]: who is real, as the last query
             sees it; mask[b, 0, i, j] is read as  a  if j <= i + Nk - Nq and real[b, j],  else  b
 
+    before  mask [B, N, N], an input of the graph that is block-diagonal and causal (packed batches)
+    after   the same, and first = argmax(mask == a), [B, N]: the first key that each query sees;
+            mask[b, i, j] is read as  a  if j <= i and first[b, i] == first[b, j],  else  b
+
 Nothing about an input can be proved when the graph is compiled. What is found in its values then
 is a `Given`, and whoever compiles the graph must check it at each call (backend/guards.py): with
 any other mask the graph has to run as it was.
@@ -24,7 +28,7 @@ from moonfx.passes.symbolic.expressions import Expr, Index
 
 aten = torch.ops.aten
 
-_GIVEN, _REAL, _FROZEN = "moonfx_given", "moonfx_real", "moonfx_frozen"
+_GIVEN, _KEYS, _FROZEN = "moonfx_given", "moonfx_keys", "moonfx_frozen"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,39 @@ class Given:
 
     kept: float
     hidden: float
+
+
+class Packed(Given):
+    """Values of a packed mask: `kept` for a query's own sequence up to itself, else `hidden`."""
+
+
+def given_by(mask: object) -> Given | None:
+    """What is known of a mask by its values; a causal one [B, N, N] is a packed one as well.
+
+    Those that make such masks pack sequences, and may have a row of one sequence by chance.
+    """
+    packed = packed_values_of(mask)
+    if packed is not None and isinstance(mask, Tensor) and mask.dim() == 3:
+        return packed
+    return values_of(mask) or packed
+
+
+def packed_values_of(mask: object) -> Packed | None:
+    """What a mask [..., N, N] is; None if it is not causal inside of blocks along its diagonal."""
+    if not (isinstance(mask, Tensor) and _may_be(mask) and mask.shape[-2] == mask.shape[-1]):
+        return None
+    kept, hidden = mask[(0,) * (mask.dim() - 1)][[0, -1]]
+    if bool(kept == hidden):
+        return None
+    first = _first_key(mask == kept)
+    own = first.unsqueeze(-1) == first.unsqueeze(-2)
+    if not bool(mask.eq(torch.where(own.tril(), kept, hidden)).all()):
+        return None
+    return Packed(kept.item(), hidden.item())
+
+
+def _first_key(keep: Tensor) -> Tensor:
+    return keep.to(torch.uint8).argmax(-1)
 
 
 def values_of(mask: object) -> Given | None:
@@ -69,7 +106,7 @@ def mark(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     """
     for node, value in zip(placeholders(gm.graph), example_inputs, strict=True):
         node.meta[_FROZEN] = isinstance(value, Tensor) and not value.requires_grad
-        if buffer_value(node) is None and (given := values_of(value)) is not None:
+        if buffer_value(node) is None and (given := given_by(value)) is not None:
             node.meta[_GIVEN] = given
 
 
@@ -91,28 +128,38 @@ def where_kept(node: fx.Node, index: Index, load: Callable[[fx.Node, Index], Exp
     """
     queries, keys = (expression(n) for n in node.meta["val"].shape[-2:])
     rows = index[:-3] if len(index) == 4 else index[:-2]
-    causal = sympy.Le(index[-1], index[-2] + keys - queries)
-    return sympy.And(causal, load(_real(node), (*rows, index[-1])))
+    own = index[-2] + keys - queries
+    causal = sympy.Le(index[-1], own)
+    at_key = load(_of_keys(node), (*rows, index[-1]))
+    if not isinstance(given_of(node), Packed):
+        return sympy.And(causal, at_key)
+    return sympy.And(causal, sympy.Eq(at_key, load(_of_keys(node), (*rows, own))))
 
 
-def write_real_keys(node: fx.Node) -> bool:
-    """Writes the node of who is real for an input that `mark` noted; False if it has none."""
-    if given_of(node) is None or _REAL in node.meta:
+def write_keys(node: fx.Node) -> bool:
+    """Writes the node of what the keys are for an input that `mark` noted; False if it has none."""
+    if given_of(node) is None or _KEYS in node.meta:
         return False
-    _real(node)
+    _of_keys(node)
     return True
 
 
-def _real(node: fx.Node) -> fx.Node:
-    """The node of who is real; made when it is first asked for, if `write_real_keys` was not."""
-    if _REAL not in node.meta:
+def _of_keys(node: fx.Node) -> fx.Node:
+    """Which keys are real, or their sequences; made when asked for, if not by `write_keys`."""
+    if _KEYS not in node.meta:
         first = next(n for n in node.graph.nodes if n.op != "placeholder")
         owner = node.graph.owning_module
         assert owner is not None
         with node.graph.inserting_before(first), fake_values(owner):
-            row = call(aten.select.int, node, -2, -1)
-            if row.meta["val"].dim() == 3:
-                row = call(aten.select.int, row, 1, 0)
-            node.meta[_REAL] = call(aten.eq.Scalar, row, node.meta[_GIVEN].kept)
-    real: fx.Node = node.meta[_REAL]
-    return real
+            mask, given = node, node.meta[_GIVEN]
+            if mask.meta["val"].dim() == 4:
+                mask = call(aten.select.int, mask, 1, 0)
+            if not isinstance(given, Packed):
+                mask = call(aten.select.int, mask, -2, -1)
+            keys = call(aten.eq.Scalar, mask, given.kept)
+            if isinstance(given, Packed):  # the first key that a query sees
+                keys = call(aten.argmax.default, call(aten.to.dtype, keys, torch.uint8), -1)
+            node.meta[_KEYS] = keys
+    keys = node.meta[_KEYS]
+    assert isinstance(keys, fx.Node)
+    return keys
