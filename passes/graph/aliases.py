@@ -11,7 +11,7 @@ import operator
 import torch
 from torch import fx
 
-from moonfx.capture.graph_nodes import is_data, is_higher_order, placeholders
+from moonfx.capture.graph_nodes import is_data, is_higher_order, opaque_body, placeholders
 from moonfx.passes.graph import unmarked_aliases
 from moonfx.passes.graph.nodes import argument, body_of, operands_of
 from moonfx.passes.graph.union_find import UnionFind
@@ -107,9 +107,21 @@ def _body_writes(node: fx.Node) -> list[fx.Node]:
         return []
     body = body_of(node)
     if body is None:
-        return _tensors(node)
+        return _tensors(node) if _may_write(node) else []
     written = last_writes(body.graph)
     return [outside for inside, outside in _operands(node, body) if inside in written]
+
+
+def _may_write(node: fx.Node) -> bool:
+    """Whether a body that no pass looks into may write, by the names of what it calls."""
+    bodies = [body for n in node.all_input_nodes if (body := opaque_body(n)) is not None]
+    if len(bodies) != 1:
+        return True
+    (body,) = bodies
+    calls = [n for n in body.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    return any(hasattr(n.target, "_schema") or n.op == "call_module" for n in calls) or any(
+        map(_writes_by_name, calls)
+    )
 
 
 def _body_aliases(node: fx.Node) -> list[fx.Node]:

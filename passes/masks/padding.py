@@ -41,7 +41,9 @@ def of_values(atom: Expr) -> str:
         )
     if not all(_is_row_and_key(x) for x in unknown):
         return f"the padding mask '{names}' is not read at (row, key)"
-    if outside.has(BATCH) or not (by_key or outside.has(KEY)):
+    if not (by_key or outside.has(KEY)):
+        return f"whole rows of the batch are masked by '{names}'"
+    if outside.has(BATCH):
         return f"the padding mask '{names}' also depends on rows: {describe(atom)}"
     return ""
 
@@ -59,7 +61,7 @@ def _compared(atom: Expr, names: str) -> str:
 
 
 def _is_row_and_key(load: Expr) -> bool:
-    """load(b, j + c), load(b // H, j + c), load(0, j + c), load(b, 0, 0, j + c), load(j), load(b)."""
+    """load(b, j + c), load(b // H, j), load(0, j), load(b, 0, 0, j), load(j), load(b)."""
     rows = [x for x in load.args if not x.has(KEY)]
     keys = [sympy.expand(x - KEY) for x in load.args if x.has(KEY)]
     batches = [r for r in rows if not r.is_Integer]

@@ -96,7 +96,7 @@ MASKS: list[tuple[str, Callable[..., Tensor], str]] = [
         lambda n, k, m: (
             (columns(k) <= rows(n) + (k - n)) & (m.T[:B, None, :1].expand(B, 1, 1) != 0)[:, None]
         ),
-        "the mask compares",
+        "whole rows of the batch",
     ),
     (
         "float padding",

@@ -168,3 +168,24 @@ def test_what_the_caller_gives_is_not_the_graphs_own() -> None:
     assert outcome(report)[0].startswith(IN_PLACE)
     expected = F.scaled_dot_product_attention(*inputs(), causal())
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [(lambda ids: ids + 1, "causal & packed"), (lambda ids: ids.add_(1), IN_PLACE)],
+    ids=["reads", "writes"],
+)
+def test_a_region_under_vmap_is_a_write_only_where_it_writes(function, expected: str) -> None:
+    """As a mask of groups of image tokens is made, beside one that is proved."""
+
+    def body(self: Model, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        ids = ids * 2
+        keep = causal() & (ids[:, :, None] == ids[:, None])
+        moved = torch.vmap(function)(ids)
+        return F.scaled_dot_product_attention(q, k, v, keep[:, None]) + 0 * moved.sum()
+
+    ids = (torch.arange(N) // 9).expand(B, -1).contiguous()
+    expected_out = Model(body)(*inputs(), ids)
+    out, report = run(Model(body), *inputs(), ids)
+    assert outcome(report)[0].startswith(expected), outcome(report)
+    torch.testing.assert_close(out, expected_out, atol=2e-6, rtol=1e-5)
