@@ -144,6 +144,8 @@ class Backend:
             self._remember(gm, captured, example_inputs, record)
         given_masks.mark(captured, example_inputs)
         root = graph_root(gm, example_inputs, self.parameter_names)
+        if root is None:  # "" would say that the graph is of the whole model
+            root = self.names.get(id(called_by)) or None
         context = self.run_passes(captured, root, record)
         if record.failure is not None and context is None:  # of a graph that may be half rewritten
             captured = capture(gm, example_inputs)

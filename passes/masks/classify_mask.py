@@ -16,7 +16,7 @@ from moonfx.passes.context import Context
 from moonfx.passes.masks.decode_step import appended
 from moonfx.passes.masks.prove import Proof, ReadMask, prove
 from moonfx.passes.masks.self_attention import same_tokens
-from moonfx.passes.masks.static_cache import said_of
+from moonfx.passes.masks.static_cache import reason_of
 from moonfx.passes.symbolic.expressions import Expr, head_symbol, loads, name_of
 from moonfx.passes.symbolic.indices import BATCH, HEAD, KEY, QUERY, Lengths, lengths_of
 from moonfx.site import AttentionSite, Declined, Mask
@@ -55,7 +55,7 @@ def classify(site: AttentionSite, context: Context) -> Mask:
     proof = _proved(given, lengths, site, context)
     if proof.reason:
         node = site.masks[proof.at][0] if site.masks else site.output
-        cache = said_of(site, context) if "cache" in proof.reason else ""
+        cache = reason_of(site, context) if "cache" in proof.reason else ""
         raise Declined(cache or proof.reason + _already_sparse(proof, site, context), node)
     causal = proof.causal or (lengths.one_query and (lengths.one_key or appended(site)))
     if not causal:
@@ -139,7 +139,7 @@ def _check_both_ways(site: AttentionSite, lengths: Lengths, context: Context) ->
     if lengths.one_query:
         what = "whose mask hides no later key and" if site.masks else "without a mask"
         raise Declined(
-            said_of(site, context)
+            reason_of(site, context)
             or f"one query {what} whose keys are not a cache that it was appended to: "
             "cross-attention or pooling, for all that can be proved",
             node,

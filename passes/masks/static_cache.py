@@ -16,7 +16,7 @@ from moonfx.site import AttentionSite
 _REPEATS = ("repeat_interleave", "expand", "repeat", "reshape")
 
 
-def said_of(site: AttentionSite, context: Context) -> str:
+def reason_of(site: AttentionSite, context: Context) -> str:
     """What a reason says of a static cache that a site's keys lie in, "" if they do not."""
     node = site.key
     while True:

@@ -89,8 +89,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=TEXTS,
         metavar="TEXT",
-        help=f"'{TOPICS}', files of the standard library, or your own, several joined by + into one "
-        f"text ({', '.join(TEXTS)})",
+        help=f"'{TOPICS}', files of the standard library, or your own; + joins several to one text "
+        f"({', '.join(TEXTS)})",
     )
     add_numbers(
         parser,
