@@ -2,7 +2,8 @@
 
     [m, n]                        one matrix, a Linear's weight
     [m, k, h, w]                  one matrix [m, k h w], a convolution's filters
-    [e, m, n]                     e matrices, an expert each
+    [g m, k, h, w]                g matrices [m, k h w], a group each of a convolution's filters
+    [e, m, n]                     e matrices, an expert each; also as [m, e, n] and [m, n, e]
     [q + k + v, n]                three matrices, each a block of rows of one fused projection
     [heads * (q + k + v), n]      the same with the blocks of each head beside each other
 
@@ -16,7 +17,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-KINDS = ("matrix", "flatten", "batch")
+# The dims of the matrices of a kind that has several beside each other.
+BATCHED = {"batch": (-2, -1), "middle": (0, -1), "last": (0, 1)}
+KINDS = ("matrix", "flatten", *BATCHED)
 Shape = tuple[int, int, int]
 
 
@@ -24,10 +27,12 @@ class Layout(NamedTuple):
     """Where the matrices lie in a parameter.
 
     Attributes:
-        kind: "matrix" [m, n], "flatten" [m, ...] as [m, n], or "batch" [..., m, n].
+        kind: "matrix" [m, n], "flatten" [m, ...] as [m, n], or several matrices: "batch"
+            [..., m, n], "middle" [m, ..., n], "last" [m, n, ...].
         dim: of a fused parameter, the dimension of the matrix along which its blocks lie: 0 for
             rows (of a Linear), 1 for columns (of Hugging Face's Conv1D).
-        outer: how often the pattern of blocks repeats along `dim`.
+        outer: how often the pattern of blocks repeats along `dim`; of a flattened parameter, how
+            many matrices lie under each other.
         sizes: the length of each block in one repetition; () if the parameter is not fused.
     """
 
@@ -51,6 +56,7 @@ def pieces(tensor: Tensor, layout: Layout) -> list[Piece]:
         ValueError: if the layout does not fit the tensor's shape.
     """
     found = shapes(tuple(tensor.shape), layout)
+    tensor = matrices_last(tensor, layout)
     if not layout.sizes:
         return [Piece(tensor, found[0])]
     dim = tensor.ndim - 2 + layout.dim
@@ -60,13 +66,28 @@ def pieces(tensor: Tensor, layout: Layout) -> list[Piece]:
     return [Piece(*x) for x in zip(tensor.split(layout.sizes, dim), found, strict=True)]
 
 
+def matrices_last(tensor: Tensor, layout: Layout) -> Tensor:
+    """A view of a tensor that has its matrices in its last two dims, unless it is flattened."""
+    if layout.kind not in BATCHED:
+        return tensor
+    return tensor.movedim(BATCHED[layout.kind], (-2, -1))
+
+
+def matrices_back(view: Tensor, layout: Layout) -> Tensor:
+    """What `matrices_last` made a view of, or a tensor of its shape, in the parameter's own."""
+    if layout.kind not in BATCHED:
+        return view
+    return view.movedim((-2, -1), BATCHED[layout.kind])
+
+
 def single(tensor: Tensor, layout: Layout) -> list[list[Tensor]]:
     """The matrices of a contiguous tensor one by one, in a list for each of its `pieces`."""
-    batched = layout.kind == "batch"
-    return [
-        list(view.view(shape[0], *view.shape[tensor.ndim - 2 :]).unbind()) if batched else [view]
-        for view, shape in pieces(tensor, layout)
-    ]
+    if layout.kind == "flatten":
+        return [list(tensor.view(layout.outer, -1, *tensor.shape[1:]).unbind())]
+    views = [piece.view for piece in pieces(tensor, layout)]
+    if layout.kind == "matrix" or tensor.ndim == 2:
+        return [[view] for view in views]
+    return [list(view.flatten(0, tensor.ndim - 3).unbind()) for view in views]
 
 
 def shapes(shape: tuple[int, ...], layout: Layout) -> list[Shape]:
@@ -83,8 +104,13 @@ def shapes(shape: tuple[int, ...], layout: Layout) -> list[Shape]:
     if kind == "flatten":
         if sizes:
             raise ValueError("a flattened parameter cannot be fused: its layout must have sizes=()")
-        return [(1, shape[0], math.prod(shape[1:]))]
-    b, matrix = math.prod(shape[:-2]), (shape[-2], shape[-1])
+        if outer < 1 or shape[0] % outer:
+            raise ValueError(f"{shape[0]} rows are not {outer} matrices under each other")
+        return [(outer, shape[0] // outer, math.prod(shape[1:]))]
+    rows, columns = BATCHED.get(kind, (0, 1))
+    matrix = (shape[rows], shape[columns])
+    own = (rows % len(shape), columns % len(shape))
+    b = math.prod(size for i, size in enumerate(shape) if i not in own)
     if not sizes:
         return [(b, *matrix)]
     if dim not in (0, 1) or outer < 1 or min(sizes) < 1 or outer * sum(sizes) != matrix[dim]:

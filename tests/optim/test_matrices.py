@@ -26,7 +26,21 @@ CASES = [
         Layout("flatten"),
         lambda x: [x.reshape(1, 4, 18)],
     ),
+    (
+        "a convolution of two groups",
+        number(4, 2, 3, 3),
+        Layout("flatten", outer=2),
+        lambda x: [x.reshape(2, 2, 18)],
+    ),
     ("experts", number(2, 3, 5), Layout("batch"), lambda x: [x]),
+    ("experts in the middle", number(3, 2, 5), Layout("middle"), lambda x: [x.transpose(0, 1)]),
+    ("experts last", number(3, 5, 2), Layout("last"), lambda x: [x.permute(2, 0, 1)]),
+    (
+        "gate and up of experts in the middle",
+        number(4, 2, 5),
+        Layout("middle", sizes=(2, 2)),
+        lambda x: [x.transpose(0, 1)[:, :2], x.transpose(0, 1)[:, 2:]],
+    ),
     ("experts of groups", number(2, 2, 3, 5), Layout("batch"), lambda x: [x.reshape(4, 3, 5)]),
     (
         "query, key and value",
@@ -103,6 +117,7 @@ MISFITS = [
     ("a third dimension", (8, 5), Layout(dim=2, sizes=(4, 4)), "along dimension 2"),
     ("an empty block", (8, 5), Layout(sizes=(8, 0)), "are not the 8 numbers"),
     ("no repetition", (8, 5), Layout(outer=0, sizes=(8,)), "are not the 8 numbers"),
+    ("groups of unequal rows", (8, 5, 3), Layout("flatten", outer=3), "8 rows are not 3 matrices"),
     ("a fused convolution", (8, 5, 3), Layout("flatten", sizes=(4, 4)), "cannot be fused"),
 ]
 

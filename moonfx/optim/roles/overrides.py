@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moonfx.optim.matrices import Layout, shapes
+from moonfx.optim.matrices import BATCHED, Layout, shapes
 from moonfx.optim.roles.by_name import unwrapped
 from moonfx.optim.roles.table import OPTIMIZERS, ROLES, RoleRow
 from moonfx.optim.settings import ADAMW, MUON
@@ -154,5 +154,5 @@ def natural(shape: Sequence[int]) -> Layout:
 
 
 def _role_of(layout: Layout) -> str:
-    kinds = {"batch": "experts", "flatten": "convolution", "matrix": "hidden matrix"}
+    kinds = {**dict.fromkeys(BATCHED, "experts"), "flatten": "convolution"}
     return "fused projection" if layout.sizes else kinds.get(layout.kind, "hidden matrix")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moonfx.optim.matrices import Layout
+from moonfx.optim.matrices import Layout, matrices_back, matrices_last
 from moonfx.optim.sharding import is_sharded
 from moonfx.optim.state.adamw import FIRST, SECOND, Group, is_low_bit, moment, steps_of
 from moonfx.optim.state.floats import number
@@ -141,12 +141,16 @@ def moments_of(
 
 def _rank_one(square: Tensor, layout: Layout) -> Tensor:
     """Row means times column means over the mean, of each matrix, with a floor."""
-    shape = square.shape
-    matrices = square.flatten(1) if layout.kind == "flatten" else square
+    matrices = matrices_last(square, layout)
+    shape = matrices.shape
+    if layout.kind == "flatten":
+        matrices = square.flatten(1)
+        matrices = matrices if layout.outer == 1 else matrices.unflatten(0, (layout.outer, -1))
     rows, columns = matrices.mean(-1, keepdim=True), matrices.mean(-2, keepdim=True)
     mean = matrices.mean((-2, -1), keepdim=True)
     # The quotient first: the product of two squares may be too small for a float.
     estimate = rows * (columns / mean.clamp(min=torch.finfo(mean.dtype).tiny))
     # An expert that had no gradient at all lately takes the others' size.
     floor = torch.where(mean > 0, mean, square.mean())
-    return estimate.lerp(floor.expand_as(estimate), _FLOOR).view(shape)
+    estimate = estimate.lerp(floor.expand_as(estimate), _FLOOR).view(shape)
+    return matrices_back(estimate, layout)

@@ -22,8 +22,9 @@ def supports(weight: Tensor, grad: Tensor, buffer: Tensor, layout: Layout) -> bo
     if not plain or weight.dtype not in muon_cpu.DTYPES or watched():
         return False
     repeated_columns = layout.dim == 1 and layout.outer > 1  # steps of two sizes within a row
+    apart = repeated_columns or layout.kind in ("middle", "last")
     same = grad.dtype == buffer.dtype == weight.dtype
-    return same and not repeated_columns and library.available() is None
+    return same and not apart and library.available() is None
 
 
 def gather(

@@ -153,7 +153,10 @@ LAYOUTS = [
     # name, shape, layout
     ("matrix", (6, 8), Layout()),
     ("convolution", (6, 4, 3, 3), Layout("flatten")),
+    ("convolution of two groups", (6, 4, 3, 3), Layout("flatten", outer=2)),
     ("experts", (3, 6, 8), Layout("batch")),
+    ("experts in the middle", (6, 3, 8), Layout("middle")),
+    ("experts last", (6, 8, 3), Layout("last")),
     ("experts of experts", (2, 3, 6, 8), Layout("batch")),
     ("fused", (12, 8), Layout(sizes=(4, 4, 4))),
 ]

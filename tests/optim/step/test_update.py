@@ -79,7 +79,12 @@ def test_three_steps_are_those_of_the_equations(how, monkeypatch) -> None:
 
 LAYOUTS = [
     ("a convolution", (6, 2, 3, 3), Layout("flatten")),
+    ("a convolution of two groups", (6, 2, 3, 3), Layout("flatten", outer=2)),
     ("experts", (3, 6, 10), Layout("batch")),
+    ("experts in the middle", (6, 3, 10), Layout("middle")),
+    ("experts last", (6, 10, 3), Layout("last")),
+    ("experts of groups, in the middle", (6, 2, 2, 10), Layout("middle")),
+    ("gate and up of experts in the middle", (12, 3, 10), Layout("middle", outer=2, sizes=(3, 3))),
     ("experts of groups", (2, 2, 6, 10), Layout("batch")),
     ("query, key and value", (16, 6), Layout(sizes=(8, 4, 4))),
     ("interleaved by heads", (24, 6), Layout(outer=2, sizes=(4, 4, 4))),
