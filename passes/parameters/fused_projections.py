@@ -9,9 +9,9 @@
 
 Every part of the output that some operator reads as a whole belongs to one block. So do parts that
 are added to each other, unless a gate has acted on one of them, and parts that are written into one
-tensor, or concatenated and not cut again at the same places. Parts that take the same place in the
-same products are the heads of one projection. What is left apart are the blocks; a pattern of them
-that a layout cannot say is one matrix.
+tensor that is read, or concatenated and not cut again at the same places. Parts that take the same
+place in the same products are the heads of one projection. What is left apart are the blocks; a
+pattern of them that a layout cannot say is one matrix.
 """
 
 import operator
@@ -40,8 +40,11 @@ from moonfx.passes.parameters.element_positions import (
     is_pointwise,
     replay_on_positions,
 )
+from moonfx.passes.parameters.written_states import is_read
 
 _JOINS = {aten.cat.default, aten.stack.default, aten.concat.default, aten.hstack.default}
+_NEW_DIM = {aten.stack.default}
+_PADS = {aten.pad.default, aten.constant_pad_nd.default}
 _MEETS = ADD | SUBTRACT | WHERE | _JOINS
 _MEETS |= {aten.addcmul.default, aten.rsub.Tensor, aten.lerp.Tensor, aten.maximum.default}
 _SCALES = MULTIPLY | DIVIDE | {aten.addcmul.default}
@@ -169,7 +172,10 @@ class _Follow:
                 self.blocks.join(distinct(at))
             return False
         if user.target in WRITES and user.args[0] not in self.parts:
-            return self._written(user, ours, parts)
+            return is_read(self.flow, user) and self._written(user, ours, parts)
+        if (longer := _lengthened(user, ours, parts)) is not None:
+            self.parts[user] = parts[0]._replace(at=longer)
+            return True
         if user.target in REARRANGE and len(ours) == 1:
             return self._rearranged(user, ours[0], parts[0])
         gated = any(p.gated for p in parts) or self._gates(user)
@@ -254,6 +260,23 @@ class _Follow:
                 self.blocks.join(at)
         self.parts[user] = _Part(at, placed, gated, part.mixed)
         return True
+
+
+def _lengthened(user: FlowValue, ours: list[FlowValue], parts: list[_Part]) -> Tensor | None:
+    """Positions in a part that is longer than before: padded, or with others before or after it.
+
+    They are the same all along the dims that grew, also where the others are.
+    """
+    others = user.target in _PADS or (user.target in _JOINS and user.target not in _NEW_DIM)
+    if not others or len(ours) > 1 or not parts[0].placed or parts[0].mixed:
+        return None
+    at, shape = parts[0].at, user.shape
+    grew = [d for d, (a, b) in enumerate(zip(at.shape, shape, strict=True)) if a != b]
+    for dim in grew:
+        if at.shape[dim] == 0 or not bool((at == at.narrow(dim, 0, 1)).all()):
+            return None
+        at = at.narrow(dim, 0, 1)
+    return at.expand(shape)
 
 
 def _one_place(parts: Sequence[_Part]) -> bool:
