@@ -28,6 +28,8 @@ PARAMETER, INPUT, CONSTANT = "parameter", "input", "constant"
 WRITES = {aten.copy_.default, aten.index_put_.default, aten.index_copy_.default}
 # Make a tensor, and read of another one its shape.
 CREATES = SHAPE_ONLY | {
+    aten.rand_like.default,
+    aten.randn_like.default,
     aten.new_empty.default,
     aten.new_zeros.default,
     aten.new_ones.default,
@@ -35,6 +37,14 @@ CREATES = SHAPE_ONLY | {
     aten.empty.memory_format,
     aten.zeros.default,
     aten.full.default,
+}
+# Take of their second tensor its shape or dtype, and of the first its numbers.
+LIKE_ANOTHER = {
+    aten.type_as.default,
+    aten.to.other,
+    aten.expand_as.default,
+    aten.view_as.default,
+    aten.reshape_as.default,
 }
 
 
@@ -76,7 +86,8 @@ class FlowValue:
         """What it is computed of, each once; of some operators' tensors only the shape counts."""
         if self.target in CREATES:
             return []
-        return list(dict.fromkeys(values_in((self.args, self.kwargs))))
+        args = self.args[:1] if self.target in LIKE_ANOTHER else self.args
+        return list(dict.fromkeys(values_in((args, self.kwargs))))
 
     def argument(self, position: int, name: str = "", default: Any = None) -> Any:
         """An argument by position or name, as the operator's schema has it."""
@@ -163,10 +174,18 @@ class DataFlow:
             marked = sum(marks.values())
             for value in self.values:
                 made_of = (*value.reads, *writers.get(value, ()))
-                marks[value] = value.target == given or any(marks.get(x, False) for x in made_of)
+                if not marks.get(value):
+                    found = value.target == given or any(marks.get(x, False) for x in made_of)
+                    marks[value] = found
+
+    def activate(self, values: Sequence[FlowValue]) -> None:
+        """Says that some values are activations, and so what is made of them."""
+        if values:
+            self._active |= dict.fromkeys(values, True)
+            self._mark(self._active, INPUT)
 
     def active(self, value: Any) -> bool:
-        """Whether it depends on an input of the model, and not on weights and constants alone."""
+        """Whether it is an activation, as what depends on an input of the model, and no weight."""
         return isinstance(value, FlowValue) and self._active[value]
 
     def trained(self, value: Any) -> bool:
@@ -250,12 +269,23 @@ class DataFlow:
                 made[node] = tuple(self._inline(body, list(given)))
             elif node.target is operator.getitem and isinstance(made[node.args[0]], tuple):
                 made[node] = made[node.args[0]][node.args[1]]
+            elif node.target is aten.broadcast_tensors.default:
+                made[node] = self._broadcast(node, fx.map_arg(node.args[0], made.__getitem__))
             elif isinstance(node.meta.get("val"), torch.SymInt | int):
                 made[node] = _size(node.meta["val"])
             else:
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), made.__getitem__)
                 made[node] = self._new(node.target, node, args=args, kwargs=kwargs)
         return ()
+
+    def _broadcast(self, node: fx.Node, tensors: Sequence[Any]) -> tuple[FlowValue, ...]:
+        """Tensors that are expanded together, each by itself: they do not meet."""
+        made = []
+        for x, like in zip(tensors, node.meta["val"], strict=True):
+            shape = tuple(map(_size, like.shape))
+            given = {"args": (x, shape), "shape": shape, "dtype": like.dtype}
+            made.append(self._new(aten.expand.default, node, **given))
+        return tuple(made)
 
     def _constant(self, node: fx.Node) -> Any:
         held = getattr(node.graph.owning_module, str(node.target), None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moonfx.passes.graph.operators import CASTS, COPIES, DROPOUT, VIEWS
-from moonfx.passes.parameters.dataflow import FlowValue
+from moonfx.passes.parameters.dataflow import LIKE_ANOTHER, FlowValue
 
 aten = torch.ops.aten
 
@@ -39,6 +39,8 @@ REARRANGE = VIEWS | {
     aten.squeeze.dims,
     aten.expand.default,
     aten.expand_as.default,
+    aten.view_as.default,
+    aten.reshape_as.default,
     aten.broadcast_to.default,
     aten.slice.Tensor,
     aten.narrow.default,
@@ -66,6 +68,7 @@ SAME = CASTS | COPIES | DROPOUT | {aten.detach.default, aten.lift_fresh_copy.def
 # May copy their tensor, which is small while it is expanded from one row.
 _COPY = {
     aten.reshape.default,
+    aten.reshape_as.default,
     aten.flatten.using_ints,
     aten.repeat.default,
     aten.index.Tensor,
@@ -121,7 +124,10 @@ def replay_on_positions(value: FlowValue, known: dict[FlowValue, Any]) -> Any:
         return x
 
     try:
-        args = [given(x) for x in value.args]
+        numbers = value.args
+        if value.target in LIKE_ANOTHER:
+            numbers = (value.args[0], torch.zeros(()).expand(value.args[1].shape))
+        args = [given(x) for x in numbers]
         kwargs = {k: given(x) for k, x in value.kwargs.items()}
         target: Callable[..., Any] = value.target
         if value.target in _COPY and any(x.numel() > MOST for x in leaves_of(args)):

@@ -8,7 +8,7 @@ Two factors in a row are no LoRA by themselves: what makes them one is the weigh
 from moonfx.passes.graph.operators import ADD, DIVIDE, MULTIPLY
 from moonfx.passes.parameters.dataflow import DataFlow, FlowValue
 from moonfx.passes.parameters.element_positions import REARRANGE, SAME
-from moonfx.passes.parameters.weight_products import WeightProduct, is_product
+from moonfx.passes.parameters.weight_products import WeightProduct, input_of, is_product
 
 
 def is_first_factor(flow: DataFlow, product: WeightProduct, rank: int, size: int) -> bool:
@@ -38,8 +38,8 @@ def source(value: FlowValue | None) -> FlowValue:
 
 
 def _input_of(flow: DataFlow, product: FlowValue) -> FlowValue | None:
-    """What a product with a weight reads that the model computes."""
-    return next((x for x in product.reads if flow.active(x)), None)
+    """What a product with a weight reads that the model computes, or that is learned rows."""
+    return next((x for x in product.reads if flow.active(x)), input_of(product))
 
 
 def _product_after(flow: DataFlow, value: FlowValue) -> FlowValue | None:

@@ -11,6 +11,7 @@
 reads as two different things, has the role None and a reason: something else must decide.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,10 +24,18 @@ from moonfx.passes.parameters.element_positions import REARRANGE, SAME, is_point
 from moonfx.passes.parameters.fused_projections import BlockPattern, FusedBlocks, follow, pattern_of
 from moonfx.passes.parameters.heads_and_routers import CHOICES, produces_logits, routes
 from moonfx.passes.parameters.indices import is_of_choices, is_of_positions
+from moonfx.passes.parameters.inputs import reads_pixels
+from moonfx.passes.parameters.learned_rows import learned_rows
 from moonfx.passes.parameters.lora import is_first_factor, is_second_factor
 from moonfx.passes.parameters.norms import NORMS, ROOTS, is_normalized
 from moonfx.passes.parameters.values import argument_name, named_argument, op_name, wide_sizes
-from moonfx.passes.parameters.weight_products import WeightProduct, is_product, product_of
+from moonfx.passes.parameters.weight_products import (
+    WeightProduct,
+    input_of,
+    is_product,
+    plane_of,
+    product_of,
+)
 from moonfx.passes.parameters.weight_uses import GATHERS, TABLES, Use, uses_of
 
 
@@ -53,6 +62,7 @@ _CONVOLUTIONS = {
 }  # fmt: skip
 # Kinds of use that a matrix between activations does not have.
 _NO_WEIGHTS = ("filters", "gain", "rows", "added", "scale", "other")
+_ATTENDS = {aten.scaled_dot_product_attention.default}
 _JOINS = {aten.cat.default, aten.stack.default}
 _SUMS, _SCALES = ADD | SUBTRACT, MULTIPLY | DIVIDE
 _SEEN_THROUGH = REARRANGE | SAME | SOFTMAX | CHOICES
@@ -64,6 +74,7 @@ def uses_in(flow: DataFlow, names: dict[int, str] | None = None) -> dict[int, Fo
     Args:
         names: id of each module of the user's model -> its qualified name, for reasons.
     """
+    flow.activate(learned_rows(flow))
     reader = _Reader(flow, names or {})
     found = {key: reader.read(value) for key, value in flow.parameters.items()}
     return reader.with_scans(found)
@@ -82,6 +93,8 @@ class _Reader:
         for use in uses:
             kinds.setdefault(self.kind(use), []).append(use)
         if not uses:
+            if (leaves := _left_to_python(self.flow, parameter)) is not None:
+                return Found(None, f"{self.where(leaves)}, goes to code that was not traced")
             if not _reaches_results(self.flow, parameter):
                 return Found("unused", "nothing that the model returns is made of it")
             return Found(None, "no operator reads it together with an input of the model")
@@ -97,6 +110,10 @@ class _Reader:
         argument = argument_name(op, use.value)
         if op.target in TABLES or (op.target in GATHERS and op.args[0] is use.value):
             return "gathered"
+        if op.target in _ATTENDS:
+            return "rows"
+        if op.target in _SCALES and use.through and is_normalized(use.value):
+            return "rows"  # of a norm by hand, whose gain is the other factor
         if name in NORMS or name in _CONVOLUTIONS:
             if argument == "bias":
                 return "bias"
@@ -107,6 +124,8 @@ class _Reader:
             if argument == "bias" or (name in ("addmm", "baddbmm") and op.args[0] is use.value):
                 return "bias"
             if name == "linear" and argument == "input":
+                return "rows"
+            if input_of(op) is use.value and not any(map(self.flow.active, op.reads)):
                 return "rows"
             return "weight" if product_of(use) is not None else "computed weight"
         if op.target in _JOINS:
@@ -146,9 +165,12 @@ class _Reader:
             return Found("head", f"gives what the model returns at {where}")
         if not self.flow.trained(op.args[0]):
             return Found("first convolution", f"reads the model's input at {where}")
-        if len(wide_sizes(parameter)) < 2:
-            return Found("thin matrix", f"filters of one number at {where}")
-        return Found("convolution", f"filters at {where}", "flatten")
+        rows, columns = parameter.shape[0] // groups, math.prod(parameter.shape[1:])
+        if min(rows, columns) < 2:
+            each = " in each group" if groups > 1 else ""
+            return Found("thin matrix", f"a matrix [{rows}, {columns}]{each} at {where}")
+        many = f"{groups} groups of " if groups > 1 else ""
+        return Found("convolution", f"{many}filters at {where}", "flatten", 0, groups)
 
     def computed(self, kinds: dict[str, list[Use]]) -> Found:
         use = kinds["computed weight"][0]
@@ -180,6 +202,8 @@ class _Reader:
             return Found("thin matrix", f"multiplied at {where}, of shape {list(parameter.shape)}")
         if len(parameter.shape) == 2 and any(map(self.is_lora, products)):
             return Found("LoRA", f"a factor of low rank beside a weight at {where}")
+        if any(reads_pixels(self.flow, p.op) for p in products):
+            return Found("patch embedding", f"reads the model's input at {where}")
         if any(self.escapes(p.op) for p in products):
             return Found(None, f"what comes of {where} goes to code that was not traced")
         if any(routes(self.flow, p.op) for p in products):
@@ -207,14 +231,13 @@ class _Reader:
 
     def matrix(self, parameter: FlowValue, products: Sequence[WeightProduct], where: str) -> Found:
         """A matrix between activations, or several: where they lie."""
-        rank = len(parameter.shape)
-        last = {rank - 2, rank - 1}
-        if not all({*p.out, *p.summed} <= last for p in products):
-            if all(set(p.out) == {0} or set(p.summed) == {0} for p in products):
-                return Found("hidden matrix", f"one matrix at {where}", "flatten")
+        found = plane_of(parameter.shape, products)
+        if found is None:
             return Found(None, f"no layout says where the matrices are that {where} multiplies")
-        kind = "matrix" if rank == 2 else "batch"
-        role = "hidden matrix" if rank == 2 else "experts"
+        kind, plane = found
+        if kind == "flatten":
+            return Found("hidden matrix", f"one matrix at {where}", kind)
+        role = "hidden matrix" if kind == "matrix" else "experts"
         dims = {p.out[0] for p in products if p.line is not None}
         if len(dims) != 1 or any(p.line is None for p in products):
             return Found(role, f"multiplied at {where}", kind)
@@ -225,9 +248,9 @@ class _Reader:
         if pattern.sizes:
             parts = " + ".join(map(str, pattern.sizes))
             times = f"{pattern.outer} times " if pattern.outer > 1 else ""
-            role = "fused projection" if rank == 2 else role
+            role = "fused projection" if kind == "matrix" else role
             why = f"its output at {where} is {times}{parts} features that go apart"
-            return Found(role, why, kind, dim - (rank - 2), pattern.outer, pattern.sizes)
+            return Found(role, why, kind, plane.index(dim), pattern.outer, pattern.sizes)
         why = f"multiplied at {where}" + (f", {pattern.why}" if pattern.why else "")
         return Found(role, why, kind)
 
@@ -325,6 +348,16 @@ class _Reader:
         """A node, its module and its source line, in words."""
         module = "a layer" if value.shared else self.module(value) or "the model"
         return f"{value.name} in {module}, {source_line(value)}"
+
+
+def _left_to_python(flow: DataFlow, value: FlowValue) -> FlowValue | None:
+    """What is made of a value and may be read by code between two graphs."""
+    worklist = Worklist(flow, [value])
+    for each in worklist:
+        if each.escapes:
+            return each
+        worklist.add(each.users)
+    return None
 
 
 def _reaches_results(flow: DataFlow, value: FlowValue) -> bool:

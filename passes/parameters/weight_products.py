@@ -4,17 +4,22 @@ linear(x, w [M, N])         out dim 0, in dim 1        y[..., m]
 addmm(b, x, w [M, N])       out dim 1, in dim 0        y[..., n]     Hugging Face's Conv1D
 bmm(x, w [E, M, N])         out dim 2, in dim 1, a matrix for each e
 einsum("bd,dhe->bhe")       out dims 1 and 2: one matrix [D, H E]
+einsum("bd,edf,be->bf")     out dim 2, in dim 1, a matrix for each e, whose results be weighs
 """
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from moonfx.passes.graph.nodes import aten
+from moonfx.passes.graph.operators import SOFTMAX
+from moonfx.passes.graph.walks import reachable
 from moonfx.passes.parameters.dataflow import FlowValue
 from moonfx.passes.parameters.weight_uses import Use
+
+Dims = tuple[int, ...]
+PROBABILITIES = SOFTMAX | {aten.sigmoid.default, aten.log_sigmoid.default}
 
 
 class WeightProduct(NamedTuple):
@@ -77,16 +82,20 @@ def _grouped(op: FlowValue, place: int, weight: FlowValue) -> _Axes | None:
 
 
 def _einsum(op: FlowValue, place: int, weight: FlowValue) -> _Axes | None:
-    found = re.fullmatch(r"([\w.]+),([\w.]+)(?:->([\w.]+))?", str(op.args[0]).replace(" ", ""))
+    written, arrow, result = str(op.args[0]).replace(" ", "").partition("->")
     operands = list(op.args[1]) if len(op.args) > 1 else []
-    if found is None or found[3] is None or len(operands) != 2:
+    terms = written.split(",")
+    if not arrow or len(terms) != len(operands) or len(operands) < 2:
         return None
-    own, other = found[1 + (operands[1] is weight)], found[1 + (operands[1] is not weight)]
-    if "." in own or len(set(own)) != len(own):
+    own = terms[next(i for i, x in enumerate(operands) if x is weight)]
+    others = {x: term for x, term in zip(operands, terms, strict=True) if x is not weight}
+    gates = [x for x in others if _weighs(x)] if len(operands) > 2 else []
+    if "." in own or len(set(own)) != len(own) or len(others) - len(gates) != 1:
         return None
-    result = found[3]
-    out = [i for i, x in enumerate(own) if x in result and x not in other]
-    summed = [i for i, x in enumerate(own) if x not in result and x in other]
+    weighed = "".join(others.pop(x) for x in gates)  # of what these sum over, each has a matrix
+    (other,) = others.values()
+    out = [i for i, x in enumerate(own) if x in result and x not in other + weighed]
+    summed = [i for i, x in enumerate(own) if x in other and x not in result + weighed]
     if not out or not summed:
         return None
     last = own[out[-1]]
@@ -94,6 +103,12 @@ def _einsum(op: FlowValue, place: int, weight: FlowValue) -> _Axes | None:
     if "." in result and axis == 0:
         axis = result.index(last)
     return _Axes(tuple(out), tuple(summed), axis)
+
+
+def _weighs(value: FlowValue) -> bool:
+    """Whether a value is made of probabilities, and of no product or norm after them."""
+    values = reachable([value], lambda x: () if is_product(x) else x.reads)
+    return any(x.target in PROBABILITIES for x in values)
 
 
 _PRODUCTS: dict[object, Callable[[FlowValue, int, FlowValue], _Axes | None]] = {
@@ -112,6 +127,15 @@ def is_product(value: FlowValue) -> bool:
     return value.target in _PRODUCTS or "grouped_mm" in str(value.target)
 
 
+def input_of(product: FlowValue) -> FlowValue | None:
+    """What a product takes for its input where nothing else says which operand is the weight."""
+    if product.target is aten.einsum.default:
+        return next(iter(product.args[1]), None)
+    place = 1 if _PRODUCTS.get(product.target) is _added else 0
+    found = product.args[place] if len(product.args) > place else None
+    return found if isinstance(found, FlowValue) else None
+
+
 def product_of(use: Use) -> WeightProduct | None:
     """The product that a use is, None if the parameter is no weight of one."""
     op, value = use.op, use.value
@@ -126,6 +150,22 @@ def product_of(use: Use) -> WeightProduct | None:
     if len(out) == 1 and len(axes.out) == 1 and not set(out) & set(summed):
         line = _line(use.at[out[0]], axes.out[0])
     return WeightProduct(op, out, summed, line, axes.axis % len(op.shape))
+
+
+def plane_of(shape: tuple[int, ...], products: Sequence[WeightProduct]) -> tuple[str, Dims] | None:
+    """In which dims of a parameter the matrices lie, with a layout's kind; None if none says it."""
+    rank = len(shape)
+    used = {dim for p in products for dim in (*p.out, *p.summed)}
+    if rank == 2:
+        return "matrix", (0, 1)
+    if used <= {rank - 2, rank - 1}:
+        return "batch", (rank - 2, rank - 1)
+    one = all(set(p.out) == {0} or set(p.summed) == {0} for p in products)
+    if one and used >= {dim for dim, size in enumerate(shape) if size > 1}:
+        return "flatten", ()
+    if used <= {0, rank - 1}:
+        return "middle", (0, rank - 1)
+    return ("last", (0, 1)) if used <= {0, 1} else None
 
 
 def _line(at: Tensor, axis: int) -> Tensor:

@@ -15,7 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from moonfx.optim.matrices import Layout
-from moonfx.optim.roles.by_name import by_name, is_head, is_of_tokens, is_position, special
+from moonfx.optim.roles.by_name import (
+    by_name,
+    is_head,
+    is_of_patches,
+    is_of_tokens,
+    is_position,
+    special,
+)
 from moonfx.optim.roles.parameter_sites import ParameterSite
 from moonfx.optim.roles.table import Finding
 
@@ -199,12 +206,16 @@ def _convolution(known: Modules, site: ParameterSite, parameter: Tensor) -> Find
         return Finding("depthwise convolution", f"groups == channels == {module.groups}")
     if module is known.first_convolution:
         return Finding("first convolution", f"the first {_type(site)} of the model")
-    return Finding("convolution", f"a {_type(site)}", Layout("flatten"))
+    if min(parameter.shape[0] // module.groups, parameter[0].numel()) < 2:
+        return Finding("thin matrix", f"a {_type(site)} of shape {list(parameter.shape)}")
+    return Finding("convolution", f"a {_type(site)}", Layout("flatten", outer=module.groups))
 
 
 def _linear(known: Modules, site: ParameterSite, parameter: Tensor) -> Finding | None:
     if parameter.ndim != 2 or not is_linear(site.module):
         return None
+    if patches := next((part for part in site.path if is_of_patches(part)), None):
+        return Finding("patch embedding", f"a {_type(site)} in {patches!r}")
     if site.path and site.path[-1] in _SPLIT_AS_A_RULE:
         why = f"a {_type(site)} called {site.path[-1]!r}, kept whole: no trace shows a split"
         return Finding("hidden matrix", why)

@@ -72,6 +72,8 @@ def by_name(name: str, shape: Sequence[int]) -> Finding | None:
     normal = next((p for p in parts if _is_norm(p)), None)
     if len(shape) < 2:
         return Finding("norm gain", f"in {normal!r}") if normal else None
+    if patches := next((p for p in parts if is_of_patches(p)), None):
+        return Finding("patch embedding", f"called {patches!r}")
     if position := next((p for p in parts if is_position(p)), None):
         return Finding("position embedding", f"called {position!r}")
     if len(shape) == 2 and is_head(path or [own]):
@@ -87,13 +89,19 @@ def by_name(name: str, shape: Sequence[int]) -> Finding | None:
 def special(parts: Sequence[str]) -> Finding | None:
     """Names that mean one thing whatever holds them: LoRA, weight norm, state-space scans."""
     own = parts[-1]
-    if lora := next((p for p in parts if p.lower().startswith("lora_")), None):
+    if lora := next((p for p in parts if _is_lora(p)), None):
         return Finding("LoRA", f"called {lora!r}")
     if "parametrizations" in parts or own in WEIGHT_NORM:
         return Finding("weight norm", f"called {own!r}, from which a parametrization computes")
     if own in SCAN:
         return Finding("scan parameter", f"called {own!r}")
     return None
+
+
+def _is_lora(part: str) -> bool:
+    """Whether one part of a name is that of an adapter of peft: lora_A, vblora_logits_B."""
+    kind, underscore, _ = part.lower().partition("_")
+    return bool(underscore) and kind.endswith("lora")
 
 
 def by_shape(shape: Sequence[int]) -> Finding:
@@ -124,16 +132,19 @@ def is_position(part: str) -> bool:
     return part in POSITIONS or (table and any(w.startswith("pos") for w in words))
 
 
+def is_of_patches(part: str) -> bool:
+    """Whether one part of a name speaks of patches that are embedded: to_patch_embedding."""
+    words = part.lower().split("_")
+    return "patch" in words and any(w.startswith("embed") for w in words)
+
+
 def is_of_tokens(part: str) -> bool:
     """Whether an embedding of this name may be of tokens, and not of positions or their like."""
     return part not in POSITIONS and _NOT_OF_TOKENS.isdisjoint(part.lower().split("_"))
 
 
 def _is_embedding(part: str) -> bool:
-    words = part.lower().split("_")
-    return part in EMBEDDINGS or (
-        any(w.startswith("embed") for w in words) and "patch" not in words
-    )
+    return part in EMBEDDINGS or any(w.startswith("embed") for w in part.lower().split("_"))
 
 
 def _is_norm(part: str) -> bool:

@@ -35,6 +35,7 @@ ROLES: dict[str, Role] = {
     "experts": Role(MUON, "a matrix per expert, each orthogonalized alone"),
     "router": Role(MUON, "a matrix between activations; Moonlight has its routers on Muon"),
     "first convolution": Role(ADAMW, "reads pixels or samples, not activations"),
+    "patch embedding": Role(ADAMW, "reads pixels or samples, not activations"),
     "depthwise convolution": Role(ADAMW, "a filter per channel: no channel meets another"),
     "embedding": Role(ADAMW, "a table of rows: a step changes the gathered ones"),
     "position embedding": Role(ADAMW, "a table of positions, not a map between activations"),

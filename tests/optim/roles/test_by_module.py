@@ -5,6 +5,7 @@ import copy
 import pytest
 from torch import nn
 
+from moonfx.optim.matrices import Layout
 from moonfx.optim.roles.table import ROLES
 from tests.support.optim.roles import (
     FUSED,
@@ -134,6 +135,24 @@ def test_module_types_say_what_each_parameter_is(model: nn.Module, expected: dic
     assert {row.rule for row in found.values()} == {"module"}
     for row in found.values():
         assert row.optimizer == ROLES[row.role].optimizer
+
+
+def test_a_grouped_convolution_is_a_matrix_for_each_group() -> None:
+    layers = nn.Sequential(
+        nn.Conv1d(3, 8, 1), nn.Conv1d(8, 8, 3, groups=4), nn.Conv1d(8, 4, 1, groups=4)
+    )
+    found = rows(layers)
+    assert found["1.weight"].layout == Layout("flatten", outer=4)
+    assert (found["2.weight"].role, found["2.weight"].optimizer) == ("thin matrix", "adamw")
+
+
+@pytest.mark.parametrize("path", ["patch_embed", "to_patch_embedding", "patch_embeddings"])
+def test_a_linear_map_of_patches_is_with_the_first_convolution(path: str) -> None:
+    parts = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 6, bias=False))
+    found = rows(Named(**{path: parts}))
+    assert found[f"{path}.1.weight"].role == "patch embedding"
+    assert found[f"{path}.1.weight"].optimizer == "adamw"
+    assert found[f"{path}.0.weight"].role == "norm gain"
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_out", "score", "classifier", "fc", "output"])

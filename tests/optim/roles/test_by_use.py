@@ -1,5 +1,7 @@
 """The dry run of a model by its example: graph breaks, code left to Python, what stays as it is."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,6 +96,43 @@ def test_what_only_untraced_code_reads_is_not_called_unused() -> None:
     row = rows(Hidden())["qkv.weight"]
     assert (row.role, row.rule) == (HIDDEN, "module")
     assert "no graph that was traced reads it" in row.why
+
+
+class Quantized(nn.Module):
+    """A layer whose weight goes through code that no graph shows, before or after it is cast."""
+
+    def __init__(self, how: Callable[["Quantized", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.line, self.out, self.how = nn.Linear(8, 6, bias=False), nn.Linear(6, 8), how
+
+    @torch.compiler.disable
+    def rounded(self, w: Tensor) -> Tensor:
+        return w + ((w * 4).round() / 4 - w).detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normed(self.out(F.linear(x, self.how(self, self.line.weight)).relu()))
+
+
+OUTSIDE = [
+    ("as it is", lambda m, w: m.rounded(w), "no graph that was traced reads it"),
+    ("cast before", lambda m, w: m.rounded(w.double()).float(), "goes to code that was not traced"),
+    ("a part of it", lambda m, w: m.rounded(w[:, :4]).repeat(1, 2), "was not traced"),
+    ("scaled by its own size", lambda m, w: m.rounded(w / w.abs().max()), "was not traced"),
+]
+
+
+@pytest.mark.parametrize(("how", "said"), [r[1:] for r in OUTSIDE], ids=[r[0] for r in OUTSIDE])
+def test_a_weight_that_untraced_code_changes_is_what_its_module_says(how, said) -> None:
+    with pytest.warns(UserWarning, match="1 of 2 matrices were in no graph"):
+        row = rows(Quantized(how))["line.weight"]
+    assert (row.role, row.rule, row.optimizer) == (HIDDEN, "module", "muon")
+    assert row.why.startswith("a Linear (")
+    assert said in row.why
+
+
+def test_a_weight_that_is_read_for_its_shape_alone_is_unused() -> None:
+    row = rows(Quantized(lambda m, w: torch.ones_like(w)))["line.weight"]
+    assert (row.role, row.rule) == ("unused", "graph")
 
 
 # --- a dry run ------------------------------------------------------------------------------------

@@ -26,9 +26,10 @@ EXPERTS, FLAT = Layout("batch"), Layout("flatten")
 RESNET = {"depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8, "layer_type": "basic"}
 
 
-def build(family: str, head: str, **sizes: Any) -> nn.Module:
+def build(family: str, head: str, layers: int = 1, **sizes: Any) -> nn.Module:
     torch.manual_seed(0)
-    config = tiny(getattr(transformers, f"{family}Config")(**sizes), Sizes(layers=1, most=1))
+    small = Sizes(layers=layers, most=layers)
+    config = tiny(getattr(transformers, f"{family}Config")(**sizes), small)
     return getattr(transformers, f"{family}{head}")._from_config(config).eval()
 
 
@@ -221,6 +222,34 @@ def test_every_parameter_of_a_model_has_the_role_of_its_use(
     filters = {name: FLAT for name, row in found.items() if row.role == "convolution"}
     not_plain = {name: row.layout for name, row in found.items() if row.layout != Layout()}
     assert not_plain == layouts | filters
+
+
+HYBRIDS = [
+    # family, the fused projections whose parts go through a cached convolution: outer, sizes
+    ("Bamba", {"mamba.in_proj": (1, (128, 128, 8, 8, 8))}),
+    ("Qwen3Next", {"linear_attn.in_proj_qkvz": (2, (16, 16, 32, 32))}),
+    ("FalconH1", {"mamba.in_proj": (1, (1024, 1024, 8, 8, 128))}),
+    ("Zamba2", {"mamba.in_proj": (1, (128, 128, 8, 8, 4))}),
+    ("NemotronH", {"mixer.in_proj": (1, (64, 64, 8, 8, 4))}),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "projections"),
+    [
+        pytest.param(*row, id=row[0], marks=() if row[0] == "Bamba" else pytest.mark.sweep)
+        for row in HYBRIDS
+    ],
+)
+def test_a_cache_joins_no_parts_of_a_fused_projection(
+    family: str, projections: dict[str, tuple[int, tuple[int, ...]]]
+) -> None:
+    """transformers' cache keeps the inputs of the convolution with every call."""
+    model = build(family, "ForCausalLM", layers=2)
+    found = rows(model, (IDS,))
+    for part, (outer, sizes) in projections.items():
+        layouts = {row.layout for name, row in found.items() if name.endswith(f"{part}.weight")}
+        assert layouts == {Layout(outer=outer, sizes=sizes)}
 
 
 def test_as_many_positions_as_features_make_no_head_of_gpt2s_last_projection() -> None:
