@@ -110,7 +110,7 @@ def shapes(shape: tuple[int, ...], layout: Layout) -> list[Shape]:
     rows, columns = BATCHED.get(kind, (0, 1))
     matrix = (shape[rows], shape[columns])
     own = (rows % len(shape), columns % len(shape))
-    b = math.prod(size for i, size in enumerate(shape) if i not in own)
+    b = math.prod([size for i, size in enumerate(shape) if i not in own])
     if not sizes:
         return [(b, *matrix)]
     if dim not in (0, 1) or outer < 1 or min(sizes) < 1 or outer * sum(sizes) != matrix[dim]:

@@ -23,6 +23,8 @@ PARAMETERS = [
     ]),
     ("filters", (16, 4, 3, 3), Layout("flatten"), [("filters", slice(None), (16, 36))]),
     ("experts", (3, 16, 24), Layout("batch"), [("experts", slice(None), (16, 24))]),
+    ("middle", (16, 3, 24), Layout("middle"), [("middle", slice(None), (16, 24))]),
+    ("groups", (16, 4, 3, 3), Layout("flatten", outer=2), [("groups", slice(None), (8, 36))]),
 ]  # fmt: skip
 HOW = [
     ("as it is", {}),

@@ -21,10 +21,11 @@ COMPILED = 0.15
 # With Newton-Schulz in float64 instead there is only float32's own rounding of weights of 1.
 EXACT = 1e-4
 
-SHAPES = [(16, 24), (16, 24), (24, 16), (16,), (2, 8, 8), (24, 8)]
+SHAPES = [(16, 24), (16, 24), (24, 16), (16,), (2, 8, 8), (24, 8), (8, 2, 8), (8, 4, 3)]
 ROWS = [
     *(Row("0"), Row("1"), Row("2"), Row("3", "adamw"), Row("4", layout=Layout("batch"))),
     Row("5", layout=Layout(outer=2, sizes=(4, 4, 4))),
+    *(Row("6", layout=Layout("middle")), Row("7", layout=Layout("flatten", outer=2))),
 ]
 
 
@@ -129,7 +130,7 @@ def test_the_choice_says_why() -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
-    assert "5 parameters, 1,472 numbers, torch.float32 on cpu: eager, because" in optimizer.plan()
+    assert "7 parameters, 1,696 numbers, torch.float32 on cpu: eager, because" in optimizer.plan()
     optimizer = made(dict(compile=True), ROWS[:1])
     optimizer.param_groups[1]["params"][0].grad = torch.zeros(16, 24)
     assert "one compiled graph, because compile=True was asked for" in optimizer.plan()
