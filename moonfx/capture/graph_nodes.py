@@ -26,6 +26,7 @@ CAPTURED = "moonfx_captured"
 BUFFER = "moonfx_buffer"
 INPUT = "moonfx_input"
 TRAINED = "moonfx_trained"
+_HELD = re.compile(r"_(parameters|buffers)\b")
 # What Dynamo makes of tensor.data, where this torch has it.
 DATA = getattr(torch._C._autograd, "_get_data_attr", None)
 
@@ -59,14 +60,27 @@ def input_name(node: fx.Node) -> tuple[bool, str] | None:
     if INPUT in node.meta:
         inside, name = node.meta[INPUT]
         return bool(inside), str(name)
-    source = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
-    text = str(source() if callable(source) else source)
-    words = re.findall(r"\['([^']+)'\]", text) or [""]
+    words = re.findall(r"\['([^']+)'\]", _source(node)) or [""]
     first, *rest = (w for w in words if w not in ("_buffers", "_parameters", "_modules"))
     if first == "self" and rest:
         return True, ".".join(rest)
     name = [first, *rest][-1]
     return (False, name) if name else None
+
+
+def held_by_module(node: fx.Node) -> bool:
+    """Whether a node is a tensor of a module or of the graph itself, and not given at a call."""
+    if node.op == "get_attr" or BUFFER in node.meta:
+        return True
+    if INPUT in node.meta:
+        return bool(node.meta[INPUT][0])
+    return node.op == "placeholder" and bool(_HELD.search(_source(node)))
+
+
+def _source(node: fx.Node) -> str:
+    """Where Dynamo says that an input of the graph came from, as Python; "" if it does not say."""
+    source = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
+    return str(source() if callable(source) else source)
 
 
 def may_be_trained(node: fx.Node) -> bool:

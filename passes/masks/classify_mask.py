@@ -57,7 +57,7 @@ def classify(site: AttentionSite, context: Context) -> Mask:
         node = site.masks[proof.at][0] if site.masks else site.output
         cache = reason_of(site, context) if "cache" in proof.reason else ""
         raise Declined(cache or proof.reason + _already_sparse(proof, site, context), node)
-    causal = proof.causal or (lengths.one_query and (lengths.one_key or appended(site)))
+    causal = proof.causal or (lengths.one_query and (lengths.one_key or appended(site, context)))
     if not causal:
         _check_both_ways(site, lengths, context)
     kind = "causal" if causal else "all"

@@ -1,32 +1,33 @@
-"""Whether attention is one step of decoding: one query, appended to a cache of keys.
+"""Whether attention is one step of decoding: one query, appended to keys of earlier tokens.
 
-key = cat([past, new], tokens), new with one token        the last token sees every key: causal
+key = cat([past, new], tokens), new and the query of one token      it sees every key: causal
+
+The cache may hold the keys, before or after their heads are split, turned or repeated, or what they
+are a projection of: it is the last key that must be made of the query's token, and of no other.
+That token must be new to the keys before it: what pools them has seen them already.
 """
 
-import torch
-from torch import fx
+from dataclasses import replace
 
-from moonfx.capture.sizes import same_size
-from moonfx.passes.graph.operators import COPIES
+import sympy
+
+from moonfx.passes.context import Context
+from moonfx.passes.masks.self_attention import (
+    keys_of,
+    queries_of,
+    shared_tokens,
+    tokens_above,
+    tokens_of,
+)
 from moonfx.site import AttentionSite
 
-aten = torch.ops.aten
-_LOOK_THROUGH = COPIES | {aten.to.dtype}
 
-
-def appended(site: AttentionSite) -> bool:
-    """Whether the key is torch.cat([past, new], token dim) with one new token."""
-    key, dim = site.key, -1 if site.key_transposed else -2
-    while key.target in _LOOK_THROUGH:
-        source = key.args[0]
-        assert isinstance(source, fx.Node)
-        key = source
-    if getattr(key.target, "__name__", "") != "cat.default":
-        return False
-    parts = key.args[0]
-    at = key.args[1] if len(key.args) > 1 else key.kwargs.get("dim", 0)
-    rank = len(key.meta["val"].shape)
-    if not (isinstance(parts, list | tuple) and isinstance(at, int) and at % rank == dim % rank):
-        return False
-    last = parts[-1]
-    return isinstance(last, fx.Node) and same_size(last.meta["val"].shape[dim], 1)
+def appended(site: AttentionSite, context: Context) -> bool:
+    """Whether the one query's token is that of the last key, and no earlier key's."""
+    keys = keys_of(site)
+    earlier = sympy.expand(keys.count - 1)
+    last = replace(keys, first=earlier, count=sympy.S.One)
+    met = shared_tokens(queries_of(site), last, context)
+    token = tokens_above(met, context, through_steps=False)
+    past = tokens_of(replace(keys, count=earlier), context)
+    return bool(token) and token.isdisjoint(past)

@@ -1,262 +1,173 @@
-"""Whether query i and key i are the same token: self-attention, or cross-attention for all we know.
+"""Whether queries and keys are of the same tokens: self-attention, or it may be cross-attention.
 
     x [B, N, C] -> linear -> view -> transpose -> rope -> query [B, H, N, D]
-    x           -> linear -> view -> transpose -> rope -> key   [B, H, N, D]      the same x: proved
+    x           -> linear -> view -> transpose -> rope -> key   [B, H, N, D]    the same x: proved
+    cat([of text, of image]), the query as well as the key    part by part: proved
 
-The token dim is followed back through operators that treat each token by itself. What the first
-projection on every way reads is where tokens come from; a chain of projections and norms before it
-may lead on (LoRA, latent attention). Tables of positions that are multiplied in are no source.
+Both are followed back token by token. They are of the same tokens if every way back from the query
+comes to a place that the key is made of too, and every way back from the key to one of the query.
+Tables of positions, and what else is made of no token, are no such way.
 
-A tensor may be cut and joined along the features of a token, as query, key and value are from one
-projection. Along any other dim that would be another row of the batch: x[:1] attends to x[1:].
+The graph is followed from its end: where a node is looked at, all ways to it are known.
 """
 
+import heapq
+import operator
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
+from moonfx.capture.graph_nodes import buffer_value, held_by_module
 from moonfx.passes.context import Context
-from moonfx.passes.graph.nodes import argument, permutation, shape
-from moonfx.passes.graph.operators import CASTS
-from moonfx.passes.symbolic.view_rules import reshape_groups
+from moonfx.passes.graph.aliases import is_opaque
+from moonfx.passes.graph.operators import SHAPE_ONLY
+from moonfx.passes.graph.walks import reachable, upstream
+from moonfx.passes.masks.filled import filled_with
+from moonfx.passes.masks.places import Place, all_tokens, before, of_parts
 from moonfx.site import AttentionSite
 
 aten = torch.ops.aten
 
-# A node, and which of its dims counts the tokens.
-Place = tuple[fx.Node, int]
+_LOOKUPS = {aten.embedding.default, aten.index.Tensor, aten.index_select.default}
+# Of these some parts are followed, and the others are of other tokens.
+_PARTS = {aten.cat.default, operator.getitem}
 
-_UNARY = CASTS | {
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.dropout.default,
-    aten.neg.default,
-    aten.relu.default,
-    aten.gelu.default,
-    aten.silu.default,
-    aten.elu.default,
-    aten.tanh.default,
-    aten.sigmoid.default,
-    aten.pow.Tensor_Scalar,
-    aten.rsqrt.default,
-}
-_BINARY = {
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.add_.Tensor,
-    aten.mul_.Tensor,
-    aten.div_.Tensor,
-    aten.mul.Scalar,
-    aten.div.Scalar,
-}
-_LAST_DIM = {
-    aten.layer_norm.default,
-    aten.rms_norm.default,
-    aten.linalg_vector_norm.default,
-    aten.mean.dim,
-}
-_RESHAPES = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-}
-_CUTS = {  # operator -> where it names the dim that it cuts
-    aten.slice.Tensor: (1, "dim", 0),
-    aten.split.Tensor: (2, "dim", 0),
-    aten.split.sizes: (2, "dim", 0),
-    aten.split_with_sizes.default: (2, "dim", 0),
-    aten.chunk.default: (2, "dim", 0),
-}
-_COMPLEX = {aten.view_as_complex.default, aten.view_as_real.default}
-_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.convolution.default}
-_WEIGHTED = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default}
+# Who is made of a place: one of them, both, or what both are made of.
+_QUERY, _KEY, _SHARED = 1, 2, 4
 
 
 def same_tokens(site: AttentionSite, context: Context) -> bool:
     """Whether query and key are proved to come from the same tokens, in the same order."""
-    key_dim = len(shape(site.key)) - (1 if site.key_transposed else 2)
-    of_query = _sources((site.query, len(shape(site.query)) - 2), context)
-    of_key = _sources((site.key, key_dim), context)
-    if not of_query or not of_key:
-        return False
-    met = [any(q & k for k in of_key) for q in of_query]
-    return all(met) and all(any(q & k for q in of_query) for k in of_key)
+    return bool(shared_tokens(queries_of(site), keys_of(site), context))
 
 
-def _sources(start: Place, context: Context) -> list[frozenset[Place]]:
-    """For each way back, the places that its first projection reads, or is made of in turn.
+def queries_of(site: AttentionSite) -> Place:
+    return all_tokens(site.query, -2)
 
-    Where no way meets a projection: where each way ends.
+
+def keys_of(site: AttentionSite) -> Place:
+    return all_tokens(site.key, -1 if site.key_transposed else -2)
+
+
+def shared_tokens(query: Place, key: Place, context: Context) -> list[fx.Node]:
+    """The nodes where the tokens of a query and of a key are the same, in the same order.
+
+    Empty if either may be made of anything else.
     """
-    projected: list[frozenset[Place]] = []
-    ends: list[frozenset[Place]] = []
-    seen: set[Place] = set()
-    stack = [start]
-    while stack:
-        place = _outermost(stack.pop(), context)
-        if place in seen:
-            continue
-        seen.add(place)
-        source = _projected(place)
-        if source is not None:
-            projected.append(frozenset(_chain(source, context)))
-            continue
-        before = list(_before(place))
-        if before:
-            stack += before
-        else:
-            ends.append(frozenset([place]))
-    return projected or ends
+    sides: dict[object, int] = {}
+    queue: list[_Queued] = []
+    shared: list[fx.Node] = []
+
+    def reached(place: Place, side: int) -> None:
+        if place.key not in sides:
+            heapq.heappush(queue, _Queued(place, _depth(place.node, context)))
+        sides[place.key] = sides.get(place.key, 0) | side
+
+    def is_open(queued: _Queued) -> bool:
+        return sides[queued.place.key] in (_QUERY, _KEY)
+
+    reached(query, _QUERY)
+    reached(key, _KEY)
+    while any(map(is_open, queue)):
+        queued = heapq.heappop(queue)
+        node, side = queued.place.node, sides[queued.place.key]
+        above = list(_above(queued.place, context))
+        if is_open(queued):
+            if not above and not is_table(node, context):
+                return []
+        elif side != _SHARED:
+            shared.append(node)
+        for place in above:
+            reached(place, side if is_open(queued) else _SHARED)
+    shared += [q.place.node for q in queue if sides[q.place.key] != _SHARED]
+    return [] if any(map(context.mutated, shared)) else shared
 
 
-def _chain(place: Place, context: Context) -> Iterator[Place]:
-    """A place, and those before it, through projections and what keeps to one tensor of tokens."""
-    while True:
-        place = _outermost(place, context)
-        yield place
-        source = _projected(place)
-        before = [source] if source is not None else list(_before(place))
-        if len(set(before)) != 1:
-            return
-        place = before[0]
+def is_table(node: fx.Node, context: Context) -> bool:
+    """Whether a tensor is made of positions and of what modules hold, and of no token."""
+    return not tokens_above([node], context)
 
 
-def _outermost(place: Place, context: Context) -> Place:
-    """The same place outside of a nested body that it is an input of."""
-    node, dim = place
-    while node.op == "placeholder" and (outside := context.nesting.outer(node)) is not None:
-        node = outside
-    return node, dim
+def tokens_above(
+    start: list[fx.Node], context: Context, *, through_steps: bool = True
+) -> set[fx.Node]:
+    """The inputs of the graph and embeddings that nodes are made of, whatever is done to them.
+
+    Args:
+        through_steps: False stops at attention that is causal.
+    """
+    causal = {site.output for site in context.sites if _causal(site)}
+
+    def inputs(node: fx.Node) -> list[fx.Node]:
+        outside = context.nesting.outer(node)
+        if outside is not None:
+            return [outside]
+        stops = node.target in SHAPE_ONLY or (node in causal and not through_steps)
+        return [] if stops or _is_token(node, context) else node.all_input_nodes
+
+    return {n for n in upstream(start, inputs=inputs) if _is_token(n, context)}
 
 
-def _projected(place: Place) -> Place | None:
-    """What a linear layer reads at a place, token for token."""
-    node, dim = place
-    if node.target not in _WEIGHTED:
-        return None
-    first = 1 if node.target is aten.addmm.default else 0
-    source, weight = node.args[first : first + 2]
-    if not (isinstance(source, fx.Node) and isinstance(weight, fx.Node)):
-        return None
-    if len(shape(weight)) != 2 or dim == len(shape(node)) - 1:
-        return None
-    return source, dim
+def tokens_of(place: Place, context: Context) -> set[fx.Node]:
+    """As `tokens_above`, of what some tokens alone are made of."""
+    made_of: list[fx.Node] = []
+    for each in reachable([place], lambda p: _above(p, context)):
+        node, above = each.node, {p.node for p in _above(each, context)}
+        if not above:
+            made_of.append(node)
+        elif not (node.target in _PARTS or context.mutated(node)):
+            made_of += set(node.all_input_nodes) - above  # the same for all of them
+    return tokens_above(made_of, context)
 
 
-def _before(place: Place) -> Iterator[Place]:
-    """The operands that hold the same tokens in the same order, and the dim of the tokens there."""
-    node, dim = place
-    rank = len(shape(node))
-    if node.op != "call_function" or not node.args:
+def _is_token(node: fx.Node, context: Context) -> bool:
+    """Whether a node is where tokens come from; positions are numbers, or looked up in a buffer."""
+    if node.target in _LOOKUPS:
+        table = context.nesting.outermost(node.args[0])  # type: ignore[arg-type]
+        of_module = held_by_module(table) or node.target is aten.embedding.default
+        return of_module and isinstance(buffer_value(table), torch.nn.Parameter | None)
+    if node.op != "placeholder" or context.nesting.outer(node) is not None:
+        return is_opaque(node)
+    value = node.meta.get("val")
+    floats = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+    return floats and not held_by_module(node)
+
+
+def _above(place: Place, context: Context) -> Iterator[Place]:
+    """The places that one is made of: outside of a nested body, and as queries of attention."""
+    node = place.node
+    if (outside := context.nesting.outer(node)) is not None:
+        yield replace(place, node=outside)
         return
-    source: Any = node.args[0]
-    if node.target in _UNARY or (node.target in _LAST_DIM and dim != rank - 1):
-        if isinstance(source, fx.Node) and len(shape(source)) == rank:
-            yield source, dim
-    elif node.target in _BINARY or node.target is aten.expand.default:
-        operands = node.args[:1] if node.target is aten.expand.default else node.args[:2]
-        for operand in operands:
-            if isinstance(operand, fx.Node):
-                sizes = shape(operand)
-                at = dim - (rank - len(sizes))
-                if at >= 0 and sizes[at] == shape(node)[dim]:
-                    yield operand, at
-    elif (order := permutation(node)) is not None:
-        yield source, order[dim]
-    elif node.target in _RESHAPES:
-        yield from _reshaped(source, node, dim)
-    elif getattr(node.target, "__name__", "") == "getitem":
-        yield from _part(source, dim)
-    elif node.target in _COMPLEX:
-        if dim < min(rank, len(shape(source))) - (node.target is aten.view_as_real.default):
-            yield source, dim
-    elif node.target is aten.stack.default:
-        if argument(node, 1, "dim", 0) % rank == rank - 1 != dim:
-            yield from ((n, dim) for n in source)
-    elif node.target is aten.select.int:
-        at = argument(node, 1, "dim") % (rank + 1)
-        if _of_features(source, at):
-            yield source, dim + (at <= dim)
-    elif node.target is aten.cat.default:
-        if argument(node, 1, "dim", 0) % rank == rank - 1 != dim or len(set(source)) == 1:
-            yield from ((n, dim) for n in source)
-    elif node.target in _CUTS:
-        yield from _cut(node, dim)
+    for site in context.sites:
+        if site.output is node and _causal(site):
+            yield replace(place, node=site.query)
+            return
+    if context.mutated(node):  # what it is depends on when it is read
+        yield from of_parts(place, filled_with(node, context))
+    else:
+        yield from before(place)
 
 
-def _cut(node: fx.Node, dim: int) -> Iterator[Place]:
-    """What slice, split or chunk cuts along the features, or not at all."""
-    source: Any = node.args[0]
-    target: Any = node.target
-    sizes = shape(source)
-    cut = argument(node, *_CUTS[target]) % len(sizes)
-    whole = node.target is aten.slice.Tensor and shape(node)[cut] == sizes[cut]
-    if cut != dim and (whole or cut == len(sizes) - 1 or _of_features(source, cut)):
-        yield source, dim
+def _causal(site: AttentionSite) -> bool:
+    return site.mask is not None and site.mask.causal
 
 
-def _part(source: Any, dim: int) -> Iterator[Place]:
-    """One result of split, chunk or unbind."""
-    if source.target is aten.unbind.int:
-        inner = source.args[0]
-        at = argument(source, 1, "dim", 0) % len(shape(inner))
-        if _of_features(inner, at):
-            yield inner, dim + (at <= dim)
-    elif source.target in _CUTS:
-        yield from _cut(source, dim)
+def _depth(node: fx.Node, context: Context) -> int:
+    call = context.nesting.call_of(node.graph)
+    return 0 if call is None else 1 + _depth(call, context)
 
 
-def _of_features(node: Any, dim: int) -> bool:
-    """Whether a dim counts features that a projection made, and no rows of a batch."""
-    while isinstance(node, fx.Node) and node.op == "call_function" and node.args:
-        source: Any = node.args[0]
-        if node.target in _WEIGHTED:
-            return dim == len(shape(node)) - 1
-        if node.target in _CONVOLUTIONS:
-            return dim == 1
-        if (order := permutation(node)) is not None:
-            dim = order[dim]
-        elif node.target in _RESHAPES:
-            before = list(_reshaped_from(source, node, dim))
-            if len(before) != 1:
-                return False
-            (dim,) = before
-        elif getattr(node.target, "__name__", "") == "getitem" and source.target in _CUTS:
-            source = source.args[0]
-        elif node.target is aten.select.int:
-            dim += argument(node, 1, "dim") % len(shape(source)) <= dim
-        elif not (node.target in _UNARY | _BINARY | _LAST_DIM or node.target in _CUTS):
-            return False
-        if not isinstance(source, fx.Node) or dim >= len(shape(source)):
-            return False
-        node = source
-    return False
+@dataclass
+class _Queued:
+    """A place that is looked at before all that it is made of."""
 
+    place: Place
+    depth: int
 
-def _reshaped_from(source: fx.Node, node: fx.Node, dim: int) -> Iterator[int]:
-    """The dims of `source`, of more than one element, that a dim of its reshape comes from."""
-    for ins, outs in reshape_groups(shape(source), shape(node)) or []:
-        if dim in outs:
-            yield from (d for d in ins if shape(source)[d] != 1)
-
-
-def _reshaped(source: fx.Node, node: fx.Node, dim: int) -> Iterator[Place]:
-    """Through a reshape that leaves the token dim alone."""
-    groups = reshape_groups(shape(source), shape(node))
-    for ins, outs in groups or []:
-        wide_in = [d for d in ins if shape(source)[d] != 1]
-        wide_out = [d for d in outs if shape(node)[d] != 1]
-        if wide_out == [dim] and len(wide_in) == 1:
-            yield source, wide_in[0]
+    def __lt__(self, other: "_Queued") -> bool:
+        if self.depth != other.depth or self.place.node.graph is not other.place.node.graph:
+            return self.depth > other.depth
+        return other.place.node < self.place.node

@@ -172,6 +172,11 @@ def pair(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([x, y])
 
 
+def joint(text: Tensor, image: Tensor, cut: int = 10) -> Tensor:
+    """Two streams in one sequence."""
+    return torch.cat([text[:, :cut], image[:, cut:]], 1)
+
+
 SELF: list[tuple[str, Any, Any]] = [
     ("linear", lambda m, x, y: m.q(x), lambda m, x, y: m.k(x)),
     ("matmul", lambda m, x, y: x @ m.q.weight, lambda m, x, y: x @ m.k.weight),
@@ -191,6 +196,17 @@ SELF: list[tuple[str, Any, Any]] = [
         lambda m, x, y: m.both(x).view(2, N, 2, WIDTH).unbind(2)[1],
     ),
     ("no projection", lambda m, x, y: x * 0.5, lambda m, x, y: x),
+    ("two streams", lambda m, x, y: joint(m.q(x), m.k(y)), lambda m, x, y: joint(m.k(x), m.q(y))),
+    (
+        "two streams, turned together",
+        lambda m, x, y: rope(m, joint(m.q(x), m.norm(y))),
+        lambda m, x, y: rope(m, joint(m.k(x), m.k(y))),
+    ),
+    (
+        "two streams that were one before",
+        lambda m, x, y: m.q(m.norm(torch.cat([x[:, :10], y], 1)[:, :N])),
+        lambda m, x, y: torch.cat([m.k(m.norm(x[:, :10])), m.k(m.norm(y))], 1)[:, :N],
+    ),
 ]
 ACROSS: list[tuple[str, Any, Any]] = [
     ("two inputs", lambda m, x, y: m.q(x), lambda m, x, y: m.k(y)),
@@ -223,6 +239,27 @@ ACROSS: list[tuple[str, Any, Any]] = [
         "a pair of projections",
         lambda m, x, y: pair(m.q(x), m.k(y)).unbind()[0],
         lambda m, x, y: pair(m.q(x), m.k(y)).unbind()[1],
+    ),
+    (
+        "streams in turn",
+        lambda m, x, y: joint(m.q(x), m.q(y)),
+        lambda m, x, y: joint(m.k(y), m.k(x)),
+    ),
+    (
+        "streams of other lengths",
+        lambda m, x, y: joint(m.q(x), m.q(y)),
+        lambda m, x, y: joint(m.k(x), m.k(y), 12),
+    ),
+    ("one stream of two", lambda m, x, y: m.q(x), lambda m, x, y: joint(m.k(x), m.k(y))),
+    (
+        "another part of a stream",
+        lambda m, x, y: joint(m.q(x), m.q(y)),
+        lambda m, x, y: torch.cat([m.k(x[:, :10]), m.k(y[:, :-10])], 1),
+    ),
+    (
+        "rows of the batch by views",
+        lambda m, x, y: m.q(x.expand(2, -1, -1)),
+        lambda m, x, y: m.k(x.transpose(0, 1).reshape(2, N, WIDTH)),
     ),
     ("sum of both", lambda m, x, y: m.q(x) + m.q(y), lambda m, x, y: m.k(x)),
 ]
