@@ -82,7 +82,7 @@ def shared_tokens(query: Place, key: Place, context: Context) -> list[fx.Node]:
         for place in above:
             reached(place, side if is_open(queued) else _SHARED)
     shared += [q.place.node for q in queue if sides[q.place.key] != _SHARED]
-    return [] if any(map(context.mutated, shared)) else shared
+    return [] if any(_changes(node, context) for node in shared) else shared
 
 
 def is_table(node: fx.Node, context: Context) -> bool:
@@ -117,7 +117,7 @@ def tokens_of(place: Place, context: Context) -> set[fx.Node]:
         node, above = each.node, {p.node for p in _above(each, context)}
         if not above:
             made_of.append(node)
-        elif not (node.target in _PARTS or context.mutated(node)):
+        elif not (node.target in _PARTS or _changes(node, context)):
             made_of += set(node.all_input_nodes) - above  # the same for all of them
     return tokens_above(made_of, context)
 
@@ -145,10 +145,15 @@ def _above(place: Place, context: Context) -> Iterator[Place]:
         if site.output is node and _causal(site):
             yield replace(place, node=site.query)
             return
-    if context.mutated(node):  # what it is depends on when it is read
+    if _changes(node, context):  # what it is depends on when it is read
         yield from of_parts(place, filled_with(node, context))
     else:
         yield from before(place)
+
+
+def _changes(node: fx.Node, context: Context) -> bool:
+    """Whether a tensor is written to after it was made."""
+    return context.mutated(node) and node < context.writes(node.graph)[node]
 
 
 def _causal(site: AttentionSite) -> bool:
