@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from moonfx.passes.graph.own_tensors import OwnTensors
 from moonfx.passes.symbolic.expressions import Expr, is_load, name_of
 from moonfx.passes.symbolic.reader import Reader
 
@@ -59,9 +60,14 @@ class Read:
         return value.replace(is_load, loaded)
 
 
+def tensors_of(node: fx.Node) -> OwnTensors:
+    """What a node's graph makes and writes to."""
+    return OwnTensors(node.graph)
+
+
 def plain_reader() -> Reader:
     """A reader of a graph without bodies, to which nothing is written."""
-    return Reader(lambda node: None, lambda node: False, lambda node: node.name)
+    return Reader(lambda node: None, lambda node: False, lambda node: node.name, tensors_of)
 
 
 def traced(run: Callable[..., Any], *given: Tensor, dynamic: bool = False) -> fx.GraphModule:

@@ -142,7 +142,7 @@ def test_a_float_mask_of_the_keys_is_padding_and_a_bias_at_once(hidden: float) -
     dense = body(Model(body), q, k, v, mask)
     full, report = run(Model(body), q, k, v, mask)
     assert outcome(report) == ["causal & padding"]
-    assert report.rows[0].modifiers == "key bias"
+    assert report.rows[0].modifiers == "key bias, 0 for queries without a key"
     real = mask > -1e4
     torch.testing.assert_close(full[1], dense[1], atol=5e-6, rtol=1e-4)
     torch.testing.assert_close(full[0, :, 6:], dense[0, :, 6:], atol=5e-6, rtol=1e-4)

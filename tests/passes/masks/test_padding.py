@@ -20,6 +20,9 @@ PADDING: list[tuple[str, Any]] = [
     ("from a later key", sympy.Ne(real(BATCH, KEY + 2), 0)),
     ("heads folded into the rows", sympy.Ne(real(sympy.floor(BATCH / 4), KEY), 0)),
     ("compared with a number", real(BATCH, KEY) > 3),
+    ("up to a length", real(0) >= KEY),
+    ("up to a length of the row", real(BATCH) > KEY),
+    ("with the key", real(BATCH, KEY) <= KEY),
     ("two of them", sympy.Ne(real(BATCH, KEY) + ids(BATCH, KEY), 0)),
 ]
 
@@ -33,8 +36,7 @@ OTHERS: list[tuple[str, Any, str]] = [
     ("by head", sympy.Ne(real(HEAD, KEY), 0), "the mask 'real' differs by head"),
     ("whole", sympy.Ne(real(BATCH, QUERY, KEY), 0), "the values of the mask 'real' are not known"),
     ("of queries", sympy.Ne(real(BATCH, QUERY), 0), "whole queries are masked by 'real'"),
-    ("of rows", sympy.Ne(real(BATCH), 0), "the mask compares positions with values read from"),
-    ("a position", real(0) >= KEY, "the mask compares positions with values read from 'real'"),
+    ("of rows", sympy.Ne(real(BATCH), 0), "whole rows of the batch are masked by 'real'"),
     (
         "equal ids",
         sympy.Eq(ids(BATCH, QUERY), ids(BATCH, KEY)),
@@ -42,7 +44,6 @@ OTHERS: list[tuple[str, Any, str]] = [
     ),
     ("other ids", ids(BATCH, KEY) <= ids(BATCH, QUERY), "packed sequences: .*compare segment ids"),
     ("with the query", real(BATCH, KEY) <= QUERY, "the mask mixes query positions with 'real'"),
-    ("with the key", real(BATCH, KEY) <= KEY, "the padding mask 'real' also depends on positions"),
     ("read by key and row", sympy.Ne(real(KEY, BATCH), 0), "the padding mask 'real' is not read"),
     (
         "from an earlier key",

@@ -14,7 +14,7 @@ from moonfx.passes.symbolic.input_masks import (
     is_frozen,
     mark,
     values_of,
-    write_real_keys,
+    write_keys,
 )
 from tests.support.given_masks import (
     HIDDEN,
@@ -83,8 +83,8 @@ def test_what_is_noted_on_an_input_are_its_values_and_whether_it_is_trained() ->
 def test_an_input_mask_is_read_as_causal_and_real_at_every_index(side: str) -> None:
     given = with_padding(side)
     gm, mask = marked(given)
-    assert write_real_keys(mask)
-    assert not write_real_keys(mask), "it is written once"
+    assert write_keys(mask)
+    assert not write_keys(mask), "it is written once"
     gm.graph.lint()
     expr = plain_reader().read(mask, AXES[:4])
     real = padded(side)
@@ -97,5 +97,5 @@ def test_an_input_mask_is_read_as_causal_and_real_at_every_index(side: str) -> N
 def test_an_input_that_is_no_such_mask_is_written_nothing_for() -> None:
     gm, mask = marked(causal().T.contiguous())
     before = str(gm.graph)
-    assert not write_real_keys(mask)
+    assert not write_keys(mask)
     assert str(gm.graph) == before

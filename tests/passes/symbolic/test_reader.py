@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, fx
 
 from moonfx.capture.graph_nodes import BUFFER
-from moonfx.passes.symbolic.expressions import is_boolean, name_of
+from moonfx.passes.symbolic.expressions import is_boolean, loads, name_of
 from moonfx.passes.symbolic.indices import BATCH, KEY, QUERY
 from moonfx.passes.symbolic.input_masks import Given, mark
 from moonfx.passes.symbolic.reader import Reader, summary
 from tests.support.given_masks import HIDDEN, N, additive, causal
-from tests.support.reading import plain_reader, returned, traced
+from tests.support.reading import plain_reader, returned, tensors_of, traced
 
 LOWER = torch.ones(4, 4).tril()
 
@@ -66,25 +66,28 @@ def test_an_input_is_a_leaf_whose_bools_are_truth_values() -> None:
 
 def test_leaves_of_one_name_stay_apart() -> None:
     gm = traced(lambda x, y: x + y, torch.ones(3), torch.ones(3))
-    reader = Reader(lambda node: None, lambda node: False, lambda node: "mask")
+    reader = Reader(lambda node: None, lambda node: False, lambda node: "mask", tensors_of)
     x, y, *_ = gm.graph.nodes
     names = [name_of(reader.read(node, (KEY,))) for node in (x, y, x)]
     assert names == ["mask", "mask_", "mask"]
     assert reader.leaves == {"mask": x, "mask_": y}
 
 
-def test_what_is_written_to_is_a_leaf_though_its_operator_is_known() -> None:
-    node = returned(traced(lambda: torch.arange(4) * 2))
-    assert plain_reader().read(node, (KEY,)) == 2 * KEY
-    reader = Reader(lambda n: None, lambda n: n is node.args[0], lambda n: n.name)
-    value = reader.read(node, (KEY,))
-    assert [name_of(x) for x in value.atoms(sympy.Function)] == ["arange"]
+def test_what_others_write_to_is_a_leaf_and_what_the_graph_made_is_read() -> None:
+    gm = traced(lambda x: x.add_(1) * 2, torch.arange(4))
+    given, written = next(iter(gm.graph.nodes)), returned(gm).args[0]
+    reader = Reader(lambda n: None, lambda n: n in (given, written), lambda n: n.name, tensors_of)
+    assert loads(reader.read(returned(gm), (KEY,)))
+    made = returned(traced(lambda: torch.arange(4).add_(1) * 2))
+    writes = (made.args[0], made.args[0].args[0])
+    reader = Reader(lambda n: None, lambda n: n in writes, lambda n: n.name, tensors_of)
+    assert reader.read(made, (KEY,)) == 2 * KEY + 2
 
 
 def test_an_input_of_a_body_is_what_the_body_is_called_with() -> None:
     outside = returned(traced(lambda: torch.arange(4)))
     gm, inside = graph_of(torch.arange(4))
-    reader = Reader({inside: outside}.get, lambda n: False, lambda n: n.name)
+    reader = Reader({inside: outside}.get, lambda n: False, lambda n: n.name, tensors_of)
     assert reader.read(returned(gm), (KEY,)) == -KEY
     assert reader.leaves == {}
 
