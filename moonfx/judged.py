@@ -15,7 +15,7 @@ from moonfx.backend.records import Record
 from moonfx.backend.runs import graphs_that_ran
 from moonfx.capture.plain_attention import PlainAttention, Watch
 from moonfx.model_state import State, restore
-from moonfx.report.attention import Row
+from moonfx.report.attention import Row, kind_of_call
 
 NOTHING_COMPILED = (
     "nothing of {what} was compiled, and it runs dense: it, or what calls it, is under "
@@ -127,4 +127,5 @@ def _row(found: PlainAttention) -> Row:
         reason=f"runs outside of every compiled graph: {found.reason}",
         queries=found.queries,
         keys=found.keys,
+        calls=kind_of_call(found.queries, found.keys),
     )

@@ -1,6 +1,6 @@
 """One row of the report per attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moonfx.policy import LayerPolicy
@@ -21,6 +21,8 @@ class Row:
         block, topk, sinks: the policy of a sparse site.
         reason: why a site is not sparse.
         queries, keys: the lengths that were traced.
+        calls: in which kinds of calls, joined by ", ": "whole" (as many queries as keys), "chunk"
+            (fewer), "step" (one query of several keys).
     """
 
     layer: str
@@ -38,6 +40,7 @@ class Row:
     reason: str
     queries: int | None
     keys: int | None
+    calls: str = ""
 
     @property
     def policy(self) -> LayerPolicy | None:
@@ -70,7 +73,24 @@ def row_of(site: AttentionSite) -> Row:
         reason=reason,
         queries=site.query_length,
         keys=site.key_length,
+        calls=kind_of_call(site.query_length, site.key_length),
     )
+
+
+def kind_of_call(queries: int | None, keys: int | None) -> str:
+    """The kind of call that has so many queries and keys, "" where that is not known."""
+    if queries is None or keys is None:
+        return ""
+    if queries >= keys:
+        return "whole"
+    return "step" if queries == 1 else "chunk"
+
+
+def together(known: Row, row: Row) -> Row:
+    """Two compilations of one site with the same outcome: the longer, and all kinds of calls."""
+    longer = row if (row.keys or 0) > (known.keys or 0) else known
+    kinds = dict.fromkeys(f"{known.calls}, {row.calls}".split(", "))
+    return replace(longer, calls=", ".join(filter(None, kinds)))
 
 
 def heads_of(row: Row) -> str:

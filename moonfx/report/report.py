@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from moonfx.ops.flops import attended_keys
 from moonfx.report import newton_schulz as iterations
-from moonfx.report.attention import Row, heads_of, outcome
+from moonfx.report.attention import Row, heads_of, outcome, together
 from moonfx.report.newton_schulz import IterationRow
 
 _LAST = "block/topk/sinks, or why not"
@@ -22,7 +22,7 @@ class Report:
     Args:
         rows: one per attention site, in the order in which the model runs them. A site that was
             compiled several times (prefill, decode) counts once for each different outcome, with
-            the longest lengths traced.
+            the longest lengths traced and the kinds of calls.
         graphs: how many graphs were compiled.
         iterations: the Newton-Schulz iterations of optimizers' graphs, those alike in one row, as
             one step runs them: those of code that was compiled anew count once.
@@ -71,8 +71,9 @@ class Report:
             same = [i for i, r in enumerate(self.rows) if outcome(r) == found]
             if len(same) < seen[found]:
                 self.rows.append(row)
-            elif (row.keys or 0) > (self.rows[same[seen[found] - 1]].keys or 0):
-                self.rows[same[seen[found] - 1]] = row
+            else:
+                at = same[seen[found] - 1]
+                self.rows[at] = together(self.rows[at], row)
 
     def savings(self) -> dict[str, Any]:
         """Share of key tokens attended and the FLOP-ideal speedup of attention, as traced."""
@@ -127,11 +128,14 @@ class Report:
             "modifiers": [r.modifiers for r in self.rows],
             "heads": [heads_of(r) for r in self.rows],
             "head_dim": [r.head_dim for r in self.rows],
+            "calls": [r.calls for r in self.rows],
             "action": [r.action for r in self.rows],
             _LAST: [str(r.policy) if r.policy else r.reason for r in self.rows],
         }
         if not any(columns["modifiers"]):
             del columns["modifiers"]
+        if not any("chunk" in row.calls or "step" in row.calls for row in self.rows):
+            del columns["calls"]
         widths = [60 if name == _LAST else None for name in columns]
         text = tabulate(columns, headers="keys", maxcolwidths=widths)
         tables = [text] if self.rows else []

@@ -127,6 +127,19 @@ def test_one_site_with_another_outcome_is_another_row() -> None:
     assert [(r.layer, r.action) for r in report.rows] == [("a", "sparse"), ("a", "declined")]
 
 
+def test_kinds_of_calls_are_named_once_there_is_more_than_whole_ones() -> None:
+    report = Report()
+    report.add([row_of(sparse_site("a"))])
+    assert "calls" not in str(report)
+    for queries, keys in ((1, 1025), (7, 1032), (1, 1033)):
+        made = sparse_site("a", keys)
+        made.query_length = queries
+        report.add([row_of(made)])
+    (row,) = report.rows
+    assert (row.calls, row.keys) == ("whole, step, chunk", 1033)
+    assert "whole, step, chunk" in str(report)
+
+
 def test_two_attentions_of_one_layer_are_two_rows() -> None:
     report = Report()
     for _ in range(2):
