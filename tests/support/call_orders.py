@@ -69,7 +69,7 @@ def wrong(name: str, form: str, order: str) -> dict[str, float]:
         Unfit: saying why the architecture shows nothing.
     """
     model, ids = _built(name, form)
-    moonfx.sparsify(model, BLOCK, TOPK, compiler="eager", on_miss="ignore")
+    moonfx.sparsify(model, BLOCK, TOPK, compiler="eager", on_miss="warn")
     with torch.no_grad():
         found = {each.__name__: each(model, ids) for each in ORDERS[order]}
     if not moonfx.report(model).rewritten:
