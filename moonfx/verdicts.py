@@ -8,9 +8,12 @@ not: a window and a table of relative positions look causal from there. What it 
 call of several queries is seen.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
 
 from moonfx.capture.sizes import hint_or_none
 from moonfx.site import AttentionSite, Declined
@@ -68,6 +71,7 @@ class Verdicts:
 
     def __init__(self) -> None:
         self._of: dict[Key, Verdict] = {}
+        self._steps: dict[Key, list[Callable[[str], None]]] = {}
 
     def check(self, site: AttentionSite) -> None:
         """Checks that a site which could be sparse may be.
@@ -78,8 +82,8 @@ class Verdicts:
         known = self._of.get(key_of(site))
         if known is not None and known.general and not known.sparse:
             raise Declined(
-                f"dense in {known.call}, and a layer has one verdict: moonfx.sparsify called anew "
-                "forgets it",
+                f"dense in {known.call}, and a layer has one verdict: moonfx.sparsify called anew, "
+                "or torch._dynamo.reset() for torch.compile, forgets it",
                 site.output,
             )
 
@@ -87,9 +91,13 @@ class Verdicts:
         """The attentions that are sparse."""
         return {key: verdict for key, verdict in self._of.items() if verdict.sparse}
 
-    def note(self, sites: Iterable[AttentionSite]) -> list[Lost]:
+    def note(
+        self, sites: Iterable[AttentionSite], overrule: Callable[[str], None] = lambda why: None
+    ) -> list[Lost]:
         """Takes note of what became of a graph's attentions.
 
+        Args:
+            overrule: told why, once a call that shows more says that they are not sparse.
         Returns:
             Those that were sparse before and are not now.
         """
@@ -100,11 +108,28 @@ class Verdicts:
             key, now = key_of(site), _verdict(site)
             known = self._of.get(key)
             if known is not None and known.sparse and not now.sparse:
-                overruled = now.general and not known.general
-                lost.append(Lost(key, known, now, overruled))
+                lost.append(Lost(key, known, now, now.general and not known.general))
+                if lost[-1].overruled:
+                    for tell in self._steps.pop(key, []):
+                        tell(str(lost[-1]))
+            if now.sparse and not now.general:
+                self._steps.setdefault(key, []).append(overrule)
             if known is None or (not known.general and (now.general or now.sparse)):
                 self._of[key] = now
         return lost
+
+
+_of_modules: WeakKeyDictionary[torch.nn.Module, Verdicts] = WeakKeyDictionary()
+
+
+def verdicts_of(module: torch.nn.Module) -> Verdicts:
+    """The verdicts on a module that torch.compile compiles, kept for as long as it lives."""
+    return _of_modules.setdefault(module, Verdicts())
+
+
+def forget() -> None:
+    """Forgets the verdicts on modules that torch.compile compiles, as torch does their graphs."""
+    _of_modules.clear()
 
 
 def key_of(site: AttentionSite) -> Key:

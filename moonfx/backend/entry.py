@@ -18,6 +18,7 @@ from moonfx.capture.inductor import COMPILERS, mode_options
 from moonfx.capture.retrace import held_tensors
 from moonfx.capture.symbolic_flags import decide_flags
 from moonfx.policy import LayerPolicy, Policies, check_flag, did_you_mean
+from moonfx.verdicts import forget
 
 DEFAULTS: dict[str, Any] = {
     "block": 4096,
@@ -103,9 +104,14 @@ def compile(
             miss(known["on_miss"], report, what, problem)
     elif record.of_optimizer and not report.rows:
         miss(known["on_miss"], report, what, f"{what} runs as it was")
+    elif record.lost:
+        miss(known["on_miss"], report, what, "; ".join(map(str, record.lost)))
     elif not report.rewritten and (report.rows or report.failures or not is_piece(gm)):
         miss(known["on_miss"], report, what)
     return compiled
+
+
+compile.reset = forget  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
 
 
 def _what(record: Record) -> str:

@@ -11,7 +11,7 @@ from moonfx.passes.parameters.roles import Found, uses_in
 from moonfx.report.attention import Row
 from moonfx.report.newton_schulz import IterationRow
 from moonfx.report.report import Report
-from moonfx.verdicts import Key, Lost
+from moonfx.verdicts import Lost
 
 
 @dataclass(eq=False)
@@ -30,7 +30,6 @@ class Record:
         frame: a number for the code that it was compiled from.
         broken: where and why a graph break cut it off from what follows.
         disabled: the passes that did not run, as its owner asked.
-        sparse: the attentions that it made sparse.
         lost: those that were sparse in other graphs and are not in this one.
         overruled: why it no longer runs, and the graph as it was written does; "" while it does.
         run: of a model's graph, what it computed before the passes; `uses` reads it and lets it go.
@@ -47,7 +46,6 @@ class Record:
     frame: int | None = None
     broken: str | None = None
     disabled: tuple[str, ...] = ()
-    sparse: frozenset[Key] = frozenset()
     lost: list[Lost] = field(default_factory=list)
     overruled: str = ""
 

@@ -36,7 +36,7 @@ from moonfx.report.attention import Row, row_of
 from moonfx.report.newton_schulz import rows_of
 from moonfx.report.report import Report
 from moonfx.site import AttentionSite
-from moonfx.verdicts import Verdicts, key_of
+from moonfx.verdicts import Verdicts, verdicts_of
 
 log = logging.getLogger("moonfx.backend")
 
@@ -129,6 +129,8 @@ class Backend:
         record = Record([], None, parameters, of_optimizer=bool(held))
         record.disabled = self.policies.disable_passes
         record.frame, record.broken = compiled_frame(), break_after(gm)
+        if not self.names and isinstance(called_by, torch.nn.Module):
+            self.verdicts = verdicts_of(called_by)
         if isinstance(called_by, torch.optim.Optimizer):
             record.optimizer, record.of_optimizer = weakref.ref(called_by), True
         self.records.append(record)
@@ -238,14 +240,12 @@ class Backend:
         return context if rewritten else None
 
     def _note_verdicts(self, sites: Iterable[AttentionSite], record: Record) -> None:
-        """Takes note of what became of a graph's attentions, and overrules graphs before it."""
-        sites = list(sites)
-        record.sparse = frozenset(key_of(site) for site in sites if site.action == "sparse")
-        record.lost = self.verdicts.note(sites)
-        for lost in record.lost:
-            for other in self.records if lost.overruled else ():
-                if other is not record and lost.key in other.sparse:
-                    other.overruled = f"{lost}; the call ran as it was written, and not compiled"
+        """Takes note of what became of a graph's attentions, which others may overrule."""
+
+        def overrule(why: str) -> None:
+            record.overruled = f"{why}; the call ran as it was written, and not compiled"
+
+        record.lost = self.verdicts.note(sites, overrule)
 
     def policy_of(
         self, site: AttentionSite, sites: list[AttentionSite], root: str | None
