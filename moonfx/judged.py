@@ -13,13 +13,14 @@ import torch
 from moonfx.backend.on_miss import NothingRewritten, miss
 from moonfx.backend.records import Record
 from moonfx.backend.runs import graphs_that_ran
-from moonfx.capture.plain_attention import PlainAttention, Watch
+from moonfx.capture.plain_attention import UNKNOWN, PlainAttention, Watch
 from moonfx.model_state import State, restore
 from moonfx.report.attention import Row, kind_of_call
 
-NOTHING_COMPILED = (
-    "nothing of {what} was compiled, and it runs dense: it, or what calls it, is under "
-    "torch.compiler.disable, torch.vmap or another transform of torch.func, or a dispatch mode"
+NOTHING_COMPILED = "nothing of {what} was compiled, and it runs dense: {reason}"
+LEFT_OUT = (
+    "it, or what calls it, is under torch.compiler.disable, torch.vmap or another transform of "
+    "torch.func, or a dispatch mode"
 )
 NOTHING_RAN = (
     "no compiled graph of {what} ran in this call, which is dense; in earlier calls some did. "
@@ -97,8 +98,10 @@ def _judge_first(
     """Something must have become sparse; else the model is as before, where that is an error."""
     what, report = type(model).__name__, state.backend.report_on(new)
     try:
-        if not new and not outside:
-            miss(state.on_miss, report, what, NOTHING_COMPILED.format(what=what))
+        if not new:
+            known = (each.reason for each in outside if each.reason != UNKNOWN)
+            problem = NOTHING_COMPILED.format(what=what, reason=next(known, LEFT_OUT))
+            miss(state.on_miss, report, what, problem)
         elif not report.rewritten:
             miss(state.on_miss, report, what)
         elif unused := state.backend.unused():

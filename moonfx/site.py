@@ -13,11 +13,14 @@ class Declined(Exception):
     """Why something is left as it is, and the node that stands in the way.
 
     Raised where a parse cannot go on, and caught once, by the pass that parses.
+
+    Args:
+        of_call: whether it lies in how the model was called (in training), not in the layer.
     """
 
-    def __init__(self, reason: str, node: fx.Node) -> None:
+    def __init__(self, reason: str, node: fx.Node, *, of_call: bool = False) -> None:
         super().__init__(reason, node)
-        self.reason, self.node = reason, node
+        self.reason, self.node, self.of_call = reason, node, of_call
 
     def __str__(self) -> str:
         return f"{self.reason} (node {self.node.name})"

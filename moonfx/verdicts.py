@@ -5,7 +5,7 @@ after   the step is sparse because the 40 queries were; had they been declined, 
 
 A call of several queries shows how a layer makes its mask, and decides. A call of one query does
 not: a window and a table of relative positions look causal from there. What it shows holds until a
-call of several queries is seen.
+call of several queries is seen. Nor does a call in training with dropout, which is dense by itself.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -146,7 +146,8 @@ def _verdict(site: AttentionSite) -> Verdict:
     ]
     call = f"a call of {' and '.join(counts)}" if counts else "another call"
     reason = site.reject.reason if site.reject is not None else ""
-    return Verdict(site.action == "sparse", call, queries != 1, reason)
+    general = queries != 1 and not (site.reject is not None and site.reject.of_call)
+    return Verdict(site.action == "sparse", call, general, reason)
 
 
 def _lengths(site: AttentionSite) -> Sequence[int | None]:

@@ -31,7 +31,9 @@ from torch.utils._python_dispatch import (
 aten = torch.ops.aten
 
 TORCH = str(Path(torch.__file__).parent)
-UNKNOWN = "torch.compiler.disable keeps it from compilation, or Dynamo gave its function up"
+Code = tuple[str | None, str | None, int | None]  # name, file and first line of a function
+DISABLED = "torch.compiler.disable keeps it from compilation"
+UNKNOWN = f"{DISABLED}, or Dynamo gave its function up"
 # The operators that dense attention ends in, by the beginnings of their names.
 _FUSED = (
     "_scaled_dot_product",
@@ -197,17 +199,17 @@ class _Mode(TorchDispatchMode):
             found = PlainAttention(layer, line, form, queries, keys, _why(functions))
             self.seen[layer, line] = found
 
-    def _place(self) -> tuple[str, str, list[str]]:
+    def _place(self) -> tuple[str, str, list[Code]]:
         """The layer and line that run, and the functions around them, innermost first."""
         if self.names is None:
             self.names = {id(m): name for name, m in self.model.named_modules()}
-        line, functions = "", list[str]()
+        line, functions = "", list[Code]()
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             code = frame.f_code
             if not code.co_filename.startswith(TORCH) and code.co_filename != __file__:
                 line = line or f"{Path(code.co_filename).name}:{frame.f_lineno}"
-                functions.append(code.co_name)
+                functions.append((code.co_name, code.co_filename, code.co_firstlineno))
             layer = self.names.get(id(frame.f_locals.get("self")))
             if layer is not None and (line or not layer):
                 return layer, line, functions
@@ -215,10 +217,13 @@ class _Mode(TorchDispatchMode):
         return "", line, functions
 
 
-def _why(functions: list[str]) -> str:
+def _why(functions: list[Code]) -> str:
     """Why code in these functions is in no graph: the latest that Dynamo said of one of them."""
     for metrics in reversed(get_compilation_metrics()):
-        if metrics.fail_type is not None and metrics.co_name in functions:
+        code = metrics.co_name, metrics.co_filename, metrics.co_firstlineno
+        if metrics.fail_type is not None and code in functions:
             said = (metrics.fail_reason or metrics.fail_type).strip().splitlines()[0]
+            if "torch.compiler.disable" in said:
+                return DISABLED
             return f"Dynamo gave up {metrics.co_name}(): {said}"
     return UNKNOWN

@@ -120,7 +120,8 @@ def read(node: fx.Node, site: AttentionSite) -> None:
     site.causal = bool(given.get("causal", False))
     mask, dropout, scale = given.get("mask"), given.get("dropout", 0.0), given.get("scale")
     if dropout != 0.0:
-        raise Declined(f"dropout p={dropout} is active; set it to 0 or call eval()", node)
+        reason = f"dropout p={dropout} is active; set it to 0 or call eval()"
+        raise Declined(reason, node, of_call=True)
     if mask is not None:
         how = "keep" if mask.meta["val"].dtype == torch.bool else "additive"
         site.masks.append((mask, how))

@@ -149,7 +149,8 @@ def check_product(found: Product, softmax: Softmax) -> None:
         if step.target in DROPOUT:
             p, train = argument(step, 1, "p"), argument(step, 2, "train")
             if train and p != 0.0:
-                raise Declined(f"dropout p={p} is active; set it to 0 or call eval()", step)
+                reason = f"dropout p={p} is active; set it to 0 or call eval()"
+                raise Declined(reason, step, of_call=True)
         slices += step.target in SLICES
         if slices > 1:
             raise Declined("the probabilities are sliced twice", step)

@@ -41,16 +41,15 @@ def test_a_step_that_was_believed_runs_as_it_was_once_a_call_shows_the_mask() ->
     torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-4)
 
 
-class Dropping(nn.Module):
+class Twofold(nn.Module):
+    """Causal, and bidirectional in training."""
+
     def forward(self, x: Tensor) -> Tensor:
-        dropout = 0.1 if self.training else 0.0
-        return nn.functional.scaled_dot_product_attention(
-            x, x, x, dropout_p=dropout, is_causal=True
-        )
+        return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=not self.training)
 
 
 def test_what_was_sparse_and_is_not_is_an_error_where_that_is_asked_for() -> None:
-    x, model = torch.randn(1, 2, 64, 8), compiled(Dropping().eval(), on_miss="raise")
+    x, model = torch.randn(1, 2, 64, 8), compiled(Twofold().eval(), on_miss="raise")
     model(x)
     with pytest.raises(Exception, match="was sparse in a call of 64 queries") as found:
         model.train()(x)
@@ -58,7 +57,7 @@ def test_what_was_sparse_and_is_not_is_an_error_where_that_is_asked_for() -> Non
 
 
 def test_a_reset_of_dynamo_forgets_the_verdicts() -> None:
-    x, plain = torch.randn(1, 2, 64, 8), Dropping()
+    x, plain = torch.randn(1, 2, 64, 8), Twofold()
     dense = plain.eval()(x)
     model = compiled(plain)
     model.train()(x)
@@ -69,6 +68,6 @@ def test_a_reset_of_dynamo_forgets_the_verdicts() -> None:
 
 def test_verdicts_go_with_their_module_and_are_no_other_modules() -> None:
     x = torch.randn(1, 2, 64, 8)
-    compiled(Dropping().train())(x)
-    other = Dropping().eval()
+    compiled(Twofold().train())(x)
+    other = Twofold().eval()
     assert (compiled(other)(x) - other(x)).abs().max() > 1e-3

@@ -54,6 +54,17 @@ def test_a_call_of_several_queries_overrules_what_a_step_showed() -> None:
     verdicts.check(step("b"))
 
 
+def test_dropout_decides_nothing_and_is_lost_where_the_layer_was_sparse() -> None:
+    verdicts, training = Verdicts(), site("a", action="declined")
+    training.reject = Declined("dropout", training.output, of_call=True)
+    assert verdicts.note([training]) == []
+    verdicts.check(site("a"))
+    verdicts.note([sparse_site("a")])
+    (lost,) = verdicts.note([training])
+    assert "a was sparse" in str(lost)
+    verdicts.check(site("a"))
+
+
 def test_the_attentions_of_one_layer_have_verdicts_of_their_own() -> None:
     verdicts = Verdicts()
     verdicts.note([sparse_site("decoder"), declined(site("decoder", ordinal=1))])

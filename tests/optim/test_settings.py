@@ -2,14 +2,14 @@
 
 import dataclasses
 
-from moonfx.optim.settings import ADAMW, GROUP_KEYS, MUON, PARAMETER_KEYS, Settings
+from moonfx.optim.settings import ADAMW, FOLLOWED, GROUP_KEYS, MUON, SETTINGS, Settings, is_muons
 
 
 def test_a_group_holds_its_own_copy_of_the_settings() -> None:
     settings = Settings(momentum=0.9, coefficients=[[2.0, -1.5, 0.5]])
     one, other = settings.of_group(), settings.of_group()
     assert one == other
-    assert set(one) == set(GROUP_KEYS)
+    assert set(one) == set(SETTINGS)
     one["coefficients"][0][0] = 7.0
     assert other["coefficients"] == settings.coefficients == [[2.0, -1.5, 0.5]]
 
@@ -20,8 +20,10 @@ def test_two_settings_share_no_coefficients() -> None:
     assert len(Settings().coefficients) == 5
 
 
-def test_the_words_of_a_group_are_settings_and_those_of_a_parameter_are_not() -> None:
-    fields = {f.name for f in dataclasses.fields(Settings)}
-    assert fields >= set(GROUP_KEYS)
-    assert not fields & set(PARAMETER_KEYS)
+def test_a_group_of_a_muon_is_told_by_all_its_words() -> None:
+    assert set(SETTINGS) <= {f.name for f in dataclasses.fields(Settings)}
+    group = {**Settings().of_group(), FOLLOWED: None, "lr": 0.1}
+    assert is_muons(group)
+    for key in GROUP_KEYS:
+        assert not is_muons({k: v for k, v in group.items() if k != key})
     assert MUON != ADAMW

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from moonfx.optim.step.adamw_rest import Rest, adamw_parameters
+from moonfx.optim.step.adamw_rest import Rest
 from tests.support.optim.by_hand import muon
 from tests.support.optim.counting import Counting
 
@@ -53,34 +53,38 @@ def test_what_is_not_muons_steps_as_its_own_class_bit_for_bit(kind, how) -> None
         assert optimizer.rest.attributes["calls"] == 3
 
 
-def group_of(*kinds: str, **settings: Any) -> dict[str, Any]:
+def group_of(count: int, **settings: Any) -> dict[str, Any]:
     """A group of parameters of one number each."""
-    parameters = [nn.Parameter(torch.ones(1)) for _ in kinds]
+    parameters = [nn.Parameter(torch.ones(1)) for _ in range(count)]
     for p in parameters:
         p.grad = torch.ones(1)
     return {
         **torch.optim.AdamW([torch.zeros(1)], lr=0.1).defaults,
         **settings,
         "params": parameters,
-        "optimizers": list(kinds),
     }
+
+
+def every(parameter: torch.Tensor) -> bool:
+    """All stay on AdamW."""
+    return True
 
 
 def test_the_parameters_of_adamw_are_stepped_and_no_other() -> None:
     rest = Rest(torch.optim.AdamW([nn.Parameter(torch.zeros(1))]))
-    group, state = group_of("adamw", "muon", "adamw"), defaultdict(dict)
-    assert adamw_parameters(group) == [group["params"][0], group["params"][2]]
-    rest.step([group], state)
+    group, state = group_of(3), defaultdict(dict)
+    first, muons, last = group["params"]
+    rest.step([group], state, lambda p: p is not muons)
     assert [p.item() != 1.0 for p in group["params"]] == [True, False, True]
-    assert set(state) == set(adamw_parameters(group))
+    assert set(state) == {first, last}
     assert len(group["params"]) == 3
 
 
 def test_where_muon_steps_all_the_class_is_not_called() -> None:
     rest = Rest(Counting([nn.Parameter(torch.zeros(1))]))
-    rest.step([group_of("muon")], defaultdict(dict))
+    rest.step([group_of(1)], defaultdict(dict), lambda p: False)
     assert rest.attributes["calls"] == 0
-    rest.step([group_of("adamw")], defaultdict(dict))
+    rest.step([group_of(1)], defaultdict(dict), every)
     assert rest.attributes["calls"] == 1
 
 
@@ -89,19 +93,19 @@ def test_what_steps_holds_neither_the_old_state_nor_the_old_hooks() -> None:
     fired: list[Any] = []
     source.register_step_pre_hook(lambda *given: fired.append(given))
     source.grad_scale = torch.ones(1)
-    rest, group, state = Rest(source), group_of("adamw"), defaultdict(dict)
-    made = rest.optimizer([group], state)
+    rest, group, state = Rest(source), group_of(1), defaultdict(dict)
+    made = rest.optimizer([group], state, every)
     assert type(made) is Counting
     assert made.state is state
     assert not hasattr(made, "grad_scale")
     assert made.param_groups[0]["params"] == group["params"]
-    rest.step([group], state)
+    rest.step([group], state, every)
     assert fired == []
 
 
 def test_what_a_class_counts_in_its_groups_stays_in_them() -> None:
-    rest, group = Rest(Counting([nn.Parameter(torch.zeros(1))])), group_of("adamw", "muon")
+    rest, group = Rest(Counting([nn.Parameter(torch.zeros(1))])), group_of(2)
     state: Any = defaultdict(dict)
     for _ in range(3):
-        rest.step([group], state)
+        rest.step([group], state, every)
     assert (group["seen"], rest.attributes["calls"]) == (3, 3)
