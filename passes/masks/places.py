@@ -187,15 +187,24 @@ def _over_last(place: Place) -> Iterator[Place]:
     yield from _first_elementwise(place)
 
 
+def factors(node: fx.Node) -> list[Any]:
+    """The two operands that a projection is the product of: rows, and the matrix that they meet."""
+    first = 1 if node.target is aten.addmm.default else 0
+    return list(node.args[first : first + 2])
+
+
 def _projection(place: Place) -> Iterator[Place]:
-    """x @ weight, each row of which is made of the same row of x."""
-    first = 1 if place.node.target is aten.addmm.default else 0
-    source, weight = place.node.args[first : first + 2]
-    last = len(shape(place.node)) - 1
-    ranks = [len(shape(n)) for n in (source, weight) if isinstance(n, fx.Node)]
+    """x @ weight, each row of which is made of the same row of x, and of what is added to it."""
+    node = place.node
+    last = len(shape(node)) - 1
+    ranks = [len(shape(n)) for n in factors(node) if isinstance(n, fx.Node)]
     if ranks != [last + 1, 2] or any(p.dim == last for p in place.tokens):
         raise _Lost
-    yield _follow(place, source, lambda dim, p: (no_dim(p.size),) if dim == last else (p,))
+    rows = _follow(place, node, lambda dim, p: (no_dim(p.size),) if dim == last else (p,))
+    yield replace(rows, node=factors(node)[0])
+    added = node.args[0] if node.target is aten.addmm.default else argument(node, 2, "bias")
+    if isinstance(added, fx.Node) and len(shape(added)) > 1:
+        yield from _broadcast(rows, added)
 
 
 def _convolution(place: Place) -> Iterator[Place]:
@@ -363,13 +372,14 @@ _SPLITS = {
     aten.split_with_sizes.default,
     aten.chunk.default,
 }
+PROJECTIONS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default}
 _KINDS: list[tuple[Callable[[Place], Iterator[Place]], set[Any]]] = [
     (_elementwise, FILLS),
     (_first_elementwise, CASTS | COPIES | DETACHED | DROPOUT | {aten.expand.default}),
     (_over_last, {aten.layer_norm.default, aten.rms_norm.default, aten.softmax.int}),
     (_over_last, {aten.mean.dim, aten.sum.dim_IntList, aten.amax.default}),
     (_over_last, {aten.linalg_vector_norm.default}),
-    (_projection, {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default}),
+    (_projection, PROJECTIONS),
     (_convolution, {aten.conv1d.default, aten.conv2d.default, aten.convolution.default}),
     (_permuted, SWAPS | TRANSPOSES | {aten.permute.default, aten.movedim.int}),
     (_reshaped, FOLDS | {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}),

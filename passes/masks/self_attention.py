@@ -25,7 +25,14 @@ from moonfx.passes.graph.aliases import is_opaque
 from moonfx.passes.graph.operators import SHAPE_ONLY
 from moonfx.passes.graph.walks import reachable, upstream
 from moonfx.passes.masks.filled import filled_with
-from moonfx.passes.masks.places import Place, all_tokens, before, of_parts
+from moonfx.passes.masks.places import (
+    PROJECTIONS,
+    Place,
+    all_tokens,
+    before,
+    factors,
+    of_parts,
+)
 from moonfx.site import AttentionSite
 
 aten = torch.ops.aten
@@ -147,8 +154,23 @@ def _above(place: Place, context: Context) -> Iterator[Place]:
             return
     if _changes(node, context):  # what it is depends on when it is read
         yield from of_parts(place, filled_with(node, context))
-    else:
+    elif not _mixes(node, context):
         yield from before(place)
+
+
+def _mixes(node: fx.Node, context: Context) -> bool:
+    """Whether a product is no projection but a sum of tokens: their tensor is its second operand.
+
+    A weight that is given as an input looks like tokens, but what it meets is made of others.
+    """
+    if node.target not in PROJECTIONS:
+        return False
+    rows, matrix = factors(node)
+    tokens = tokens_above([matrix], context)
+    if not tokens:
+        return False
+    others = tokens_above([rows], context)
+    return not others or not tokens.isdisjoint(others)
 
 
 def _changes(node: fx.Node, context: Context) -> bool:

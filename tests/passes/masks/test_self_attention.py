@@ -41,9 +41,36 @@ def unbound(x: Tensor, w: Tensor) -> Pair:
     return q, k
 
 
-def narrow(x: Tensor, w: Tensor) -> Tensor:
+def narrow(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
     """A projection to few features and back."""
-    return F.linear(F.linear(x, w[:3]), w[:, :3])
+    return F.linear(F.linear(x, w[:3]), v[:, :3])
+
+
+def flat(x: Tensor) -> Tensor:
+    """All tokens as one text, without a batch."""
+    return x.view(B * N, C)
+
+
+def one(x: Tensor) -> Tensor:
+    return heads(x[None])
+
+
+def pooled(x: Tensor, y: Tensor) -> Tensor:
+    """For each token of x the tokens of y that it is like."""
+    return (x @ y.mT).softmax(-1) @ y
+
+
+def biased(x: Tensor, w: Tensor) -> Tensor:
+    return torch.addmm(torch.ones(C), x, w)
+
+
+def added(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    return torch.addmm(flat(y), flat(x), w)
+
+
+def moved(x: Tensor) -> Tensor:
+    """All tokens as one text, the last of them first."""
+    return torch.eye(B * N).roll(1, 0) @ flat(x)
 
 
 SAME: list[tuple[str, Run]] = [
@@ -53,8 +80,10 @@ SAME: list[tuple[str, Run]] = [
     ("one projection in chunks", lambda x, y, w, v: fused(x, w)),
     ("one projection, unbound", lambda x, y, w, v: unbound(x, w)),
     ("a norm of the query", lambda x, y, w, v: (F.layer_norm(heads(x @ w), (4,)), heads(x @ v))),
-    ("low rank", lambda x, y, w, v: (heads(narrow(x, w)), heads(x @ v))),
+    ("low rank", lambda x, y, w, v: (heads(narrow(x, w, v)), heads(x @ v))),
     ("a norm before", lambda x, y, w, v: (heads(F.layer_norm(x, (C,)) @ w), heads(x @ v))),
+    ("a bias and one product", lambda x, y, w, v: (one(flat(x) @ w), one(biased(flat(x), v)))),
+    ("what is added to a product", lambda x, y, w, v: (one(flat(x)), one(added(x, x, w)))),
     ("no projection", lambda x, y, w, v: (heads(x), heads(x))),
 ]
 
@@ -71,6 +100,16 @@ OTHERS: list[tuple[str, Run]] = [
     ),
     ("mixed along the tokens", lambda x, y, w, v: (heads(x @ w), heads((x.mT @ w[:N, :N]).mT @ v))),
     ("more tokens", lambda x, y, w, v: (heads(x @ w), heads(torch.cat([x @ w, x @ v], 1)))),
+    ("added to a product", lambda x, y, w, v: (one(flat(x)), one(added(x, y, w)))),
+    (
+        "added as a bias",
+        lambda x, y, w, v: (one(flat(x)), one(F.linear(flat(x), w, flat(y)))),
+    ),
+    ("pooled, of one text", lambda x, y, w, v: (one(flat(x)), one(pooled(flat(x), flat(y))))),
+    ("pooled of one text for all", lambda x, y, w, v: (heads(x), heads(pooled(x, flat(y))))),
+    ("pooled of itself", lambda x, y, w, v: (one(flat(x)), one(pooled(flat(x), flat(x))))),
+    ("mixed by a table", lambda x, y, w, v: (one(flat(x)), one(flat(x) + moved(x)))),
+    ("mixed by a table of others", lambda x, y, w, v: (one(flat(x)), one(flat(x) + moved(y)))),
     ("tokens as features", lambda x, y, w, v: (heads(x @ w), heads(x.view(B, C, N).mT @ v))),
 ]
 
