@@ -16,6 +16,7 @@ from moonfx.backend.runs import graphs_that_ran
 from moonfx.capture.plain_attention import UNKNOWN, PlainAttention, Watch
 from moonfx.model_state import State, restore
 from moonfx.report.attention import Row, kind_of_call
+from moonfx.verdicts import in_short
 
 NOTHING_COMPILED = "nothing of {what} was compiled, and it runs dense: {reason}"
 LEFT_OUT = (
@@ -63,7 +64,7 @@ def _judge(model: torch.nn.Module, state: State, ran: Sequence[Record], watch: W
         lost.append(NOTHING_RAN.format(what=what))
     report = state.backend.report_on(new or dict.fromkeys(ran))
     if lost:
-        miss(state.on_miss, report, what, "; ".join(lost))
+        miss(state.on_miss, report, what, in_short(lost))
     elif new and not report.rewritten and (report.declined or _failed(new)):
         miss(state.on_miss, report, what, f"a new kind of call of {what} is dense")
 

@@ -132,6 +132,12 @@ def forget() -> None:
     _of_modules.clear()
 
 
+def in_short(lost: Sequence[object]) -> str:
+    """The first of several that were lost, in words, and how many there are beside it."""
+    others = len(lost) - 1
+    return f"{lost[0]}{f'; and {others} more, in the report' if others else ''}"
+
+
 def key_of(site: AttentionSite) -> Key:
     """Which attention of its model a site is."""
     return site.layer, site.ordinal

@@ -18,7 +18,7 @@ from moonfx.capture.inductor import COMPILERS, mode_options
 from moonfx.capture.retrace import held_tensors
 from moonfx.capture.symbolic_flags import decide_flags
 from moonfx.policy import LayerPolicy, Policies, check_flag, did_you_mean
-from moonfx.verdicts import forget
+from moonfx.verdicts import forget, in_short
 
 DEFAULTS: dict[str, Any] = {
     "block": 4096,
@@ -105,7 +105,7 @@ def compile(
     elif record.of_optimizer and not report.rows:
         miss(known["on_miss"], report, what, f"{what} runs as it was")
     elif record.lost:
-        miss(known["on_miss"], report, what, "; ".join(map(str, record.lost)))
+        miss(known["on_miss"], report, what, in_short(record.lost))
     elif not report.rewritten and (report.rows or report.failures or not is_piece(gm)):
         miss(known["on_miss"], report, what)
     return compiled

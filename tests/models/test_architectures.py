@@ -24,13 +24,13 @@ from tests.support.architectures import (
 
 CASES = [(name, form) for name in NAMES for form in FORMS]
 # Every architecture in its eager form, every 24th in the other one too; `make sweep` has the rest.
-LONG = ("zamba",)  # takes as long as ten others
+LONG = ("zamba", "qwen4_exp_text")  # take as long as ten others
 PARAMETERS = [
     pytest.param(
         *(name, form),
         id=f"{name}-{form}",
         marks=[pytest.mark.sweep]
-        if form == "sdpa" and (name in LONG or NAMES.index(name) % 24)
+        if name in LONG or (form == "sdpa" and NAMES.index(name) % 24)
         else [],
     )
     for name, form in CASES

@@ -14,8 +14,6 @@ from tests.support.call_orders import ORDERS, Unfit, wrong
 
 USUAL = {  # of each kind of cache one, in the order that it has gone wrong in
     ("bloom", "eager", "whole first"),
-    ("deepseek_v3", "sdpa", "whole first"),
-    ("gemma2", "eager", "short first"),
     ("llama", "sdpa", "cache first"),
 }
 # A step of these is declined after a sparse prompt: said at the call, by naming both.

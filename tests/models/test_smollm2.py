@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import moonfx
+from moonfx.backend.on_miss import NothingRewritten
 from moonfx.bench.models import smollm2
 
 pytestmark = [
@@ -147,11 +148,10 @@ def test_a_prompt_fed_in_chunks_gives_the_logits_of_one_forward(sparse):
     assert (torch.cat(chunks, 1) - whole).abs().max() <= 1e-2
 
 
-def test_a_static_cache_is_right_or_declined_with_the_reason(sparse):
+def test_a_static_cache_is_declined_at_its_first_step_by_name(sparse):
+    """Its prompt is sparse, and steps that could not be are an error, as on_miss="raise" asks."""
     model, tokens = sparse
     prompt = tokens[None, :800]
-    new = generated(model, prompt, torch.ones_like(prompt), 8, cache_implementation="static")
-    declined = moonfx.report(model).declined
-    assert all(row.reason for row in declined)
-    if not declined:
-        assert predicted(model, torch.cat([prompt, new], 1)[0], 8) == new[0].tolist()
+    lost = r"was sparse in a call of 800 queries .* is dense in a call of 1 query .* static cache"
+    with pytest.raises(NothingRewritten, match=lost):
+        generated(model, prompt, torch.ones_like(prompt), 8, cache_implementation="static")

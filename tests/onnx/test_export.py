@@ -51,8 +51,14 @@ MODELS = [
 ]
 
 
+# Whose forms the others have as well.
+LONG = (("llama", "eager", False), ("qwen3", "sdpa", False))
+
+
 @pytest.mark.parametrize(
-    ("name", "form", "padded"), MODELS, ids=[f"{n}-{f}{'-padded' * p}" for n, f, p in MODELS]
+    ("name", "form", "padded"),
+    [pytest.param(*m, marks=[pytest.mark.sweep] if m in LONG else []) for m in MODELS],
+    ids=[f"{n}-{f}{'-padded' * p}" for n, f, p in MODELS],
 )
 def test_a_model_traced_at_96_runs_at_any_batch_and_length(
     name: str, form: str, padded: bool, tmp_path: Path
