@@ -21,9 +21,7 @@ Shape = tuple[int, ...]
 aten = torch.ops.aten
 
 
-@pytest.fixture(autouse=True)
-def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    always(monkeypatch)
+pytestmark = pytest.mark.usefixtures("operator_always")
 
 
 def update(parameters: list[Tensor], gradients: list[Tensor]) -> None:

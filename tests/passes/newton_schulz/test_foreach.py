@@ -19,9 +19,7 @@ Body = Callable[..., list[Tensor]]
 GIVEN = [matrix(4, 6, seed=1), matrix(4, 6, seed=2), matrix(6, 4, seed=3)]
 
 
-@pytest.fixture(autouse=True)
-def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    always(monkeypatch)
+pytestmark = pytest.mark.usefixtures("operator_always")
 
 
 def products(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from moonfx.passes.graph.memory_versions import Memory
 from moonfx.passes.newton_schulz.gram import gram_source
-from tests.support.newton_schulz.cases import always, matrix
+from tests.support.newton_schulz.cases import matrix
 from tests.support.newton_schulz.forms import QUINTIC, normalized
 from tests.support.newton_schulz.lookalikes import (
     SQUARE,
@@ -23,9 +23,7 @@ aten = torch.ops.aten
 a, b, c = QUINTIC
 
 
-@pytest.fixture(autouse=True)
-def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    always(monkeypatch)
+pytestmark = pytest.mark.usefixtures("operator_always")
 
 
 def not_transposed(G: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.newton_schulz.cases import always, matrix
+from tests.support.newton_schulz.cases import matrix
 from tests.support.newton_schulz.forms import QUINTIC, normalized
 from tests.support.newton_schulz.lookalikes import (
     ELSE,
@@ -20,9 +20,7 @@ aten = torch.ops.aten
 a, b, c = QUINTIC
 
 
-@pytest.fixture(autouse=True)
-def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    always(monkeypatch)
+pytestmark = pytest.mark.usefixtures("operator_always")
 
 
 def identity_of_one_matrix(X: Tensor, a: float, b: float, c: float) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moonfx.passes.newton_schulz import iterations
-from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.cases import Rewritten, matrix
 from tests.support.newton_schulz.forms import CHANGING, QUINTIC, normalized
 from tests.support.newton_schulz.programs import assert_computes_the_same, iterate
 
@@ -16,9 +16,7 @@ Body = Callable[..., list[Tensor]]
 aten = torch.ops.aten
 
 
-@pytest.fixture(autouse=True)
-def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    always(monkeypatch)
+pytestmark = pytest.mark.usefixtures("operator_always")
 
 
 def before_a_copy(G: Tensor, H: Tensor) -> list[Tensor]:

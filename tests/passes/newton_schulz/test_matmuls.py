@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moonfx.passes.newton_schulz.matmuls import einsum_chain, flops
-from tests.support.newton_schulz.cases import always, matrix
+from tests.support.newton_schulz.cases import matrix
 from tests.support.newton_schulz.forms import QUINTIC
 from tests.support.newton_schulz.lookalikes import (
     BROADCAST,
@@ -25,9 +25,7 @@ aten = torch.ops.aten
 a, b, c = QUINTIC
 
 
-@pytest.fixture(autouse=True)
-def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    always(monkeypatch)
+pytestmark = pytest.mark.usefixtures("operator_always")
 
 
 def inner_of_a_transpose(X: Tensor, a: float, b: float, c: float) -> Tensor:

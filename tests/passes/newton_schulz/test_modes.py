@@ -4,14 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.cases import Rewritten, matrix
 from tests.support.newton_schulz.forms import CHANGING, normalized
 from tests.support.newton_schulz.programs import Program, assert_computes_the_same, iterate, pairs
 
-
-@pytest.fixture(autouse=True)
-def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    always(monkeypatch)
+pytestmark = pytest.mark.usefixtures("operator_always")
 
 
 def region_of_a_parameter(*given: Tensor) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moonfx.passes.newton_schulz import operator_call
-from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.cases import Rewritten, matrix
 from tests.support.newton_schulz.forms import QUINTIC, normalized, step
 from tests.support.newton_schulz.lookalikes import Body
 from tests.support.newton_schulz.programs import assert_computes_the_same, iterate
@@ -17,9 +17,7 @@ aten = torch.ops.aten
 a, b, c = QUINTIC
 
 
-@pytest.fixture(autouse=True)
-def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    always(monkeypatch)
+pytestmark = pytest.mark.usefixtures("operator_always")
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.cases import Rewritten, matrix
 from tests.support.newton_schulz.forms import QUINTIC, normalized, step
 from tests.support.newton_schulz.lookalikes import Body, Near, Row, check_lookalike, check_near
 from tests.support.newton_schulz.spellings import MATRIX, Spelling, plain
@@ -13,9 +13,7 @@ aten = torch.ops.aten
 a, b, c = QUINTIC
 
 
-@pytest.fixture(autouse=True)
-def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    always(monkeypatch)
+pytestmark = pytest.mark.usefixtures("operator_always")
 
 
 def written_back_in_part(X: Tensor, a: float, b: float, c: float) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.cases import Rewritten, matrix
 from tests.support.newton_schulz.forms import CHANGING, FORMS, QUINTIC, Form, normalized
 from tests.support.newton_schulz.lookalikes import check_lookalike
 from tests.support.newton_schulz.spellings import SPELLINGS, Spelling
@@ -20,9 +20,7 @@ PRODUCTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    always(monkeypatch)
+pytestmark = pytest.mark.usefixtures("operator_always")
 
 
 @pytest.mark.parametrize(("name", "form", "shape", "steps"), FORMS, ids=[f[0] for f in FORMS])

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from moonfx.passes.graph.nodes import operator_name
 from moonfx.passes.newton_schulz.operands import Unclear
 from moonfx.passes.newton_schulz.views import OF_FIRST, VIEWS
-from tests.support.newton_schulz.cases import always, matrix
+from tests.support.newton_schulz.cases import matrix
 from tests.support.newton_schulz.forms import QUINTIC
 from tests.support.newton_schulz.lookalikes import (
     BROADCAST,
@@ -23,9 +23,7 @@ aten = torch.ops.aten
 a, b, c = QUINTIC
 
 
-@pytest.fixture(autouse=True)
-def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    always(monkeypatch)
+pytestmark = pytest.mark.usefixtures("operator_always")
 
 
 def slice_without_a_column(X: Tensor, a: float, b: float, c: float) -> Tensor:

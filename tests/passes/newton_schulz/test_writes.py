@@ -7,16 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.newton_schulz.cases import Rewritten, always, matrix
+from tests.support.newton_schulz.cases import Rewritten, matrix
 from tests.support.newton_schulz.forms import CHANGING, QUINTIC, normalized, step
 
 a, b, c = QUINTIC
 Body = Callable[..., Any]
 
 
-@pytest.fixture(autouse=True)
-def operator_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    always(monkeypatch)
+pytestmark = pytest.mark.usefixtures("operator_always")
 
 
 def an_alias_is_written_after(G: Tensor) -> tuple[Tensor, ...]:
