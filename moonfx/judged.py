@@ -65,12 +65,13 @@ def _judge(model: torch.nn.Module, state: State, ran: Sequence[Record], watch: W
     report = state.backend.report_on(new or dict.fromkeys(ran))
     if lost:
         miss(state.on_miss, report, what, in_short(lost))
-    elif new and not report.rewritten and (report.declined or _failed(new)):
+    elif _failed(new) or (report.declined and not report.rewritten and new):
         miss(state.on_miss, report, what, f"a new kind of call of {what} is dense")
 
 
 def _failed(records: Iterable[Record]) -> bool:
-    return any(record.failure for record in records)
+    """Whether a graph runs as it was as a whole, so that nothing is known of its attentions."""
+    return any(record.failure and not record.rows for record in records)
 
 
 def _found_outside(state: State, seen: Iterable[PlainAttention]) -> list[str]:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moonfx
+from moonfx.backend import rewriter
 from moonfx.backend.on_miss import NothingRewritten
+from moonfx.capture.retrace import CaptureError
 
 IDS = torch.randint(0, 99, (2, 64), generator=torch.Generator().manual_seed(0))
 SPARSE = {"block": 4, "topk": 2, "compiler": "eager"}
@@ -149,6 +152,27 @@ def test_a_layer_that_leaves_the_graphs_in_a_later_call_is_not_silent(attention)
     model(IDS[:, :40])
     with pytest.warns(UserWarning, match=lost):
         model(IDS)
+
+
+def test_a_piece_that_is_not_captured_is_not_silent_beside_one_that_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capture, failing = rewriter.capture, []
+
+    def sometimes(*given: Any) -> Any:
+        if failing and failing.pop():
+            raise CaptureError("no")
+        return capture(*given)
+
+    monkeypatch.setattr(rewriter, "capture", sometimes)
+    model = nn.Sequential(Attention(FLAGS["equal"]), nn.Identity(), Attention(FLAGS["and"]))
+    model[1].forward = torch.compiler.disable(lambda x: x)
+    moonfx.sparsify(model, **SPARSE)
+    x = torch.randn(1, 64, 32)
+    model(x[:, :40])
+    failing[:] = [True]
+    with pytest.warns(UserWarning, match=r"new kind of call of Sequential is dense[\s\S]*not capt"):
+        model(x)
 
 
 def test_a_call_in_which_no_graph_runs_is_not_silent() -> None:
