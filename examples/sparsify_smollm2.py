@@ -45,6 +45,9 @@ def main() -> None:
     start = time.perf_counter()
     prefill(model, tokens_of(library_text(), tokenizer, LENGTH))
     perplexities(model, tokens_of(inspect.getsource(argparse), tokenizer, TABLE_LENGTH))
+    model, _ = load(
+        torch.float32
+    )  # transformers does not cast a model that was read from a GGUF file
     train(model, tokens_of(library_text(), tokenizer, TRAINED))
     print(f"\n{time.perf_counter() - start:.0f} seconds in all")
 
@@ -139,7 +142,7 @@ def perplexities(model: Any, tokens: Tensor) -> None:
 def train(model: Any, tokens: Tensor) -> None:
     """Ten steps of AdamW on one text: gradients flow through the sparse attention."""
     title(f"Training the sparse model, {TRAINED:,} tokens a step, block 128, topk 4")
-    moonfx.sparsify(model.float(), block=128, topk=4, compiler="eager")
+    moonfx.sparsify(model, block=128, topk=4, compiler="eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
     losses = []
     for _ in bar(range(STEPS), "training"):

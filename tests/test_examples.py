@@ -37,7 +37,13 @@ def small(demo, monkeypatch):
     sizes = {"LENGTH": 1536, "TABLE_LENGTH": 1280, "SCORED": 128, "TRAINED": 768}
     for name, size in sizes.items():
         monkeypatch.setattr(demo, name, size)
-    monkeypatch.setattr(demo, "load", tiny_smollm2.load)
+
+    def load(dtype):
+        model, tokenizer = tiny_smollm2.load(dtype)
+        model.is_quantized = True  # as transformers says of a GGUF file's, and casts it no more
+        return model, tokenizer
+
+    monkeypatch.setattr(demo, "load", load)
     return demo
 
 
